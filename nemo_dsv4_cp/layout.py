@@ -1,0 +1,125 @@
+"""Where every token and every compressed window lives: positions only, no communication.
+
+Rank k of R owns the contiguous tokens [k * L, (k + 1) * L) of every row, and the compressed entries
+of the windows that end there. Every other file asks here instead of computing a position itself.
+"""
+
+# S global tokens   L local tokens (S / R)   R CP ranks   P compressed entries (S / ratio)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+OVERLAP_RATIO = 4
+"""The compress ratio whose windows also pool the window before (CSA; host ``_pool_windows``)."""
+
+
+def local_seq_multiple(compress_ratios: Iterable[int] | None) -> int:
+    """Return the number that a shard length must be a multiple of.
+
+    A window may not straddle a cut, so each shard holds whole windows of every ratio; overlapping
+    windows count twice (host ``dsv4_cp_local_seq_multiple``).
+
+    Args:
+        compress_ratios: One ratio a layer; entries of 0 or less ask for nothing.
+
+    Returns:
+        The LCM over the layers, 1 when no layer compresses.
+    """
+    ratios = [int(ratio) for ratio in compress_ratios or ()]
+    needs = [2 * r if r == OVERLAP_RATIO else r for r in ratios if r > 0]
+    return math.lcm(*needs)
+
+
+def padded_seq_len(seq_len: int, *, cp_size: int, pad_multiple: int) -> int:
+    """Return the smallest length >= ``seq_len`` whose ``cp_size`` shards are all multiples.
+
+    Args:
+        seq_len: Tokens in a row before padding.
+        cp_size: Number of CP ranks.
+        pad_multiple: What each shard length must be a multiple of; less than 2 counts as 2, as in
+            the host's ``shard_batch_contiguous``.
+    """
+    divisor = cp_size * max(pad_multiple, 2)
+    return -(-seq_len // divisor) * divisor
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """One rank's view of a row: its own tokens and what its queries may see.
+
+    Attributes:
+        local_len: L, tokens on each rank.
+        cp_rank: This rank's index.
+        cp_size: R, number of CP ranks.
+    """
+
+    local_len: int
+    cp_rank: int = 0
+    cp_size: int = 1
+
+    @classmethod
+    def of_padded(cls, seq_len: int, *, cp_rank: int, cp_size: int) -> SequenceLayout:
+        """Cut a padded row of ``seq_len`` tokens into ``cp_size`` equal shards.
+
+        Raises:
+            ValueError: If the shards would not be equal.
+        """
+        if seq_len % cp_size:
+            raise ValueError(
+                f"a row of {seq_len} tokens cannot be cut into distributed.cp_size={cp_size} equal "
+                f"shards; pad it to {padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=1)}"
+            )
+        return cls(local_len=seq_len // cp_size, cp_rank=cp_rank, cp_size=cp_size)
+
+    @property
+    def start(self) -> int:
+        """Global position of this rank's first token."""
+        return self.cp_rank * self.local_len
+
+    @property
+    def end(self) -> int:
+        """Global position after this rank's last token."""
+        return self.start + self.local_len
+
+    @property
+    def seq_len(self) -> int:
+        """S, tokens in the whole row."""
+        return self.local_len * self.cp_size
+
+    def positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the global position of each local token, int64 [L]."""
+        return torch.arange(self.start, self.end, device=device)
+
+    def windows(self, ratio: int) -> range:
+        """Return the global indices of the complete windows that this rank pools.
+
+        Raises:
+            ValueError: If a window would straddle a cut.
+        """
+        if self.cp_size > 1 and self.local_len % ratio:
+            raise ValueError(
+                f"a shard of {self.local_len} tokens cannot work with compress ratio {ratio}: its "
+                f"windows would straddle the cut; pad the row so that each of the {self.cp_size} "
+                f"CP ranks holds a multiple of {ratio} tokens (context_parallel.pad_multiple)"
+            )
+        return range(self.start // ratio, self.end // ratio)
+
+    def visible_entries(self, row: int, ratio: int) -> int:
+        """Return how many leading entries local query ``row`` may see.
+
+        Entry w covers tokens [w * ratio, (w + 1) * ratio) and is seen once complete:
+        w < (i + 1) // ratio for the query at global position i (DeepSeek-V4 report; host
+        ``DeepseekV4Attention.forward``).
+        """
+        return (self.start + row + 1) // ratio
+
+    def visible_entries_per_query(
+        self, rows: slice, ratio: int, device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Return :meth:`visible_entries` of each local query in ``rows``, int64 [rows]."""
+        return (self.positions(device)[rows] + 1) // ratio

@@ -1,0 +1,104 @@
+import json
+import types
+
+import pytest
+import torch
+from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
+from omegaconf import OmegaConf
+
+from nemo_dsv4_cp import ContextParallelOptions, DeepseekV4ContextParallelConfig
+
+HOST, OURS = ["DeepseekV4ForCausalLM"], ["DeepseekV4ContextParallelForCausalLM"]
+
+
+def make(block=None, **fields):
+    return DeepseekV4ContextParallelConfig(
+        compress_ratios=[0, 4, 128], context_parallel=block, **fields
+    )
+
+
+def test_the_defaults_switch_the_plugin_on():
+    config = make()
+    assert config.architectures == OURS
+    assert config.context_parallel == ContextParallelOptions()
+    assert config.context_parallel.resolve_pad_multiple(config.compress_ratios) == 128
+
+
+def test_disabled_names_the_hosts_own_model():
+    assert make({"enabled": False}).architectures == HOST
+
+
+@pytest.mark.parametrize("wrap", [dict, OmegaConf.create, types.MappingProxyType])
+def test_a_block_may_be_any_mapping(wrap):
+    options = make(wrap({"pad_multiple": 256, "transport": "all_gather"})).context_parallel
+    assert options.pad_multiple == 256
+    assert options.resolve_pad_multiple([4, 128]) == 256
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"transprot": "all_gather"}, r"transprot='all_gather'.*did you mean 'transport'"),
+        ({"zzz": 1}, r"zzz=1 is not an option; The options are enabled, transport"),
+        ({"transport": "ring"}, r"transport='ring' is not installed; use one of \['all_gather'"),
+        ({"batch_fn": "zigzag"}, r"batch_fn='zigzag'.*contiguous_shard"),
+        (
+            {"pad_multiple": 96},
+            r"pad_multiple=96 .* 128, the LCM .*\[4, 128\].* use 128 or \"auto\"",
+        ),
+        ({"pad_multiple": 200}, r"use 256"),
+        ({"pad_multiple": 0}, r'pad_multiple=0 .*use "auto"'),
+        ({"pad_multiple": "all"}, r"pad_multiple='all' .*use \"auto\""),
+        ({"enabled": "maybe"}, r"enabled='maybe' .* works is True"),
+        (["all_gather"], r"is not a mapping"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_by_name_value_and_remedy(block, message):
+    with pytest.raises(ValueError, match=message):
+        make(block)
+
+
+@pytest.mark.parametrize("key", ["context_paralell", "contextparallel", "context-parallel"])
+def test_a_misspelt_block_is_refused(key, tmp_path):
+    with pytest.raises(ValueError, match="the block is called context_parallel"):
+        make(**{key: {"transport": "all_gather"}})
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the block is called context_parallel"):
+        DeepseekV4ContextParallelConfig.from_pretrained(tmp_path, **{key: {}})
+
+
+def test_options_are_frozen():
+    with pytest.raises(AttributeError):
+        make().context_parallel.transport = "boundary"
+
+
+def test_a_saved_config_is_a_plain_hosts_config_and_loads_back(tmp_path):
+    make({"pad_multiple": 256}, hidden_size=64).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["architectures"] == HOST
+    assert not [key for key in saved if "context_parallel" in key]
+
+    plain = DeepseekV4Config.from_pretrained(tmp_path)
+    assert (plain.architectures, plain.hidden_size) == (HOST, 64)
+    back = DeepseekV4ContextParallelConfig.from_pretrained(tmp_path)
+    assert (back.architectures, back.hidden_size) == (OURS, 64)
+
+
+def test_from_pretrained_applies_and_checks_the_block_after_the_other_overrides(tmp_path):
+    plain = DeepseekV4Config(compress_ratios=[0, 4, 128], architectures=HOST)
+    plain.save_pretrained(tmp_path)
+    load = DeepseekV4ContextParallelConfig.from_pretrained
+    assert load(tmp_path, context_parallel={"enabled": False}).architectures == HOST
+    small = load(tmp_path, context_parallel={"pad_multiple": 8}, compress_ratios=[0, 4])
+    assert small.context_parallel.pad_multiple == 8
+    with pytest.raises(ValueError, match="pad_multiple=8"):
+        load(tmp_path, context_parallel={"pad_multiple": 8})
+    config, unused = load(tmp_path, context_parallel=None, return_unused_kwargs=True, other=1)
+    assert config.architectures == OURS
+    assert unused == {"other": 1}
+
+
+def test_dtype_and_the_hosts_fields_pass_through():
+    config = make(torch_dtype="float32", num_hidden_layers=3)
+    assert config.dtype in ("float32", torch.float32)
+    assert config.num_hidden_layers == 3
