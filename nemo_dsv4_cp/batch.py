@@ -1,0 +1,281 @@
+"""The full batch, which every rank has, -> this rank's shard of it. No communication.
+
+# B batch rows   S tokens a row   L local tokens (padded S / R)   R CP ranks
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from nemo_automodel.components.distributed.context_parallel.sharder import (
+    ShardLayout,
+    convert_attention_mask_to_padding_mask,
+)
+
+from nemo_dsv4_cp.collectives import mesh_rank
+from nemo_dsv4_cp.layout import SequenceLayout, padded_seq_len
+
+CP_GROUP_KEY = "_dsv4_cp_group"
+"""Batch key under which the CP process group travels to attention, as in the host."""
+
+_PAD_VALUES: dict[str, float] = {
+    "inputs_embeds": 0,
+    "labels": -100,  # what the host's losses ignore
+    "padding_mask": True,  # True = pad, so that MoE routers skip the slot
+    "loss_mask": 0,
+}
+_ROW_METADATA = {"seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded"}
+_IMAGE_KEYS = ("pixel_values", "image_grid_hws", "vision_token_types")
+
+
+def pad_tensor(tensor: torch.Tensor, seq_dim: int, pad_len: int, value: float) -> torch.Tensor:
+    """Append ``pad_len`` slots of ``value`` on ``seq_dim``; the tensor itself if there are none."""
+    if pad_len <= 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[seq_dim] = pad_len
+    return torch.cat((tensor, tensor.new_full(shape, value)), dim=seq_dim)
+
+
+def pad_position_ids(position_ids: torch.Tensor, seq_dim: int, pad_len: int) -> torch.Tensor:
+    """Append ``pad_len`` positions on ``seq_dim`` that keep counting from each row's last one."""
+    if pad_len <= 0:
+        return position_ids
+    shape = [1] * position_ids.dim()
+    shape[seq_dim] = pad_len
+    steps = torch.arange(1, pad_len + 1, device=position_ids.device, dtype=position_ids.dtype)
+    last = position_ids.narrow(seq_dim, position_ids.shape[seq_dim] - 1, 1)
+    return torch.cat((position_ids, last + steps.view(shape)), dim=seq_dim)
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Return whether the rows hold several documents, by any of the host's markers."""
+    return batch.get("qkv_format") == "thd" or any(
+        batch.get(key) is not None for key in (*_ROW_METADATA, "packed_seq_ids", "_packed_seq_ids")
+    )
+
+
+def local_token_indices(
+    cp_mesh: Any, padded_len: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Return the global position of each token of this rank, int64 [L].
+
+    The ``local_token_global_indices`` of a host ``ContextParallelSharder``.
+    """
+    layout = SequenceLayout.of_padded(
+        padded_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_mesh.size()
+    )
+    return layout.positions(device)
+
+
+def padding_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Read either form of attention mask as the host does.
+
+    Args:
+        attention_mask: [B, S], nonzero = real; or [B, 1, S, S], bool (True = attend) or additive
+            (0 = attend), of which the diagonal tells.
+
+    Returns:
+        Bool [B, S], True = pad.
+    """
+    form: dict[str, Any] = {"attention_mask": attention_mask}
+    convert_attention_mask_to_padding_mask(form)
+    padding: torch.Tensor = form["padding_mask"]
+    return padding
+
+
+def refuse_left_padding(padding_mask: torch.Tensor) -> None:
+    """Refuse rows in which a real token follows padding.
+
+    Attention sees positions, not masks: with padding only at the end no real query ever sees a pad
+    token, anywhere else it would.
+
+    Args:
+        padding_mask: Bool [B, S], True = pad, of whole rows.
+
+    Raises:
+        ValueError: If a row is not right-padded.
+    """
+    real_after_pad = (padding_mask[:, :-1] & ~padding_mask[:, 1:]).any(dim=1)
+    if bool(real_after_pad.any()):
+        row = int(real_after_pad.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: row {row} of the batch has real tokens after padding; attention here "
+            "goes by position and supports right padding only. Set the tokenizer's or collator's "
+            'padding_side to "right"'
+        )
+
+
+def refuse_restarting_positions(
+    position_ids: torch.Tensor, padding_mask: torch.Tensor | None
+) -> None:
+    """Refuse 2-D positions that do not count 0, 1, 2, ... over the real tokens of each row.
+
+    Args:
+        position_ids: Int [B, S], of whole rows.
+        padding_mask: Bool [B, S], True = pad; None if every token is real.
+
+    Raises:
+        ValueError: If a row restarts or starts elsewhere, as unmarked packed documents do.
+    """
+    counting = torch.arange(position_ids.shape[1], device=position_ids.device)
+    astray = position_ids != counting
+    if padding_mask is not None:
+        astray = astray & ~padding_mask.bool()
+    if bool(astray.any()):
+        raise ValueError(
+            "position_ids do not count 0, 1, 2, ... along each row, as if documents were packed; "
+            "leave position_ids out of the batch, or turn packing off "
+            "(packed_sequence.packed_sequence_size: 0)"
+        )
+
+
+def _refuse_packed(batch: Mapping[str, Any]) -> None:
+    if "cu_seqlens" in batch and "seq_lens" not in batch:
+        raise NotImplementedError(
+            "packed sequences: pre-flattened `cu_seqlens` batches cannot be sharded here; set "
+            "packed_sequence.packed_sequence_size: 0 or distributed.cp_size: 1"
+        )
+    if "seq_lens" not in batch:
+        raise KeyError("a packed batch (qkv_format: thd) requires `seq_lens`")
+    raise NotImplementedError(
+        "packed sequences are not supported under context parallelism yet; set "
+        "packed_sequence.packed_sequence_size: 0 or distributed.cp_size: 1"
+    )
+
+
+def _refuse_images(batch: Mapping[str, Any]) -> None:
+    found = [key for key in _IMAGE_KEYS if batch.get(key) is not None]
+    if found:
+        raise NotImplementedError(
+            f"images ({', '.join(found)} in the batch) are not supported under context "
+            "parallelism; set distributed.cp_size: 1"
+        )
+
+
+def _primary_key(batch: Mapping[str, Any]) -> str:
+    present = [key for key in ("input_ids", "inputs_embeds") if key in batch]
+    # AssertionError is what the host raises for this, and what its callers may catch.
+    assert len(present) == 1, (
+        f"a batch must hold exactly one of `input_ids` and `inputs_embeds`, got {present}"
+    )
+    return present[0]
+
+
+def _per_token_dims(
+    batch: Mapping[str, Any], rows: tuple[int, int], declared: Mapping[str, int]
+) -> Iterator[tuple[str, int]]:
+    """Yield every per-token tensor of the batch and its sequence dimension."""
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor) or key in _ROW_METADATA:
+            continue
+        if key in declared:
+            yield key, declared[key]
+        elif key == "position_ids":
+            yield key, 2 if value.dim() == 3 else 1
+        elif tuple(value.shape[:2]) == rows:
+            yield key, 1
+
+
+def contiguous_shard(
+    cp_mesh: Any,
+    tp_mesh: Any,
+    batch: dict[str, Any],
+    *,
+    loss_mask: torch.Tensor | None = None,
+    padding_token_id: int = 0,
+    pad_multiple: int | None = None,
+) -> tuple[Callable[..., Any], dict[str, Any], ShardLayout | None]:
+    """Pad the rows and keep this rank's contiguous slice of every per-token tensor.
+
+    Args:
+        cp_mesh: One-dimensional CP mesh; None or size 1 leaves the tokens as they are.
+        tp_mesh: Unused; V4 has no tensor parallelism.
+        batch: The full batch, changed in place. Per-token tensors are ``input_ids`` [B, S] or
+            ``inputs_embeds`` [B, S, E], ``labels`` [B, S], ``padding_mask`` [B, S], 2-D
+            ``attention_mask`` (1 = real) or 4-D (bool, or additive with 0 = attend),
+            ``position_ids`` [B, S] or [3, B, S] / [B, 3, S], whatever else has leading dimensions
+            [B, S], and what ``_cp_metadata_seq_dims`` names (key -> sequence dimension, with pad
+            values from ``_cp_metadata_pad_values``).
+        loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is sharded too.
+        padding_token_id: Pad value of ``input_ids``.
+        pad_multiple: What each shard's length must be a multiple of (at least 2).
+
+    Returns:
+        The forward's context factory (``nullcontext``), the sharded batch with the CP group under
+        ``_dsv4_cp_group``, and the lengths before and after padding (None when nothing was cut).
+
+    Raises:
+        AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
+        KeyError: If there are neither labels nor ``loss_mask``.
+        NotImplementedError: For packed rows or images.
+        ValueError: For left padding, or positions that do not count along the row.
+    """
+    cp_size = 1 if cp_mesh is None else cp_mesh.size()
+    if cp_size <= 1:
+        return contextlib.nullcontext, _uncut(batch, loss_mask), _uncut_layout(batch)
+    if is_packed(batch):
+        _refuse_packed(batch)
+    _refuse_images(batch)
+
+    # Only attention_mask shapes attention, in the host at CP size 1 too: a padding_mask that came
+    # without one was guessed from token values by its collater and serves the MoE routers alone.
+    attention_mask = batch.pop("attention_mask", None)
+    if attention_mask is not None:
+        padding = padding_of(attention_mask)
+        refuse_left_padding(padding)
+        batch.setdefault("padding_mask", padding)
+
+    primary = batch[_primary_key(batch)]
+    row_count, seq_len = primary.shape[:2]
+    labels = batch.get("labels")
+    if labels is None:
+        labels, loss_mask = loss_mask, None
+    if labels is None:
+        raise KeyError(
+            "context parallelism needs `labels` in the batch, or labels passed as loss_mask"
+        )
+    batch["labels"] = labels
+    if loss_mask is not None:
+        batch["loss_mask"] = loss_mask
+
+    if "position_ids" not in batch:
+        batch["position_ids"] = torch.arange(seq_len, device=primary.device)[None]
+    if batch["position_ids"].dim() == 2:
+        batch["position_ids"] = batch["position_ids"].expand(row_count, -1)
+        refuse_restarting_positions(batch["position_ids"], batch.get("padding_mask"))
+
+    seq_dims = batch.pop("_cp_metadata_seq_dims", {})
+    pad_values = {"input_ids": padding_token_id} | _PAD_VALUES
+    pad_values |= batch.pop("_cp_metadata_pad_values", {})
+    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=int(pad_multiple or 2))
+    layout = SequenceLayout.of_padded(padded_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_size)
+    for key, seq_dim in list(_per_token_dims(batch, (row_count, seq_len), seq_dims)):
+        if key == "position_ids":
+            padded = pad_position_ids(batch[key], seq_dim, padded_len - seq_len)
+        else:
+            padded = pad_tensor(batch[key], seq_dim, padded_len - seq_len, pad_values.get(key, 0))
+        batch[key] = padded.narrow(seq_dim, layout.start, layout.local_len).contiguous()
+
+    batch[CP_GROUP_KEY] = cp_mesh.get_group()
+    facts = ShardLayout(original_seq_len=seq_len, padded_seq_len=padded_len)
+    return contextlib.nullcontext, batch, facts
+
+
+def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:
+    """What the host does at CP size 1: mark packing, keep the tokens."""
+    if is_packed(batch):
+        batch["qkv_format"] = "thd"
+    if loss_mask is not None:
+        batch["labels" if "labels" not in batch else "loss_mask"] = loss_mask
+    return batch
+
+
+def _uncut_layout(batch: Mapping[str, Any]) -> ShardLayout | None:
+    primary = batch.get("input_ids", batch.get("inputs_embeds"))
+    if primary is None or primary.dim() < 2:
+        return None
+    return ShardLayout(original_seq_len=primary.shape[1], padded_seq_len=primary.shape[1])

@@ -1,0 +1,124 @@
+"""The context-parallel API of DeepSeek-V4, name for name AutoModel's own ``deepseek_v4.cp``.
+
+Each CP rank owns a contiguous shard of every row; attention sees across the cuts. The functions
+here hold no logic of their own: sharding lives in ``batch``, positions in ``layout``, communication
+in ``collectives``, the dense reference mask in ``masks``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp import layout
+from nemo_dsv4_cp.batch import contiguous_shard
+from nemo_dsv4_cp.batch import pad_position_ids as _pad_position_ids_seq_dim_
+from nemo_dsv4_cp.batch import pad_tensor as _pad_tensor_seq_dim_
+from nemo_dsv4_cp.collectives import Group, all_gather, all_gather_metadata
+from nemo_dsv4_cp.collectives import cp_enabled as dsv4_cp_enabled
+from nemo_dsv4_cp.collectives import cp_rank as dsv4_cp_rank
+from nemo_dsv4_cp.collectives import cp_size as dsv4_cp_size
+from nemo_dsv4_cp.masks import build_dsv4_cp_causal_padding_mask
+
+__all__ = [
+    "_lcm",
+    "_pad_position_ids_seq_dim_",
+    "_pad_tensor_seq_dim_",
+    "build_dsv4_cp_causal_padding_mask",
+    "dsv4_cp_all_gather",
+    "dsv4_cp_all_gather_metadata",
+    "dsv4_cp_enabled",
+    "dsv4_cp_local_seq_multiple",
+    "dsv4_cp_rank",
+    "dsv4_cp_size",
+    "make_dsv4_contiguous_shard_cp_batch_and_ctx",
+]
+
+
+def _lcm(a: int, b: int) -> int:
+    """Return the least common multiple; with a zero, the other number."""
+    return math.lcm(a, b) if a and b else max(a, b)
+
+
+def dsv4_cp_local_seq_multiple(model_or_config: Any) -> int:
+    """Return the number that each CP rank's shard length must be a multiple of.
+
+    Args:
+        model_or_config: A config with ``compress_ratios`` (a list, None counts as empty), or an
+            object that carries such a config as ``config``.
+
+    Returns:
+        The LCM over the layers of the ratio (of twice the ratio for ratio 4, whose windows
+        overlap); 1 when no layer compresses.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    return layout.local_seq_multiple(getattr(config, "compress_ratios", None))
+
+
+def dsv4_cp_all_gather(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:
+    """All-gather activations in rank order and concatenate them on ``dim``, with autograd.
+
+    Args:
+        tensor: This rank's shard, of one shape and dtype on every rank.
+        dim: Dimension to concatenate on.
+        cp_group: CP group; without CP the tensor is returned as it is.
+
+    Returns:
+        The concatenation; its gradient is reduce-scattered to the ranks that own the slices.
+    """
+    return all_gather(tensor, dim=dim, cp_group=cp_group)
+
+
+def dsv4_cp_all_gather_metadata(
+    tensor: torch.Tensor | None, *, dim: int, cp_group: Group | None
+) -> torch.Tensor | None:
+    """All-gather a tensor that carries no gradient, such as a padding mask; None stays None."""
+    if tensor is None:
+        return None
+    return all_gather_metadata(tensor, dim=dim, cp_group=cp_group)
+
+
+def make_dsv4_contiguous_shard_cp_batch_and_ctx(
+    cp_mesh: Any,
+    tp_mesh: Any,
+    batch: dict[str, Any],
+    *,
+    loss_mask: torch.Tensor | None = None,
+    padding_token_id: int = 0,
+    pad_multiple: int | None = None,
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Pad a batch and keep this CP rank's contiguous slice of it. No communication.
+
+    Works on its own, and attached to a batch as ``_cp_make_batch_fn`` with ``functools.partial``.
+
+    Args:
+        cp_mesh: One-dimensional CP mesh.
+        tp_mesh: Unused; V4 has no tensor parallelism.
+        batch: The full batch, changed in place; :func:`nemo_dsv4_cp.batch.contiguous_shard` lists
+            the tensors it may hold.
+        loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is sharded too.
+        padding_token_id: Pad value of ``input_ids``.
+        pad_multiple: What each shard's length must be a multiple of (at least 2), as
+            :func:`dsv4_cp_local_seq_multiple` gives it.
+
+    Returns:
+        ``contextlib.nullcontext`` and the batch.
+
+    Raises:
+        AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
+        KeyError: If there are neither labels nor ``loss_mask``.
+        NotImplementedError: For packed rows or images.
+        ValueError: For left padding, or positions that do not count along the row.
+    """
+    context, batch, _ = contiguous_shard(
+        cp_mesh,
+        tp_mesh,
+        batch,
+        loss_mask=loss_mask,
+        padding_token_id=padding_token_id,
+        pad_multiple=pad_multiple,
+    )
+    return context, batch

@@ -1,0 +1,88 @@
+"""A pool of worker processes that stay alive for the whole test run, joined by gloo.
+
+Importing the host takes seconds, so each worker does it once. A job is a module-level function
+``job(group, rank, *args)`` that runs on the first n workers; what it returns comes back in rank
+order, and the first error any rank raises is raised here.
+"""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+WORLD = 4
+TIMEOUT = timedelta(seconds=90)
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=TIMEOUT,
+    )
+    groups = {n: dist.new_group(range(n), timeout=TIMEOUT) for n in range(1, WORLD + 1)}
+    while (message := pipe.recv()) is not None:
+        job, count, args = message
+        try:
+            pipe.send((True, job(groups[count], rank, *args)))
+        except BaseException:  # every kind of failure must reach the test
+            pipe.send((False, f"rank {rank} of {count}:\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+class RankError(AssertionError):
+    """What a rank raised, with its traceback."""
+
+
+class RankPool:
+    def __init__(self) -> None:
+        self._processes: list[mp.Process] = []
+        self._pipes: list[Connection] = []
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        for rank in range(WORLD):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def run(self, job: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+        """Run ``job`` on ``ranks`` workers and return what each returned."""
+        if not self._processes:
+            self._start()
+        pipes = self._pipes[:ranks]
+        for pipe in pipes:
+            pipe.send((job, ranks, args))
+        answers: dict[Connection, Any] = {}
+        while len(answers) < ranks:
+            ready = wait([p for p in pipes if p not in answers], timeout=2 * TIMEOUT.seconds)
+            assert ready, f"no rank answered; {len(answers)} of {ranks} had"
+            for pipe in ready:
+                worked, answers[pipe] = pipe.recv()
+                if not worked:  # the others may wait for it in a collective
+                    error = answers[pipe]
+                    self.stop()
+                    raise RankError(error)
+        return [answers[pipe] for pipe in pipes]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
