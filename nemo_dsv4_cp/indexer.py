@@ -1,0 +1,68 @@
+"""CSA's choice: which past entries each query attends to, without gradient.
+
+# B batch rows   L local queries   I index heads   D index width   P entries   K chosen entries
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, index_scores
+from nemo_dsv4_cp.layout import SequenceLayout
+
+NOTHING = -1
+"""Fills the slots of a query that has fewer than K entries to choose from."""
+
+
+def select_entries(
+    indexer: Any,
+    hidden_BLE: torch.Tensor,
+    q_residual: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    index_keys_BPD: torch.Tensor,
+    layout: SequenceLayout,
+    *,
+    workspace_bytes: int,
+) -> torch.Tensor:
+    """Score the entries that each query may see and keep the K best.
+
+    Scores are computed for a few rows at a time, so memory never grows with L * P (the formula is
+    the host's ``DeepseekV4Indexer.forward``).
+
+    Args:
+        indexer: The host's ``DeepseekV4Indexer``.
+        hidden_BLE: Local hidden states.
+        q_residual: Normalised low-rank queries [B, L, q_lora_rank].
+        position_embeddings: Cos and sin of the local positions, each [B, L, rope_head_dim].
+        index_keys_BPD: Index keys of all ranks' entries.
+        layout: Positions of this rank's tokens.
+        workspace_bytes: How much the scores of one chunk of rows may take.
+
+    Returns:
+        Int32 [B, L, min(index_topk, P)]: entry indices, :data:`NOTHING` in unused slots.
+    """
+    batch, length = hidden_BLE.shape[:2]
+    ratio, heads = indexer.compress_ratio, indexer.n_heads
+    entries = index_keys_BPD.shape[1]
+    kept = min(indexer.index_topk, entries)
+    chosen = torch.full((batch, length, kept), NOTHING, dtype=torch.int32, device=hidden_BLE.device)
+    if not kept:
+        return chosen
+    cos, sin = (part.unsqueeze(2) for part in position_embeddings)
+    q_BLID = indexer.wq_b(q_residual).view(batch, length, heads, indexer.head_dim)
+    q_BLID = apply_partial_rope(q_BLID, cos, sin, indexer.rope_head_dim)
+    weights_BLI = indexer.weights_proj(hidden_BLE).float() * heads**-0.5
+
+    rows = max(1, workspace_bytes // (batch * heads * entries * 4))
+    for begin in range(0, length, rows):
+        chunk = slice(begin, min(begin + rows, length))
+        scores_BCP = index_scores(
+            indexer, q_BLID[:, chunk], index_keys_BPD, weights_BLI[:, chunk], layout, begin
+        )
+        visible = layout.visible_entries_per_query(chunk, ratio, scores_BCP.device)[None, :, None]
+        past = torch.arange(entries, device=scores_BCP.device) < visible
+        best = scores_BCP.masked_fill(~past, -torch.inf).topk(kept, dim=-1).indices
+        chosen[:, chunk] = best.masked_fill(best >= visible, NOTHING).to(torch.int32)
+    return chosen

@@ -1,0 +1,180 @@
+"""The registered architecture: the host's V4 with attention that sees across the cuts.
+
+# B batch rows   L local tokens   E hidden   M hyper-connection streams
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from nemo_automodel.components.distributed.context_parallel.sharder import (
+    ContextParallelSharder,
+)
+from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
+from nemo_automodel.components.models.deepseek_v4.model import (
+    DeepseekV4ForCausalLM,
+    DeepseekV4Model,
+)
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.batch import (
+    is_packed,
+    local_token_indices,
+    padding_of,
+    refuse_left_padding,
+)
+from nemo_dsv4_cp.config import ContextParallelOptions
+from nemo_dsv4_cp.host.deepseek_v4 import reset_uninitialised_norms
+
+
+class ContextParallelModel(DeepseekV4Model):
+    """The host's V4 backbone without its dense [L, S] attention mask."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        return_hc_hidden: bool = False,
+        **attn_kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run the backbone on this rank's shard.
+
+        Args:
+            input_ids: Token ids [B, L]; on later pipeline stages the hidden streams [B, L, M, E].
+            inputs_embeds: Embeddings [B, L, E] in place of ids.
+            position_ids: Global positions of the local tokens [B, L]; counting from 0 by default.
+            attention_mask: [B, L], 1 = real, right-padded; only at CP size 1, where the batch was
+                not checked when it was cut.
+            padding_mask: Bool [B, L], True = pad, for the MoE routers.
+            return_hc_hidden: Return the hidden streams too.
+            **attn_kwargs: For attention; ``_dsv4_cp_group`` above all.
+
+        Returns:
+            Hidden states [B, L, E], or on an earlier pipeline stage the streams [B, L, M, E]; with
+            ``return_hc_hidden`` the streams as well.
+
+        Raises:
+            ValueError: For left padding, or when there is no input.
+        """
+        # Packed rows and images reach the model at CP size 1 only; the host serves them there.
+        if self.vision_enabled or is_packed(attn_kwargs):
+            hosted: torch.Tensor = super().forward(
+                input_ids,
+                inputs_embeds=inputs_embeds,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                padding_mask=padding_mask,
+                return_hc_hidden=return_hc_hidden,
+                **attn_kwargs,
+            )
+            return hosted
+        if attention_mask is not None:
+            padded = padding_of(attention_mask)
+            refuse_left_padding(padded)
+            padding_mask = padded if padding_mask is None else padding_mask
+
+        if self.embed_tokens is None:  # a later pipeline stage
+            streams_BLME = input_ids if input_ids is not None else inputs_embeds
+            routed_ids = None
+        else:
+            routed_ids = input_ids
+            if inputs_embeds is None and input_ids is not None:
+                inputs_embeds = self.embed_tokens(input_ids)
+            streams_BLME = (
+                None
+                if inputs_embeds is None
+                else inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
+            )
+        if streams_BLME is None:
+            raise ValueError("the model needs input_ids or inputs_embeds")
+
+        like_BLE = streams_BLME[:, :, 0]
+        batch, length = like_BLE.shape[:2]
+        if position_ids is None:
+            position_ids = torch.arange(length, device=like_BLE.device)
+        position_ids = torch.atleast_2d(position_ids).expand(batch, -1)
+        rope = self.rotary_emb(like_BLE, position_ids)
+        rope_compress = self.rotary_emb_compress(like_BLE, position_ids)
+        attn_kwargs.pop("vision_token_types", None)
+        for block in self.layers.values():
+            if block is None:  # trimmed from this pipeline stage
+                continue
+            streams_BLME = block(
+                x=streams_BLME,
+                position_embeddings=rope,
+                position_ids=position_ids,
+                position_embeddings_compress=rope_compress,
+                rotary_compress=self.rotary_emb_compress,
+                padding_mask=padding_mask,
+                input_ids=routed_ids,
+                **attn_kwargs,
+            )
+        hidden = streams_BLME
+        if self.hc_head is not None:
+            hidden = self.hc_head(hidden)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        return (hidden, streams_BLME) if return_hc_hidden else hidden
+
+
+class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
+    """V4 for causal language modelling at any ``distributed.cp_size``.
+
+    Registered in the host's ``nemo_automodel.architectures`` and named by
+    ``DeepseekV4ContextParallelConfig``. Parameters, state dict and checkpoints are the host's.
+    """
+
+    _owns_cp_attention = True
+    # Packed rows under CP are refused for now; the host then says so before it builds a dataset.
+    _packed_cp_attn_backends = ()
+    # The host keeps these by exact class name (_transformers/model_parallelization.py).
+    parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        options = getattr(config, "context_parallel", None) or ContextParallelOptions()
+        self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
+        self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
+        self.model.__class__ = ContextParallelModel
+        for module in self.modules():
+            if type(module) is DeepseekV4Attention:
+                ContextParallelAttention.adopt(module)
+
+    def prepare_model_inputs_for_cp(
+        self, batch: dict[str, Any], *, num_chunks: int = 1
+    ) -> dict[str, Any]:
+        """Return the sharder of this model under ``cp_sharder``, the host's contract.
+
+        Args:
+            batch: The full batch; not changed here.
+            num_chunks: Pipeline microbatches; they split the batch dimension, which is not cut.
+        """
+        shard = partial(self._batch_fn, pad_multiple=self._pad_multiple)
+        return {
+            "cp_sharder": ContextParallelSharder(
+                shard_batch=shard, local_token_global_indices=local_token_indices
+            )
+        }
+
+    @torch.no_grad()
+    def initialize_weights(
+        self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Initialise as the host does, and the norms that it forgets.
+
+        Args:
+            buffer_device: Where buffers live; by default with the parameters (the host: CUDA).
+            dtype: Dtype that unsharded parameters are cast to.
+        """
+        device = buffer_device or next(self.parameters()).device
+        for module in self.modules():
+            if isinstance(module, ContextParallelAttention):
+                reset_uninitialised_norms(module)
+        super().initialize_weights(buffer_device=device, dtype=dtype)

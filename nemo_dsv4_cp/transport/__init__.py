@@ -1,0 +1,1 @@
+"""What a rank's queries see of the other ranks' tokens: one file a transport."""

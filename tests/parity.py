@@ -1,0 +1,270 @@
+"""Jobs that compare a CP run with the host's own model at CP size 1, float32 on CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nemo_automodel.components.models.common import BackendConfig
+from nemo_automodel.components.models.deepseek_v4.layers import (
+    DeepseekV4Attention,
+    DeepseekV4RotaryEmbedding,
+    build_causal_padding_mask,
+)
+from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
+
+from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.layout import SequenceLayout, local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=64,
+    moe_intermediate_size=32,
+    num_attention_heads=4,
+    head_dim=32,
+    qk_rope_head_dim=16,
+    q_lora_rank=32,
+    o_lora_rank=16,
+    o_groups=2,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    index_head_dim=16,
+    # Scores are sums of relu: with few heads many tie at exactly 0, and any choice is right.
+    index_n_heads=16,
+    index_topk=24,
+    sliding_window=128,
+    num_hash_layers=1,
+    hc_mult=2,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=8192,
+    torch_dtype="float32",
+)
+
+
+def tiny_config(ratios: list[int], **changes: Any) -> DeepseekV4ContextParallelConfig:
+    layers = {"num_hidden_layers": len(ratios), "compress_ratios": ratios}
+    return DeepseekV4ContextParallelConfig(**(SIZES | layers | changes))
+
+
+def cpu_backend() -> BackendConfig:
+    return BackendConfig(
+        attn="sdpa",
+        linear="torch",
+        rms_norm="torch_fp32",
+        experts="torch",
+        dispatcher="torch",
+        rope_fusion=False,
+        enable_hf_state_dict_adapter=False,
+    )
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Draw every parameter, the ones that the host leaves constant included.
+
+    Hyper-connections are drawn apart: at the host's init all streams are alike, and their
+    parameters' gradients are float32 noise in the reference already.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name or name.endswith("scale"):
+                parameter.copy_(1 + 0.1 * noise)
+            elif name.endswith(("base", "sinks_param.weight", "ape_param.weight")):
+                parameter.copy_(0.5 * noise)
+            elif "embed" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+
+
+def worst(mine: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the largest difference, relative to the reference's largest entry."""
+    return float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def compare_gradients(
+    group: dist.ProcessGroup,
+    mine: torch.nn.Module,
+    reference: torch.nn.Module,
+) -> dict[str, float]:
+    """Sum my gradients over the ranks and compare each with the reference's."""
+    differences = {}
+    theirs = dict(reference.named_parameters())
+    for name, parameter in mine.named_parameters():
+        if ".indexer." in name or name.startswith("indexer."):
+            assert parameter.grad is None, f"{name} feeds integers only, yet has a gradient"
+            continue
+        expected = theirs[name].grad
+        assert (parameter.grad is None) == (expected is None), f"{name}: only one has a gradient"
+        if expected is None:
+            continue
+        dist.all_reduce(parameter.grad, group=group)
+        assert expected.abs().max() > 0, f"{name}: a zero reference gradient proves nothing"
+        differences[name] = worst(parameter.grad, expected)
+    assert differences
+    return differences
+
+
+def attention_job(
+    group: dist.ProcessGroup,
+    rank: int,
+    ratio: int,
+    rows: int,
+    seq_len: int,
+    options: dict[str, Any],
+    recompute: bool = False,
+    seed: int = 0,
+    **changes: Any,
+) -> dict[str, float]:
+    """One attention layer, CP size = the group's, against the host's at CP size 1."""
+    config = tiny_config([ratio], context_parallel=options, **changes)
+    reference = DeepseekV4Attention(config, 0, cpu_backend())
+    randomise(reference, seed)
+    mine = ContextParallelAttention(config, 0, cpu_backend())
+    mine.load_state_dict(reference.state_dict())
+    for module in (mine, reference):
+        if module.compressor is not None and module.compressor.indexer is not None:
+            module.compressor.indexer.requires_grad_(False)  # as the host does before training
+    mine._cp_group = group
+
+    rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
+    rope_compress = DeepseekV4RotaryEmbedding(160000.0, config.head_dim, 0.5)
+    generator = torch.Generator().manual_seed(seed + 1)
+    hidden = torch.randn(rows, seq_len, config.hidden_size, generator=generator)
+    weight = torch.randn(rows, seq_len, config.hidden_size, generator=generator)
+
+    def call(attention: torch.nn.Module, x: torch.Tensor, mask: Any, start: int) -> torch.Tensor:
+        positions = torch.arange(start, start + x.shape[1]).expand(rows, -1)
+        return attention(
+            x,
+            rope(x, positions),
+            attention_mask=mask,
+            position_embeddings_compress=rope_compress(x, positions),
+            rotary_compress=rope_compress,
+            position_ids=positions,
+        )[0]
+
+    whole = hidden.clone().requires_grad_()
+    mask = build_causal_padding_mask(
+        None, seq_len, torch.float32, whole.device, rows, config.sliding_window
+    )
+    expected = call(reference, whole, mask, 0)
+    (expected * weight).sum().backward()
+
+    size = dist.get_world_size(group)
+    padded = (
+        padded_seq_len(seq_len, cp_size=size, pad_multiple=local_seq_multiple([ratio]))
+        if size > 1
+        else seq_len
+    )
+    layout = SequenceLayout.of_padded(padded, cp_rank=rank, cp_size=size)
+    own = slice(layout.start, layout.end)
+    shard = pad(hidden, (0, 0, 0, padded - seq_len))[:, own].clone().requires_grad_()
+    if recompute:
+        out = checkpoint(call, mine, shard, None, layout.start, use_reentrant=False)
+    else:
+        out = call(mine, shard, None, layout.start)
+    (out * pad(weight, (0, 0, 0, padded - seq_len))[:, own]).sum().backward()
+
+    real = max(0, min(seq_len, layout.end) - layout.start)
+    differences = {"outputs": 0.0, "input gradient": 0.0}
+    if real:
+        here = slice(layout.start, layout.start + real)
+        differences["outputs"] = float((out[:, :real] - expected[:, here]).detach().abs().max())
+        # relative to the largest entry of the whole gradient, not of this shard's
+        gap = (shard.grad[:, :real] - whole.grad[:, here]).abs().max()
+        differences["input gradient"] = float(gap / whole.grad.abs().max())
+    return differences | compare_gradients(group, mine, reference)
+
+
+class GroupMesh:
+    """The little of a one-dimensional device mesh that batch functions use."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def get_group(self) -> dist.ProcessGroup:
+        return self.group
+
+
+def model_job(
+    group: dist.ProcessGroup,
+    rank: int,
+    ratios: list[int],
+    rows: int,
+    seq_len: int,
+    options: dict[str, Any],
+    padded_row: bool = False,
+    seed: int = 0,
+    index_topk: int = 512,
+) -> dict[str, float]:
+    """A whole MoE model, CP size = the group's, against the host's own at CP size 1."""
+    config = tiny_config(ratios, context_parallel=options, index_topk=index_topk)
+    reference = DeepseekV4ForCausalLM(config, backend=cpu_backend())
+    mine = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
+    reference.initialize_weights(torch.device("cpu"), torch.float32)  # the hash gate's table
+    randomise(reference, seed)
+    mine.load_state_dict(reference.state_dict())
+    for model in (reference, mine):
+        model.train()
+        for name, parameter in model.named_parameters():
+            if ".indexer." in name:
+                parameter.requires_grad_(False)
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    ids = torch.randint(0, config.vocab_size, (rows, seq_len), generator=generator)
+    labels = torch.randint(0, config.vocab_size, (rows, seq_len), generator=generator)
+    attention_mask = None
+    if padded_row:
+        attention_mask = torch.ones_like(ids)
+        attention_mask[-1, seq_len // 3 :] = 0
+        labels[-1, seq_len // 3 :] = -100
+    count = int((labels != -100).sum())
+
+    def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        flat = logits.flatten(0, 1).float()
+        return cross_entropy(flat, targets.flatten(), reduction="sum") / count
+
+    expected = reference(ids, attention_mask=attention_mask).logits
+    expected_loss = loss_of(expected, labels)
+    expected_loss.backward()
+
+    batch = {"input_ids": ids.clone(), "labels": labels.clone()}
+    if attention_mask is not None:
+        batch["attention_mask"] = attention_mask.clone()
+    sharder = mine.prepare_model_inputs_for_cp(batch)["cp_sharder"]
+    _, batch, facts = sharder.shard_batch(GroupMesh(group), None, batch)
+    local_labels = batch.pop("labels")
+    logits = mine(**batch).logits
+    loss = loss_of(logits, local_labels)
+    loss.backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total, group=group)
+
+    length = local_labels.shape[1]
+    own = slice(rank * length, (rank + 1) * length)
+    padded_labels = pad(labels, (0, facts.padded_seq_len - seq_len), value=-100)
+    real = padded_labels[:, own] != -100
+    gap = 0.0
+    if real.any():
+        wide = pad(expected.detach(), (0, 0, 0, facts.padded_seq_len - seq_len))[:, own]
+        gap = float((logits.detach() - wide)[real].abs().max())
+    differences = {"outputs": gap, "loss": float((total - expected_loss.detach()).abs())}
+    return differences | compare_gradients(group, mine, reference)
+
+
+def assert_parity(results: list[dict[str, float]]) -> None:
+    """Hold every rank to the project's float32 tolerances."""
+    for rank, differences in enumerate(results):
+        for name, difference in differences.items():
+            limit = 1e-5 if name in ("outputs", "loss") else 5e-5
+            assert difference <= limit, f"rank {rank}: {name} differs by {difference:.2e}"
