@@ -1,0 +1,119 @@
+"""Attention layers over real gloo ranks against the host's layer at CP size 1."""
+
+import pytest
+import torch
+from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
+
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from tests.meshes import FakeMesh
+from tests.parity import assert_parity, attention_job, cpu_backend, randomise, tiny_config
+from tests.ranks import RankError
+
+ALL_GATHER = {"transport": "all_gather"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+@pytest.mark.parametrize(("rows", "seq_len"), [(2, 777), (1, 1024), (3, 130)])
+def test_a_layer_equals_the_hosts_at_one_rank(ranks, ratio, size, rows, seq_len):
+    assert_parity(ranks.run(attention_job, size, ratio, rows, seq_len, ALL_GATHER))
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_a_layer_equals_the_hosts_under_activation_checkpointing(ranks, ratio):
+    assert_parity(ranks.run(attention_job, 2, ratio, 2, 600, ALL_GATHER, True))
+
+
+@pytest.mark.parametrize("window", [1, 7, 300])
+def test_the_window_may_be_shorter_or_longer_than_a_shard(ranks, window):
+    changes = {"sliding_window": window}
+    assert_parity(ranks.run(attention_window_job, 2, changes))
+
+
+def attention_window_job(group, rank, changes):
+    return attention_job(group, rank, 4, 2, 250, ALL_GATHER, **changes)
+
+
+def straddling_job(group, rank):
+    config = tiny_config([128])
+    attention = ContextParallelAttention(config, 0, cpu_backend())
+    attention._cp_group = group
+    return call(attention, torch.randn(1, 100, config.hidden_size))
+
+
+def call(attention, hidden, **kwargs):
+    rope = DeepseekV4RotaryEmbedding(10000.0, attention.head_dim, 0.5)
+    positions = torch.arange(hidden.shape[1]).expand(hidden.shape[0], -1)
+    return attention(
+        hidden,
+        rope(hidden, positions),
+        position_embeddings_compress=rope(hidden, positions),
+        rotary_compress=rope,
+        **kwargs,
+    )[0]
+
+
+def test_a_shard_that_cuts_a_window_is_refused_on_every_rank(ranks):
+    with pytest.raises(RankError, match="shard of 100 tokens cannot work with compress ratio 128"):
+        ranks.run(straddling_job, 2)
+
+
+def make(ratio=4, **changes):
+    attention = ContextParallelAttention(tiny_config([ratio], **changes), 0, cpu_backend())
+    randomise(attention, 0)
+    return attention
+
+
+def test_the_attention_mask_is_not_read():
+    attention, hidden = make(), torch.randn(1, 40, 64)
+    blocked = torch.full((1, 1, 40, 40), -1e9)
+    assert torch.equal(
+        call(attention, hidden), call(attention, hidden, attention_mask=blocked, is_causal=True)
+    )
+
+
+def test_the_future_never_reaches_the_past():
+    for ratio in (0, 4, 128):
+        attention, hidden = make(ratio), torch.randn(1, 300, 64)
+        other = hidden.clone()
+        other[:, 201:] = torch.randn(1, 99, 64)
+        assert torch.equal(call(attention, hidden)[:, :201], call(attention, other)[:, :201])
+
+
+def test_a_row_shorter_than_a_window_has_no_entries():
+    out = call(make(128), torch.randn(2, 5, 64))
+    assert out.shape == (2, 5, 64)
+    assert out.isfinite().all()
+
+
+def test_bfloat16_stays_close_to_float32():
+    attention, hidden = make(4), torch.randn(1, 256, 64)
+    exact = call(attention, hidden)
+    attention.to(torch.bfloat16)
+    for holder in (
+        attention.sinks_param,
+        attention.compressor.wkv,
+        attention.compressor.wgate,
+        attention.compressor.ape_param,
+        attention.compressor.indexer.wkv,
+        attention.compressor.indexer.wgate,
+        attention.compressor.indexer.ape_param,
+    ):
+        holder.float()  # as the host keeps them
+    rough = call(attention, hidden.bfloat16())
+    assert rough.dtype == torch.bfloat16
+    # The indexer may choose otherwise where scores nearly tie; the rest must be close.
+    assert (rough - exact).abs().median() <= 0.02 * exact.abs().max()
+
+
+def test_the_group_of_setup_cp_attention_is_used():
+    attention = make()
+    attention.setup_cp_attention(FakeMesh(2, group="the CP group"))
+    assert attention._cp_group == "the CP group"
+
+
+def test_what_training_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r"start_pos=3"):
+        call(make(), torch.randn(1, 8, 64), start_pos=3)
+    with pytest.raises(ValueError, match=r"attention_dropout=0.1 .*attention_dropout: 0.0"):
+        make(attention_dropout=0.1)

@@ -1,0 +1,133 @@
+"""The whole model over real gloo ranks against the host's own at CP size 1."""
+
+import pytest
+import torch
+from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
+from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
+
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+from tests.parity import GroupMesh, assert_parity, cpu_backend, model_job, randomise, tiny_config
+
+RATIOS = [0, 4, 128, 4]
+ALL_GATHER = {"transport": "all_gather"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("seq_len", [777, 1024])
+@pytest.mark.parametrize("padded_row", [False, True])
+def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, size, seq_len, padded_row):
+    assert_parity(ranks.run(model_job, size, RATIOS, 2, seq_len, ALL_GATHER, padded_row))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_moe_model_whose_indexer_has_to_choose_equals_the_hosts(ranks, size):
+    # Few enough entries that rounding of the layers before cannot swap two near ties.
+    assert_parity(ranks.run(model_job, size, RATIOS, 2, 190, ALL_GATHER, True, 0, 8))
+
+
+def test_a_larger_pad_multiple_changes_nothing(ranks):
+    options = ALL_GATHER | {"pad_multiple": 256}
+    assert_parity(ranks.run(model_job, 2, RATIOS, 1, 300, options))
+
+
+def build(cls=DeepseekV4ContextParallelForCausalLM, **changes):
+    model = cls(tiny_config(RATIOS, **changes), backend=cpu_backend())
+    model.initialize_weights(torch.device("cpu"), torch.float32)
+    randomise(model, 0)
+    return model.eval()
+
+
+def initialised(cls):
+    torch.manual_seed(0)
+    model = cls(tiny_config(RATIOS), backend=cpu_backend())
+    model.initialize_weights(torch.device("cpu"), torch.float32)
+    return model
+
+
+def test_parameters_and_random_draws_are_the_hosts():
+    mine, theirs = (
+        initialised(cls) for cls in (DeepseekV4ContextParallelForCausalLM, DeepseekV4ForCausalLM)
+    )
+    expected = theirs.state_dict()
+    assert list(mine.state_dict()) == list(expected)
+    for name, value in mine.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_every_attention_of_the_model_is_ours_mtp_included():
+    model = build(num_nextn_predict_layers=1, compress_ratios=[*RATIOS, 0])
+    attentions = [m for name, m in model.named_modules() if name.endswith("self_attn")]
+    assert len(attentions) == 5
+    assert all(type(attention) is ContextParallelAttention for attention in attentions)
+
+
+def test_initialised_from_the_meta_device_nothing_is_left_to_chance():
+    with torch.device("meta"):
+        model = DeepseekV4ContextParallelForCausalLM(tiny_config(RATIOS), backend=cpu_backend())
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    model.initialize_weights(dtype=torch.float32)
+    assert not [name for name, p in model.named_parameters() if not p.isfinite().all()]
+
+
+def test_left_padding_is_refused_at_one_rank_too():
+    ids = torch.ones(2, 6, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match=r"row 1 .* padding_side"):
+        build()(ids, attention_mask=mask)
+
+
+def test_packed_rows_at_one_rank_are_the_hosts():
+    ids = torch.randint(0, 97, (1, 256))
+    packed = {"qkv_format": "thd", "seq_lens": torch.tensor([[100, 156]])}
+    packed["seq_lens_padded"] = packed["seq_lens"]
+    expected = build(DeepseekV4ForCausalLM)(ids, **packed).logits
+    torch.testing.assert_close(build()(ids, **packed).logits, expected)
+
+
+def test_multi_token_prediction_at_one_rank_is_the_hosts():
+    changes = {"num_nextn_predict_layers": 1, "compress_ratios": [*RATIOS, 4]}
+    ids = torch.randint(0, 97, (2, 200))
+    (expected,) = build(DeepseekV4ForCausalLM, **changes).train()(ids).mtp_per_depth_h
+    (mine,) = build(**changes).train()(ids).mtp_per_depth_h
+    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=0)
+
+
+def test_embeddings_serve_in_place_of_ids():
+    model, ids = build(num_hash_layers=0), torch.randint(0, 97, (2, 64))
+    embeds = model.model.embed_tokens(ids)
+    assert torch.equal(model.model(inputs_embeds=embeds), model.model(ids))
+    with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
+        model.model()
+
+
+def token_verbs_job(group, rank):
+    class Mesh(dict):
+        mesh_dim_names = ("cp",)
+
+    model = DeepseekV4ContextParallelForCausalLM(tiny_config(RATIOS), backend=cpu_backend())
+    ids = torch.arange(2 * 300).view(2, 300) % 97
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    sharder = ContextParallelSharder(model, Mesh(cp=GroupMesh(group)), batch)
+    _, batch = sharder.shard(batch)
+    values = torch.randn(2, 300, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    logits = torch.randn(2, 300, 5, generator=torch.Generator().manual_seed(1))
+    local = sharder.shard_token_tensor(values, fill=0)
+    back = sharder.gather_token_tensor(local, trim=True)
+    (back.sum() * (rank + 1)).backward()
+    wide = sharder.gather_token_tensor(sharder.shard_token_tensor(logits, fill=0), trim=True)
+    return {
+        "shard": torch.equal(
+            local.detach().nonzero(), batch["labels"].ne(-100).long().mul(local.detach()).nonzero()
+        ),
+        "round trip": torch.equal(back, values) and torch.equal(wide, logits),
+        "gradient": values.grad is not None and values.grad.ne(0).any().item(),
+    }
+
+
+def test_token_verbs_round_trip_in_the_callers_coordinates(ranks):
+    for answers in ranks.run(token_verbs_job, 2):
+        assert all(answers.values()), answers
