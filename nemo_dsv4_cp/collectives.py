@@ -86,3 +86,12 @@ def all_gather_metadata(tensor: torch.Tensor, *, dim: int, cp_group: Group | Non
     if cp_group is None or not cp_enabled(cp_group):
         return tensor
     return _gather_concat(tensor, dim, cp_group)
+
+
+def all_reduce_sum(tensor: torch.Tensor, *, cp_group: Group | None) -> torch.Tensor:
+    """Return the sum over the CP ranks of a tensor that carries no gradient."""
+    if not cp_enabled(cp_group):
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total, group=cp_group)
+    return total

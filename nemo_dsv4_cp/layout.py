@@ -48,6 +48,27 @@ def padded_seq_len(seq_len: int, *, cp_size: int, pad_multiple: int) -> int:
     return -(-seq_len // divisor) * divisor
 
 
+def validate_cp_size(cp_size: int, *, pad_multiple: int, max_seq_len: int) -> None:
+    """Refuse more ranks than the longest row has shards for.
+
+    Args:
+        cp_size: Number of CP ranks.
+        pad_multiple: What each shard length is a multiple of.
+        max_seq_len: Longest row that the model knows positions for.
+
+    Raises:
+        ValueError: If even a row of ``max_seq_len`` tokens leaves a rank nothing but padding.
+    """
+    useful = max(max_seq_len // max(pad_multiple, 2), 1)
+    if cp_size > useful:
+        raise ValueError(
+            f"distributed.cp_size={cp_size} cannot work: shards hold a multiple of {pad_multiple} "
+            f"tokens (context_parallel.pad_multiple), so max_position_embeddings={max_seq_len} "
+            f"tokens fill {useful} of them and the other ranks would hold padding only; use "
+            f"{useful} or fewer"
+        )
+
+
 @dataclass(frozen=True)
 class SequenceLayout:
     """One rank's view of a row: its own tokens and what its queries may see.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +16,27 @@ from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4ForCausalLM,
     DeepseekV4Model,
 )
+from torch.distributed.tensor import DTensor
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.batch import (
+    CP_GROUP_KEY,
     is_packed,
     local_token_indices,
     padding_of,
     refuse_left_padding,
 )
+from nemo_dsv4_cp.collectives import Group, all_reduce_sum
 from nemo_dsv4_cp.config import ContextParallelOptions
 from nemo_dsv4_cp.host.deepseek_v4 import reset_uninitialised_norms
+from nemo_dsv4_cp.layout import validate_cp_size
 
 
 class ContextParallelModel(DeepseekV4Model):
     """The host's V4 backbone without its dense [L, S] attention mask."""
+
+    _cp_group: Group | None = None
 
     def forward(
         self,
@@ -63,6 +68,7 @@ class ContextParallelModel(DeepseekV4Model):
         Raises:
             ValueError: For left padding, or when there is no input.
         """
+        self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
         # Packed rows and images reach the model at CP size 1 only; the host serves them there.
         if self.vision_enabled or is_packed(attn_kwargs):
             hosted: torch.Tensor = super().forward(
@@ -123,6 +129,18 @@ class ContextParallelModel(DeepseekV4Model):
             hidden = self.norm(hidden)
         return (hidden, streams_BLME) if return_hc_hidden else hidden
 
+    def update_moe_gate_bias(self) -> None:
+        """Balance the experts by the tokens of the whole row, not of this rank's shard.
+
+        The host sums expert loads over the mesh that shards the bias. With ep_size 1 none does, and
+        each CP rank would come to route by a bias of its own.
+        """
+        for module in self.modules():
+            load = getattr(module, "_cumulative_expert_load", None)
+            if load is not None and not isinstance(module.e_score_correction_bias, DTensor):
+                module._cumulative_expert_load = all_reduce_sum(load, cp_group=self._cp_group)
+        super().update_moe_gate_bias()
+
 
 class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     """V4 for causal language modelling at any ``distributed.cp_size``.
@@ -156,12 +174,20 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             batch: The full batch; not changed here.
             num_chunks: Pipeline microbatches; they split the batch dimension, which is not cut.
         """
-        shard = partial(self._batch_fn, pad_multiple=self._pad_multiple)
         return {
             "cp_sharder": ContextParallelSharder(
-                shard_batch=shard, local_token_global_indices=local_token_indices
+                shard_batch=self._shard_batch, local_token_global_indices=local_token_indices
             )
         }
+
+    def _shard_batch(self, cp_mesh: Any, tp_mesh: Any, batch: dict[str, Any], **kwargs: Any) -> Any:
+        if cp_mesh is not None:
+            validate_cp_size(
+                cp_mesh.size(),
+                pad_multiple=self._pad_multiple,
+                max_seq_len=self.config.max_position_embeddings,
+            )
+        return self._batch_fn(cp_mesh, tp_mesh, batch, pad_multiple=self._pad_multiple, **kwargs)
 
     @torch.no_grad()
     def initialize_weights(

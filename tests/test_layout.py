@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_dsv4_cp.layout import SequenceLayout, local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.layout import (
+    SequenceLayout,
+    local_seq_multiple,
+    padded_seq_len,
+    validate_cp_size,
+)
 
 ratio_lists = st.lists(st.sampled_from([0, 2, 3, 4, 128]), max_size=6)
 
@@ -60,3 +65,9 @@ def test_unequal_shards_are_refused_with_a_length_that_works():
 def test_the_multiple_of_v4_flash_is_128():
     assert local_seq_multiple([0, 0, 4] + [128, 4] * 20 + [0]) == math.lcm(8, 128) == 128
     assert local_seq_multiple(None) == local_seq_multiple([]) == local_seq_multiple([0]) == 1
+
+
+def test_more_ranks_than_the_longest_row_has_shards_for_are_refused():
+    validate_cp_size(32, pad_multiple=128, max_seq_len=4096)
+    with pytest.raises(ValueError, match=r"distributed.cp_size=33 .*4096.* use 32 or fewer"):
+        validate_cp_size(33, pad_multiple=128, max_seq_len=4096)

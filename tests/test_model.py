@@ -7,6 +7,7 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCaus
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+from tests.meshes import FakeMesh
 from tests.parity import GroupMesh, assert_parity, cpu_backend, model_job, randomise, tiny_config
 
 RATIOS = [0, 4, 128, 4]
@@ -102,6 +103,45 @@ def test_embeddings_serve_in_place_of_ids():
     assert torch.equal(model.model(inputs_embeds=embeds), model.model(ids))
     with pytest.raises(ValueError, match="needs input_ids or inputs_embeds"):
         model.model()
+
+
+def test_a_cp_size_that_cannot_work_is_refused_before_the_first_step():
+    model = build(max_position_embeddings=512)
+    batch = {"input_ids": torch.ones(1, 300).long(), "labels": torch.ones(1, 300).long()}
+    sharder = model.prepare_model_inputs_for_cp(batch)["cp_sharder"]
+    sharder.shard_batch(FakeMesh(4), None, dict(batch))
+    with pytest.raises(ValueError, match=r"cp_size=8 cannot work.* use 4 or fewer"):
+        sharder.shard_batch(FakeMesh(8), None, dict(batch))
+
+
+def gate_bias_job(group, rank):
+    config = tiny_config(RATIOS)
+    mine, reference = (
+        cls(config, backend=cpu_backend()).train()
+        for cls in (DeepseekV4ContextParallelForCausalLM, DeepseekV4ForCausalLM)
+    )
+    reference.initialize_weights(torch.device("cpu"), torch.float32)
+    randomise(reference, 0)
+    mine.load_state_dict(reference.state_dict())
+    ids = torch.randint(0, 97, (1, 500), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    sharder = mine.prepare_model_inputs_for_cp(batch)["cp_sharder"]
+    reference(ids)
+    batch["attention_mask"] = torch.ones_like(ids)
+    _, batch, _ = sharder.shard_batch(GroupMesh(group), None, batch)
+    batch.pop("labels")
+    mine(**batch)
+    for model in (mine, reference):
+        model.update_moe_gate_bias()
+    expected = reference.state_dict()
+    biases = {k: v for k, v in mine.state_dict().items() if "e_score_correction_bias" in k}
+    return [bool(v.any()) and torch.equal(v, expected[k]) for k, v in biases.items()]
+
+
+def test_experts_are_balanced_by_the_whole_row(ranks):
+    for same in ranks.run(gate_bias_job, 2):
+        assert len(same) == 3  # the first of four layers routes by token id
+        assert all(same)
 
 
 def token_verbs_job(group, rank):
