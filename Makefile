@@ -1,0 +1,48 @@
+# The first target that needs it builds .venv; see `make help`.
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NEEDED_GIB := 4
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
+	@echo "make test   lint, then run all tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove .venv and all that was built"
+	@echo "PYTHON=/path/to/python picks the Python that .venv is made of."
+
+demo: $(INSTALLED)
+	$(BIN)/python -m nemo_dsv4_cp.cli.demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first: with the rest, pip could settle for another build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "No Python 3.11 or newer was found (PYTHON='$(PYTHON)')."; \
+		echo "Install one, with its venv module, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; \
+		exit 1; }
+	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
+	test -d $(VENV) || test $$free -ge $(NEEDED_GIB) || { \
+		echo "$$free GiB are free in $(CURDIR), and .venv needs about $(NEEDED_GIB)."; \
+		echo "Free some space, or clone the repository to a larger disk."; \
+		exit 1; }
+	@echo "Installing into $(VENV): some minutes, and about $(NEEDED_GIB) GiB."
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,163 @@
+"""Runs the host's fine-tuning recipe where torch sees no CUDA device.
+
+Written for nemo_automodel 0.7.0. Three of its modules get a view of torch in which the few CUDA
+calls that they make unasked are answered; torch itself stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import inspect
+import sys
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import torch
+from nemo_automodel._transformers import auto_model, infrastructure
+from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
+from nemo_automodel.components.moe import parallelizer
+from nemo_automodel.recipes.llm import train_ft
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+TESTED_RELEASE = "0.7.0"
+
+
+class _Overlay(ModuleType):
+    """A module with some of its names replaced; all others are looked up in the module itself."""
+
+    def __init__(self, module: ModuleType, **replacements: object) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(replacements)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def lift_cuda_assumptions() -> None:
+    """Answers for the host what it asks of CUDA without looking whether there is any.
+
+    Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: torch sees a CUDA device, or the host no longer has the code this is for.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "torch.cuda.is_available() is True, and lift_cuda_assumptions() would put the model on "
+            "the CPU regardless; call it only without CUDA, or hide the devices with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+    if isinstance(train_ft.torch, _Overlay):
+        return
+    _expect(train_ft, "torch.cuda.reset_peak_memory_stats()")
+    _expect(auto_model, 'torch.device("cuda", torch.cuda.current_device())')
+    _expect(auto_model, "device = torch.cuda.current_device()")
+    _expect(deepseek_v4, 'torch.device(f"cuda:{torch.cuda.current_device()}")')
+    _expect(parallelizer, "from transformer_engine.pytorch.attention import DotProductAttention")
+
+    # recipes/llm/train_ft.py resets the peak memory in setup() and after every step. (Its other
+    # two, empty_cache and max_memory_allocated, do nothing and return 0 without CUDA.)
+    train_ft.torch = _Overlay(
+        torch, cuda=_Overlay(torch.cuda, reset_peak_memory_stats=lambda: None)
+    )
+    # _transformers/auto_model.py puts every model that it builds on the current CUDA device.
+    auto_model.torch = _Overlay(
+        torch,
+        device=lambda *_: torch.device("cpu"),
+        cuda=_Overlay(torch.cuda, current_device=lambda: torch.device("cpu")),
+    )
+    # models/deepseek_v4/model.py initialises on the current CUDA device when it is told no other;
+    # our own class tells it, the host's model (context_parallel.enabled: false) is not told.
+    deepseek_v4.torch = _Overlay(
+        torch,
+        device=lambda *_: torch.device("cpu"),
+        cuda=_Overlay(torch.cuda, current_device=lambda: 0),
+    )
+    # moe/parallelizer.py, apply_cp: with ep_size > 1 and cp_size > 1 it imports transformer_engine
+    # to tell TE's attention from others, before it asks whether a model brings its own.
+    if importlib.util.find_spec("transformer_engine") is None:
+        parallelizer.apply_cp = _without_transformer_engine(parallelizer.apply_cp)
+    # moe/experts.py compiles its activations with max_autotune: on a CPU that takes half a minute,
+    # and a C++ compiler.
+    torch.compiler.set_stance("force_eager")
+
+
+def _expect(module: ModuleType, code: str) -> None:
+    if code not in inspect.getsource(module):
+        raise RuntimeError(
+            f"{module.__name__} of nemo_automodel {version('nemo_automodel')} has no `{code}`; "
+            f"nemo_dsv4_cp.host.cpu was written for {TESTED_RELEASE}: install that release to "
+            "train on a CPU"
+        )
+
+
+def _without_transformer_engine(apply_cp: Any) -> Any:
+    name = "transformer_engine.pytorch.attention"
+    stand_in = ModuleType(name)
+    # No attention is an instance of it, which is the truth on a CPU.
+    stand_in.__dict__["DotProductAttention"] = type("DotProductAttention", (), {})
+
+    @functools.wraps(apply_cp)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # Only for the call: others ask sys.modules whether transformer_engine can be used.
+        sys.modules[name] = stand_in
+        try:
+            return apply_cp(*args, **kwargs)
+        finally:
+            del sys.modules[name]
+
+    return wrapped
+
+
+def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
+    """Makes random first weights depend on the seed alone.
+
+    The host draws each rank's shard from that rank's own random stream. One process and two would
+    start from different models, and their losses could not be compared. Here every rank also draws
+    the whole model, which a model for the CPU can afford, and takes its shards of that.
+    """
+
+    @functools.wraps(apply_model_infrastructure)
+    @torch.no_grad()
+    def wrapped(model: Any, **kwargs: Any) -> Any:
+        if kwargs.get("load_base_model"):
+            return apply_model_infrastructure(model, **kwargs)
+        whole = copy.deepcopy(model)  # on the meta device still
+        model = apply_model_infrastructure(model, **kwargs)
+        whole.to_empty(device="cpu")
+        torch.manual_seed(seed)
+        whole.initialize_weights(dtype=next(whole.parameters()).dtype)
+        weights = dict(whole.named_parameters())
+        for part in getattr(model, "parts", [model]):
+            for name, parameter in part.named_parameters():
+                # Activation checkpointing puts its wrapper's name into the path.
+                weight = weights[name.replace("_checkpoint_wrapped_module.", "")]
+                if isinstance(parameter, DTensor):
+                    # All ranks hold the same values: nothing need be sent (src_data_rank=None).
+                    weight = distribute_tensor(
+                        weight, parameter.device_mesh, parameter.placements, src_data_rank=None
+                    )
+                parameter.copy_(weight)
+        return model
+
+    return wrapped
+
+
+class CpuFinetuneRecipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
+    """The host's fine-tuning recipe, on the CPU when torch sees no CUDA device.
+
+    There, a model with random weights starts from the same ones on any number of processes.
+    """
+
+    def setup(self) -> None:
+        """Lifts the host's CUDA assumptions if need be, then sets up as the host does."""
+        if not torch.cuda.is_available():
+            lift_cuda_assumptions()
+            auto_model.apply_model_infrastructure = _with_weights_of_seed(
+                infrastructure.apply_model_infrastructure, self.cfg.get("seed", 42)
+            )
+        super().setup()
