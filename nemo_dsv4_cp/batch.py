@@ -253,6 +253,9 @@ def contiguous_shard(
     pad_values |= batch.pop("_cp_metadata_pad_values", {})
     padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=int(pad_multiple or 2))
     layout = SequenceLayout.of_padded(padded_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_size)
+    if padded_len > seq_len and "padding_mask" not in batch:
+        # Unmarked, the slots added here would count when the MoE routers balance their experts.
+        batch["padding_mask"] = torch.zeros(primary.shape[:2], dtype=torch.bool).to(primary.device)
     for key, seq_dim in list(_per_token_dims(batch, (row_count, seq_len), seq_dims)):
         if key == "position_ids":
             padded = pad_position_ids(batch[key], seq_dim, padded_len - seq_len)

@@ -151,6 +151,12 @@ def test_every_form_of_attention_mask_becomes_a_padding_mask(form):
     assert batch["padding_mask"].tolist() == (real == 0).tolist()
 
 
+def test_added_padding_is_marked_for_the_routers():
+    batch = whole({"input_ids": ids(5), "labels": ids(5)}, 2)
+    assert batch["padding_mask"].tolist() == [[False] * 5 + [True] * 3]
+    assert "padding_mask" not in whole({"input_ids": ids(8), "labels": ids(8)}, 2)
+
+
 def test_a_padding_mask_in_the_batch_is_kept():
     given_mask = torch.tensor([[False, True, False, False]])  # token ids that look like padding
     batch = whole({"input_ids": ids(4), "labels": ids(4), "padding_mask": given_mask}, 2)

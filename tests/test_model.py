@@ -127,7 +127,6 @@ def gate_bias_job(group, rank):
     batch = {"input_ids": ids, "labels": ids.clone()}
     sharder = mine.prepare_model_inputs_for_cp(batch)["cp_sharder"]
     reference(ids)
-    batch["attention_mask"] = torch.ones_like(ids)
     _, batch, _ = sharder.shard_batch(GroupMesh(group), None, batch)
     batch.pop("labels")
     mine(**batch)
