@@ -37,6 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -d $(VENV) || test $$free -ge $(NEEDED_GIB) || { \
 		echo "$$free GiB are free in $(CURDIR), and .venv needs about $(NEEDED_GIB)."; \
 		echo "Free some space, or clone the repository to a larger disk."; \
+		echo "A torch without CUDA is the smallest: set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; \
 		exit 1; }
 	@echo "Installing into $(VENV): some minutes, and about $(NEEDED_GIB) GiB."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)

@@ -15,14 +15,13 @@ from nemo_dsv4_cp.batch import CP_GROUP_KEY
 from nemo_dsv4_cp.collectives import Group, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.compressor import overlap_half, pool_windows, window_features
 from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, kernel_backend, rms_norm_last_dim
+from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, kernel_backend
 from nemo_dsv4_cp.indexer import select_entries
 from nemo_dsv4_cp.layout import SequenceLayout
+from nemo_dsv4_cp.recompute import KeptChoices
+from nemo_dsv4_cp.rotary import norm_and_rotate, rotate_back_
 from nemo_dsv4_cp.sparse_attention import AttentionPlan, sparse_attention
 from nemo_dsv4_cp.transport.base import LeftContext, Transport
-
-WORKSPACE_BYTES = 256 << 20
-"""How much the scores of one chunk of queries may take."""
 
 _HOST_PATH_KEYS = ("packed_seq_ids", "vision_token_types")
 
@@ -58,6 +57,8 @@ class ContextParallelAttention(DeepseekV4Attention):
             )
         options = getattr(self.config, "context_parallel", None) or ContextParallelOptions()
         self._transport_cls = plugins.load(plugins.TRANSPORTS, options.transport)
+        self._workspace_bytes = options.workspace_mib << 20
+        self._kept = KeptChoices() if options.keep_index_choice else None
 
     def forward(
         self,
@@ -112,16 +113,18 @@ class ContextParallelAttention(DeepseekV4Attention):
         compresses = self.compressor is not None
         rope = position_embeddings_compress if compresses else position_embeddings
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
-        cos_BL1, sin_BL1 = (part.unsqueeze(2) for part in rope)
 
         q_residual = self.q_norm(self.wq_a(hidden_states))
         q_BLND = self.wq_b(q_residual).view(batch, length, self.num_heads, self.head_dim)
         # Per-head norm without weight: DeepSeek's inference code has it, transformers' port not.
-        q_BLND = rms_norm_last_dim(q_BLND, self.config.rms_norm_eps)
-        q_BLND = apply_partial_rope(q_BLND, cos_BL1, sin_BL1, self.rope_head_dim)
-        kv_BLD = apply_partial_rope(
-            self.kv_norm(self.wkv(hidden_states)), *rope, self.rope_head_dim
+        q_BLND = norm_and_rotate(
+            q_BLND,
+            *rope,
+            eps=self.config.rms_norm_eps,
+            workspace_bytes=self._workspace_bytes,
         )
+        kv_BLD = self.kv_norm(self.wkv(hidden_states))
+        kv_BLD = apply_partial_rope(kv_BLD, *rope, self.rope_head_dim)
 
         if compresses:
             raw, entries_BPD, chosen_BLK = self._compressed(
@@ -137,7 +140,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             window=self.sliding_window,
             ratio=self.compress_ratio,
             scale=self.scaling,
-            workspace_bytes=WORKSPACE_BYTES,
+            workspace_bytes=self._workspace_bytes,
         )
         out_BLND = sparse_attention(
             q_BLND,
@@ -148,7 +151,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             plan,
             kernel=kernel_backend(self.backend),
         )
-        out_BLND = apply_partial_rope(out_BLND, cos_BL1, -sin_BL1, self.rope_head_dim)
+        out_BLND = rotate_back_(out_BLND, *rope, workspace_bytes=self._workspace_bytes)
         grouped = out_BLND.reshape(batch, length, self.config.o_groups, -1)
         return self.wo_b(self.wo_a(grouped).flatten(2)), None
 
@@ -171,22 +174,30 @@ class ContextParallelAttention(DeepseekV4Attention):
             entries = pool_windows(compressor, features, None, layout, rotary, dtype)
             return raw, transport.gather_entries(entries), None
 
-        with torch.no_grad():  # the choice is made of integers
-            index_features = window_features(indexer, hidden_BLE, layout)
-        raw, before, index_before = transport.left_context(
-            [kv_BLD, overlap_half(compressor, features), overlap_half(indexer, index_features)],
-            [window_left, self.compress_ratio, self.compress_ratio],
+        chosen = self._kept.recall(rope[0]) if self._kept else None
+        halos = [kv_BLD, overlap_half(compressor, features)]
+        if chosen is None:
+            with torch.no_grad():
+                index_features = window_features(indexer, hidden_BLE, layout)
+            halos.append(overlap_half(indexer, index_features))
+        raw, before, *index_before = transport.left_context(
+            halos, [window_left] + [self.compress_ratio] * (len(halos) - 1)
         )
         entries = pool_windows(compressor, features, before, layout, rotary, dtype)
-        with torch.no_grad():
-            index_keys = pool_windows(indexer, index_features, index_before, layout, rotary, dtype)
-            chosen = select_entries(
-                indexer,
-                hidden_BLE,
-                q_residual,
-                rope,
-                transport.gather_entries(index_keys),
-                layout,
-                workspace_bytes=WORKSPACE_BYTES,
-            )
+        if chosen is None:
+            with torch.no_grad():  # the choice is made of integers
+                index_keys = pool_windows(
+                    indexer, index_features, index_before[0], layout, rotary, dtype
+                )
+                chosen = select_entries(
+                    indexer,
+                    hidden_BLE,
+                    q_residual,
+                    rope,
+                    transport.gather_entries(index_keys),
+                    layout,
+                    workspace_bytes=self._workspace_bytes,
+                )
+            if self._kept:
+                self._kept.keep(rope[0], chosen)
         return raw, transport.gather_entries(entries), chosen

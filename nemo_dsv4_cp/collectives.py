@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,10 +90,137 @@ def all_gather_metadata(tensor: torch.Tensor, *, dim: int, cp_group: Group | Non
     return _gather_concat(tensor, dim, cp_group)
 
 
-def all_reduce_sum(tensor: torch.Tensor, *, cp_group: Group | None) -> torch.Tensor:
-    """Return the sum over the CP ranks of a tensor that carries no gradient."""
+class _ExchangeLeft(torch.autograd.Function):
+    # forward:   rank r receives, per tensor, the tokens [rL - H, rL) from their owners
+    # backward:  each owner adds up the gradients of the tokens that it sent
+    # One all-to-all carries all tensors as bytes, whatever their dtypes. It runs on the group's
+    # own stream of collectives, so it can neither overtake nor deadlock with the others.
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Sequence[Transfers], group: Group, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        # Index features ride along without gradient: nothing of them is sent back.
+        ctx.moved = [i for i in range(len(tensors)) if ctx.needs_input_grad[2 + i]]
+        ctx.plan, ctx.shapes = [plan[i] for i in ctx.moved], [tensors[i].shape for i in ctx.moved]
+        sent = [
+            [t[:, rows] for rows in transfer.send]
+            for t, transfer in zip(tensors, plan, strict=True)
+        ]
+        room = [
+            t.new_zeros(t.shape[0], transfer.length, *t.shape[2:])
+            for t, transfer in zip(tensors, plan, strict=True)
+        ]
+        received = [
+            [halo[:, rows] for rows in transfer.receive]
+            for halo, transfer in zip(room, plan, strict=True)
+        ]
+        _exchange(sent, received, group)
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(room) if i not in ctx.moved))
+        return tuple(room)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *all_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads = [all_grads[i] for i in ctx.moved]
+        back = [
+            [grad[:, rows] for rows in transfer.receive]
+            for grad, transfer in zip(grads, ctx.plan, strict=True)
+        ]
+        mine = [
+            [grad.new_empty(shape[0], _length(rows), *shape[2:]) for rows in transfer.send]
+            for grad, shape, transfer in zip(grads, ctx.shapes, ctx.plan, strict=True)
+        ]
+        _exchange(back, mine, ctx.group)
+        out: list[torch.Tensor | None] = [None] * len(all_grads)
+        for i, shape, parts, transfer in zip(ctx.moved, ctx.shapes, mine, ctx.plan, strict=True):
+            total = all_grads[i].new_zeros(shape)
+            for part, rows in zip(parts, transfer.send, strict=True):
+                total[:, rows] += part
+            out[i] = total
+        return None, None, *out
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Which rows of a per-token tensor go to each rank, and where received rows land.
+
+    Attributes:
+        send: Per destination rank, rows of the local tensor.
+        receive: Per source rank, rows of the halo.
+        length: Rows of the halo.
+    """
+
+    send: Sequence[slice]
+    receive: Sequence[slice]
+    length: int
+
+
+def _length(rows: slice) -> int:
+    length: int = rows.stop - rows.start
+    return length
+
+
+def _exchange(
+    sent: Sequence[Sequence[torch.Tensor]],
+    received: Sequence[Sequence[torch.Tensor]],
+    group: Group,
+) -> None:
+    """Send tensors [i][rank] and fill [i][rank], all in one all-to-all of bytes."""
+    outgoing = [
+        [parts[rank].contiguous().flatten().view(torch.uint8) for parts in sent]
+        for rank in range(dist.get_world_size(group))
+    ]
+    sizes = [
+        [parts[rank].numel() * parts[rank].element_size() for parts in received]
+        for rank in range(len(outgoing))
+    ]
+    buffer = torch.cat([part for parts in outgoing for part in parts])
+    arrived = buffer.new_empty(sum(map(sum, sizes)))
+    dist.all_to_all_single(
+        arrived,
+        buffer,
+        output_split_sizes=[sum(of_rank) for of_rank in sizes],
+        input_split_sizes=[sum(part.numel() for part in parts) for parts in outgoing],
+        group=group,
+    )
+    pieces = iter(arrived.split([size for of_rank in sizes for size in of_rank]))
+    for rank in range(len(outgoing)):
+        for parts in received:
+            piece = next(pieces)
+            if piece.numel():
+                # clone: a view in a wider dtype needs memory that is aligned for it
+                parts[rank].copy_(piece.clone().view(parts[rank].dtype).view(parts[rank].shape))
+
+
+def exchange_left(
+    tensors: Sequence[torch.Tensor], transfers: Sequence[Transfers], *, cp_group: Group | None
+) -> tuple[torch.Tensor, ...]:
+    """Fetch rows of other ranks' per-token tensors, in one exchange and with autograd.
+
+    Args:
+        tensors: [B, L, ...] each; one shape and dtype a tensor on every rank.
+        transfers: What moves of each; the ranks' plans must fit together.
+        cp_group: CP group; without CP nothing moves.
+
+    Returns:
+        Per tensor its halo [B, ``length``, ...], zero where nothing arrived. Gradients of the halo
+        return to the rows' owners.
+    """
     if not cp_enabled(cp_group):
-        return tensor
+        return tuple(
+            t.new_zeros(t.shape[0], transfer.length, *t.shape[2:])
+            for t, transfer in zip(tensors, transfers, strict=True)
+        )
+    halos: tuple[torch.Tensor, ...] = _ExchangeLeft.apply(transfers, cp_group, *tensors)  # type: ignore[no-untyped-call]
+    return halos
+
+
+def all_reduce_sum(tensor: torch.Tensor, groups: Sequence[Group | None]) -> torch.Tensor:
+    """Return the sum over the ranks of all groups of a tensor that carries no gradient."""
     total = tensor.clone()
-    dist.all_reduce(total, group=cp_group)
+    for group in groups:
+        if cp_enabled(group):
+            dist.all_reduce(total, group=group)
     return total

@@ -31,12 +31,18 @@ class ContextParallelOptions:
         pad_multiple: What a shard's length is a multiple of: ``"auto"`` for the LCM that the
             compress ratios need, or a multiple of that LCM.
         batch_fn: How a batch is cut; a name in ``nemo_dsv4_cp.batch_fns``.
+        workspace_mib: How much a chunk of scores or of float32 rows may take, in MiB: less is
+            slower. Memory beside it is linear in the shard and the entries.
+        keep_index_choice: Hand the indexer's choice to the recomputation of activation
+            checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice.
     """
 
     enabled: bool = True
-    transport: str = "all_gather"
+    transport: str = "boundary"
     pad_multiple: int | str = "auto"
     batch_fn: str = "contiguous_shard"
+    workspace_mib: int = 256
+    keep_index_choice: bool = True
 
     @classmethod
     def from_block(cls, block: ContextParallelOptions | Mapping[str, Any] | None) -> Any:
@@ -50,7 +56,7 @@ class ContextParallelOptions:
         if block is not None and not isinstance(block, Mapping):
             raise ValueError(
                 f"context_parallel={block!r} is not a mapping; write a block such as "
-                "{enabled: true, transport: all_gather}"
+                "{enabled: true, transport: boundary}"
             )
         known = [field.name for field in dataclasses.fields(cls)]
         for key, value in (block or {}).items():
@@ -85,6 +91,11 @@ class ContextParallelOptions:
             raise ValueError(
                 f'context_parallel.pad_multiple={multiple!r} is neither "auto" nor a positive '
                 'integer; use "auto"'
+            )
+        if self.workspace_mib < 1:
+            raise ValueError(
+                f"context_parallel.workspace_mib={self.workspace_mib} is not a positive number of "
+                "MiB; use 256"
             )
 
     def resolve_pad_multiple(self, compress_ratios: Iterable[int] | None) -> int:

@@ -62,7 +62,20 @@ def select_entries(
             indexer, q_BLID[:, chunk], index_keys_BPD, weights_BLI[:, chunk], layout, begin
         )
         visible = layout.visible_entries_per_query(chunk, ratio, scores_BCP.device)[None, :, None]
-        past = torch.arange(entries, device=scores_BCP.device) < visible
-        best = scores_BCP.masked_fill(~past, -torch.inf).topk(kept, dim=-1).indices
+        best = _best(scores_BCP, visible, kept)
         chosen[:, chunk] = best.masked_fill(best >= visible, NOTHING).to(torch.int32)
     return chosen
+
+
+def _best(scores_BCP: torch.Tensor, visible: torch.Tensor, kept: int) -> torch.Tensor:
+    """Return the ``kept`` best entries of each row, the earlier of two equal ones first.
+
+    ``topk`` breaks ties as its algorithm happens to, which depends on more than the row. Ranking
+    whole numbers that hold score and place leaves no ties. Hidden entries come last.
+    """
+    bits = (scores_BCP + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # in the order of the floats
+    entry = torch.arange(scores_BCP.shape[-1], device=scores_BCP.device)
+    lowest = torch.iinfo(torch.int32).min + 1  # below -inf, above overflow
+    ranked = (ordered.masked_fill_(entry >= visible, lowest) << 32) - entry
+    return ranked.topk(kept, dim=-1).indices

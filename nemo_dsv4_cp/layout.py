@@ -116,6 +116,19 @@ class SequenceLayout:
         """Return the global position of each local token, int64 [L]."""
         return torch.arange(self.start, self.end, device=device)
 
+    def halo_to(self, rank: int, tokens: int) -> slice:
+        """Return which local rows lie in the ``tokens`` tokens before ``rank``'s shard."""
+        reader = rank * self.local_len
+        begin = max(reader - tokens, self.start)
+        return slice(begin - self.start, max(min(reader, self.end), begin) - self.start)
+
+    def halo_from(self, rank: int, tokens: int) -> slice:
+        """Return which rows of a halo of ``tokens`` tokens before this shard ``rank`` owns."""
+        owner = rank * self.local_len
+        first = self.start - tokens
+        begin = max(first, owner)
+        return slice(begin - first, max(min(self.start, owner + self.local_len), begin) - first)
+
     def windows(self, ratio: int) -> range:
         """Return the global indices of the complete windows that this rank pools.
 

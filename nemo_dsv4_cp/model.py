@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,15 +131,19 @@ class ContextParallelModel(DeepseekV4Model):
         return (hidden, streams_BLME) if return_hc_hidden else hidden
 
     def update_moe_gate_bias(self) -> None:
-        """Balance the experts by the tokens of the whole row, not of this rank's shard.
+        """Balance the experts by the tokens of the whole batch, not of this rank's shard.
 
         The host sums expert loads over the mesh that shards the bias. With ep_size 1 none does, and
-        each CP rank would come to route by a bias of its own.
+        each rank would come to route by a bias of its own.
         """
-        for module in self.modules():
-            load = getattr(module, "_cumulative_expert_load", None)
-            if load is not None and not isinstance(module.e_score_correction_bias, DTensor):
-                module._cumulative_expert_load = all_reduce_sum(load, cp_group=self._cp_group)
+        for gate in self.modules():
+            load = getattr(gate, "_cumulative_expert_load", None)
+            if load is None or isinstance(gate.e_score_correction_bias, DTensor):
+                continue
+            groups: Sequence[Group | None] = [self._cp_group]
+            if isinstance(gate.weight, DTensor):  # FSDP2's mesh spans data and CP ranks
+                groups = gate.weight.device_mesh.get_all_groups()
+            gate._cumulative_expert_load = all_reduce_sum(load, groups)
         super().update_moe_gate_bias()
 
 

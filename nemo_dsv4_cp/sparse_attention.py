@@ -156,8 +156,9 @@ class _ChunkKeys:
 class _SparseAttention(torch.autograd.Function):
     # With s_j = scale q.k_j, Z = exp(sink) + sum_j exp(s_j), p_j = exp(s_j) / Z:
     # forward:   o = sum_j p_j k_j
-    # backward:  delta = do.o, ds_j = p_j (do.k_j - delta); dq = scale sum_j ds_j k_j,
-    #            dk_j = scale ds_j q + p_j do, dsink = -exp(sink) / Z * delta
+    # backward:  delta = sum_j p_j do.k_j, ds_j = p_j (do.k_j - delta);
+    #            dq = scale sum_j ds_j k_j, dk_j = scale ds_j q + p_j do,
+    #            dsink = -exp(sink) / Z * delta
 
     @staticmethod
     def forward(
@@ -178,14 +179,14 @@ class _SparseAttention(torch.autograd.Function):
             lse[:, chunk] = torch.logaddexp(scores.logsumexp(dim=-1), sink_column)
             probs = scores.sub_(lse[:, chunk, :, None]).exp_()
             out[:, chunk] = keys.weighted_sum(probs).to(out.dtype)
-        ctx.save_for_backward(q, raw, entries, sinks, chosen, out, lse)
+        ctx.save_for_backward(q, raw, entries, sinks, chosen, lse)
         ctx.plan = plan
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, raw, entries, sinks, chosen, out, lse = ctx.saved_tensors
+        q, raw, entries, sinks, chosen, lse = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         grad_q = torch.empty_like(q)
         # Many chunks add to the same key, more than bfloat16 could count.
@@ -195,11 +196,11 @@ class _SparseAttention(torch.autograd.Function):
         for chunk in _chunks(plan, q, entries, chosen):
             keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
             q_c, grad_c, lse_c = q[:, chunk], grad_out[:, chunk], lse[:, chunk]
-            delta = (grad_c.float() * out[:, chunk].float()).sum(dim=-1)
-            grad_sinks -= ((sinks.float() - lse_c).exp() * delta).sum(dim=(0, 1))
             probs = keys.scores(q_c, plan.scale).sub_(lse_c[..., None]).exp_()
-            keys.add_grad(probs, grad_c, grad_raw, grad_entries)
             grad_probs = torch.cat(keys.dot(grad_c), dim=-1).float()
+            delta = (probs * grad_probs).sum(dim=-1)
+            grad_sinks -= ((sinks.float() - lse_c).exp() * delta).sum(dim=(0, 1))
+            keys.add_grad(probs, grad_c, grad_raw, grad_entries)
             grad_scores = grad_probs.sub_(delta[..., None]).mul_(probs).mul_(plan.scale)
             grad_q[:, chunk] = keys.weighted_sum(grad_scores).to(grad_q.dtype)
             keys.add_grad(grad_scores, q_c, grad_raw, grad_entries)

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.indexer import NOTHING, select_entries
+from nemo_dsv4_cp.indexer import NOTHING, _best, select_entries
 from nemo_dsv4_cp.layout import SequenceLayout
 from tests.parity import cpu_backend, randomise, tiny_config
 
@@ -42,3 +44,14 @@ def test_only_complete_past_entries_are_chosen_each_once():
 
 def test_a_row_too_short_for_an_entry_chooses_nothing():
     assert choose(1 << 20, SequenceLayout(3)).shape == (2, 3, 0)
+
+
+@given(
+    st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 3.0]), min_size=1, max_size=9),
+    st.integers(0, 9),
+)
+def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, visible):
+    seen = min(visible, len(scores))
+    expected = sorted(range(seen), key=lambda entry: (-scores[entry], entry))
+    best = _best(torch.tensor([[scores]]), torch.tensor([[[visible]]]), len(scores))
+    assert best[0, 0].tolist()[:seen] == expected

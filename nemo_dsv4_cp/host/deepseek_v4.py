@@ -11,9 +11,6 @@ from nemo_automodel.components.models.deepseek_v4.layers import (
 from nemo_automodel.components.models.deepseek_v4.layers import (
     _dsv4_kernel_backend as kernel_backend,
 )
-from nemo_automodel.components.models.deepseek_v4.layers import (
-    _rms_norm_last_dim as rms_norm_last_dim,
-)
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_indexer_scores
 
 from nemo_dsv4_cp.layout import SequenceLayout
@@ -23,7 +20,6 @@ __all__ = [
     "index_scores",
     "kernel_backend",
     "reset_uninitialised_norms",
-    "rms_norm_last_dim",
 ]
 
 

@@ -1,0 +1,39 @@
+"""Keeps the indexer's choice for the recomputation of activation checkpointing.
+
+The choice is made of integers, [B, L, K] int32, and costs scores over all entries and a gather of
+index keys. Checkpointing hands the tensors a block was called with to the recomputation, so the
+rotary embedding that belongs to one forward tells which choice to take back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def in_backward() -> bool:
+    """Return whether autograd is running backward, as it is during a recomputation."""
+    # torch.utils.checkpoint itself tells its recomputations apart by this id.
+    return torch._C._current_graph_task_id() != -1
+
+
+class KeptChoices:
+    """Choices of the forwards that are under way, each until its key is freed."""
+
+    def __init__(self) -> None:
+        self._choices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def keep(self, key: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Remember the choice of the forward that ``key`` belongs to.
+
+        Two forwards with one key cannot be told apart later: neither choice is kept.
+        """
+        if torch.is_grad_enabled() and not in_backward():
+            self._choices[key] = None if key in self._choices else chosen
+
+    def recall(self, key: torch.Tensor) -> torch.Tensor | None:
+        """Return the choice to take back in a recomputation, None if there is none."""
+        if not in_backward():
+            return None
+        chosen: torch.Tensor | None = self._choices.get(key)
+        return chosen
