@@ -63,6 +63,12 @@ def cpu_backend() -> BackendConfig:
     )
 
 
+def rope_of(config: Any, start: int, length: int) -> tuple[Any, DeepseekV4RotaryEmbedding]:
+    """Return a fresh rotary embedding of some positions, and its module."""
+    rotary = DeepseekV4RotaryEmbedding(160000.0, config.head_dim, 0.5)
+    return rotary(torch.zeros(1), torch.arange(start, start + length)[None]), rotary
+
+
 def randomise(module: torch.nn.Module, seed: int) -> None:
     """Draw every parameter, the ones that the host leaves constant included.
 
@@ -101,11 +107,12 @@ def compare_gradients(
             assert parameter.grad is None, f"{name} feeds integers only, yet has a gradient"
             continue
         expected = theirs[name].grad
-        assert (parameter.grad is None) == (expected is None), f"{name}: only one has a gradient"
-        if expected is None:
-            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad, group=group)
-        assert expected.abs().max() > 0, f"{name}: a zero reference gradient proves nothing"
+        if expected is None or not expected.any():  # a row too short for a window
+            assert not parameter.grad.any(), f"{name}: the reference has no gradient"
+            continue
         differences[name] = worst(parameter.grad, expected)
     assert differences
     return differences

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORLD = 4
+WORLD = 8
 TIMEOUT = timedelta(seconds=90)
 
 

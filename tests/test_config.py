@@ -40,7 +40,10 @@ def test_a_block_may_be_any_mapping(wrap):
     [
         ({"transprot": "all_gather"}, r"transprot='all_gather'.*did you mean 'transport'"),
         ({"zzz": 1}, r"zzz=1 is not an option; The options are enabled, transport"),
-        ({"transport": "ring"}, r"transport='ring' is not installed; use one of \['all_gather'"),
+        (
+            {"transport": "ring"},
+            r"transport='ring' is not installed; use one of \['all_gather', 'boundary'",
+        ),
         ({"batch_fn": "zigzag"}, r"batch_fn='zigzag'.*contiguous_shard"),
         (
             {"pad_multiple": 96},
@@ -50,6 +53,7 @@ def test_a_block_may_be_any_mapping(wrap):
         ({"pad_multiple": 0}, r'pad_multiple=0 .*use "auto"'),
         ({"pad_multiple": "all"}, r"pad_multiple='all' .*use \"auto\""),
         ({"enabled": "maybe"}, r"enabled='maybe' .* works is True"),
+        ({"workspace_mib": 0}, r"workspace_mib=0 .*use 256"),
         (["all_gather"], r"is not a mapping"),
     ],
 )

@@ -11,24 +11,29 @@ from tests.meshes import FakeMesh
 from tests.parity import GroupMesh, assert_parity, cpu_backend, model_job, randomise, tiny_config
 
 RATIOS = [0, 4, 128, 4]
-ALL_GATHER = {"transport": "all_gather"}
+BOUNDARY = {"transport": "boundary"}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("seq_len", [777, 1024])
-@pytest.mark.parametrize("padded_row", [False, True])
-def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, size, seq_len, padded_row):
-    assert_parity(ranks.run(model_job, size, RATIOS, 2, seq_len, ALL_GATHER, padded_row))
+@pytest.mark.parametrize("transport", ["all_gather", "boundary"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("seq_len", "padded_row"), [(777, False), (777, True), (1024, False)])
+def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, transport, size, seq_len, padded_row):
+    options = {"transport": transport}
+    assert_parity(ranks.run(model_job, size, RATIOS, 2, seq_len, options, padded_row))
+
+
+def test_one_rank_equals_the_hosts_without_its_dense_mask(ranks):
+    assert_parity(ranks.run(model_job, 1, RATIOS, 2, 777, BOUNDARY, True))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_moe_model_whose_indexer_has_to_choose_equals_the_hosts(ranks, size):
     # Few enough entries that rounding of the layers before cannot swap two near ties.
-    assert_parity(ranks.run(model_job, size, RATIOS, 2, 190, ALL_GATHER, True, 0, 8))
+    assert_parity(ranks.run(model_job, size, RATIOS, 2, 190, BOUNDARY, True, 0, 8))
 
 
 def test_a_larger_pad_multiple_changes_nothing(ranks):
-    options = ALL_GATHER | {"pad_multiple": 256}
+    options = BOUNDARY | {"pad_multiple": 256}
     assert_parity(ranks.run(model_job, 2, RATIOS, 1, 300, options))
 
 
