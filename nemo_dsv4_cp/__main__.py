@@ -1,0 +1,5 @@
+"""``python -m nemo_dsv4_cp``."""
+
+from nemo_dsv4_cp.cli.app import app
+
+app()

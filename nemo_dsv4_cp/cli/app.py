@@ -1,0 +1,15 @@
+"""The command line of the package: one sub-command a file."""
+
+from __future__ import annotations
+
+import typer
+
+from nemo_dsv4_cp.cli import bench
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback()
+def main() -> None:
+    """Context parallelism for DeepSeek-V4 in NeMo AutoModel."""

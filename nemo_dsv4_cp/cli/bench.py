@@ -1,0 +1,265 @@
+"""``bench``: memory, bytes and time of the host's path and every transport, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.bench import HOST
+from nemo_dsv4_cp.bench.layer import Case
+from nemo_dsv4_cp.bench.timing import (
+    CPU_SIZES,
+    describe_machine,
+    time_gloo_ranks,
+    time_one_gpu_rank,
+)
+from nemo_dsv4_cp.bench.weigh import Weight, weigh
+from nemo_dsv4_cp.layout import local_seq_multiple, padded_seq_len
+
+_T = TypeVar("_T")
+app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
+console = Console()
+
+GIB = 1 << 30
+GPU_GB = (80, 141)
+"""Memory of an H100 and an H200, in GB, drawn into plots."""
+
+SeqLen = Annotated[int, typer.Option(help="Tokens in the whole row.")]
+CpSize = Annotated[int, typer.Option(help="Number of CP ranks.", min=1)]
+Ratios = Annotated[list[int], typer.Option("--ratio", help="Compress ratio; may be repeated.")]
+Json = Annotated[Path | None, typer.Option("--json", help='Write the figures here; "-" prints.')]
+Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
+
+
+def _paths() -> list[str]:
+    return [HOST, *plugins.names(plugins.TRANSPORTS)]
+
+
+def _check(seq_len: int, cp_size: int, ratios: Sequence[int]) -> None:
+    for ratio in ratios:
+        if ratio not in (0, 4, 128):
+            raise typer.BadParameter(f"--ratio {ratio} is none of V4's: use 0, 4 or 128")
+    multiple = local_seq_multiple(ratios)
+    if seq_len < 1 or seq_len % (cp_size * multiple):
+        working = padded_seq_len(max(seq_len, 1), cp_size=cp_size, pad_multiple=multiple)
+        raise typer.BadParameter(
+            f"--seq-len {seq_len} does not cut into {cp_size} shards of a multiple of {multiple} "
+            f"tokens; use {working}"
+        )
+
+
+def _quietly(measure: Callable[..., _T], *args: Any) -> _T:
+    """Measure without the warnings that torch and the host give about themselves."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return measure(*args)
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _weigh_all(seq_len: int, cp_size: int, ratios: Sequence[int], rank: int) -> list[Weight]:
+    cases = [Case(path, ratio, seq_len, cp_size, rank) for ratio in ratios for path in _paths()]
+    shown = console if sys.stdout.isatty() else Console(stderr=True)
+    return [
+        _quietly(weigh, case) for case in track(cases, "Weighing", console=shown, transient=True)
+    ]
+
+
+def _emit(table: Table, figures: Any, destination: Path | None) -> None:
+    text = json.dumps(figures, indent=2)
+    if destination is None or str(destination) != "-":
+        console.print(table)
+    if destination is not None and str(destination) == "-":
+        typer.echo(text)
+    elif destination is not None:
+        destination.write_text(text)
+
+
+def _figures(weights: Sequence[Weight]) -> list[dict[str, Any]]:
+    return [
+        dataclasses.asdict(weight)
+        | {
+            "forward_bytes_per_token_and_remote_rank": weight.per_token(weight.received_forward),
+            "backward_bytes_per_token_and_remote_rank": weight.per_token(weight.received_backward),
+        }
+        for weight in weights
+    ]
+
+
+def _weight_table(title: str, weights: Sequence[Weight]) -> Table:
+    table = Table(title=title)
+    for header in ("ratio", "path"):
+        table.add_column(header)
+    for header in ("received fwd", "received bwd", "peak GiB", "saved GiB"):
+        table.add_column(header, justify="right")
+    for weight in weights:
+        table.add_row(
+            str(weight.case.ratio),
+            weight.case.path,
+            f"{weight.per_token(weight.received_forward):,.1f}",
+            f"{weight.per_token(weight.received_backward):,.1f}",
+            f"{weight.peak_bytes / GIB:.2f}",
+            f"{weight.saved_bytes / GIB:.2f}",
+        )
+    return table
+
+
+_WEIGHED = (
+    "V4-Flash, bfloat16, {rows} row of {seq_len:,} tokens on {cp_size} ranks, rank {rank}; "
+    "received: bytes per local token and remote rank"
+)
+
+
+@app.command("bytes")
+def bytes_(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    json_: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Weigh what one layer receives from other ranks, on fake tensors.
+
+    Example: python -m nemo_dsv4_cp bench bytes --seq-len 131072 --cp-size 8
+    """
+    _check(seq_len, cp_size, ratio)
+    # A middle rank has neighbours on both sides: halos arrive, and their gradients return.
+    weights = _weigh_all(seq_len, cp_size, ratio, cp_size // 2)
+    title = _WEIGHED.format(rows=1, seq_len=seq_len, cp_size=cp_size, rank=cp_size // 2)
+    _emit(_weight_table(title, weights), _figures(weights), json_)
+    if plot is not None:
+        _plot(seq_len // cp_size, ratio, plot)
+
+
+@app.command()
+def memory(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    json_: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Weigh the memory of one layer's forward and backward, and its largest tensors.
+
+    Example: python -m nemo_dsv4_cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
+    """
+    _check(seq_len, cp_size, ratio)
+    # The last rank sees the most entries.
+    weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1)
+    title = _WEIGHED.format(rows=1, seq_len=seq_len, cp_size=cp_size, rank=cp_size - 1)
+    _emit(_weight_table(title, weights), _figures(weights), json_)
+    if json_ is None or str(json_) != "-":
+        console.print(_largest_table(weights))
+    if plot is not None:
+        _plot(seq_len // cp_size, ratio, plot)
+
+
+def _largest_table(weights: Sequence[Weight]) -> Table:
+    table = Table(title="The largest tensors at the peak")
+    for header in ("ratio", "path", "GiB", "dtype", "shape", "made by"):
+        table.add_column(header, justify="right" if header == "GiB" else "left")
+    for weight in weights:
+        for tensor in weight.largest:
+            table.add_row(
+                str(weight.case.ratio),
+                weight.case.path,
+                f"{tensor.bytes / GIB:.2f}",
+                tensor.dtype,
+                " x ".join(map(str, tensor.shape)),
+                tensor.operation,
+            )
+    return table
+
+
+@app.command("time")
+def time_(
+    seq_len: SeqLen = 8192,
+    cp_size: CpSize = 2,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Measurements of each path.", min=1)] = 5,
+    json_: Json = None,
+) -> None:
+    """Time forward and backward: gloo ranks on the CPU, or one rank on a GPU if there is one.
+
+    Example: python -m nemo_dsv4_cp bench time --seq-len 8192 --cp-size 2 --repeats 5
+    """
+    _check(seq_len, cp_size, ratio)
+    gpu = torch.cuda.is_available()
+    measure = time_one_gpu_rank if gpu else time_gloo_ranks
+    shown = console if sys.stdout.isatty() else Console(stderr=True)
+    timings = [
+        timing
+        for each in track(ratio, "Timing", console=shown, transient=True)
+        for timing in _quietly(measure, _paths(), each, seq_len, cp_size, repeats)
+    ]
+    what = (
+        "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing)"
+        if gpu
+        else f"hidden {CPU_SIZES['hidden_size']}, float32, gloo ranks of one thread each"
+    )
+    table = Table(
+        title=f"{seq_len:,} tokens on {cp_size} ranks, {what}; median of {repeats}, in turn; "
+        f"{describe_machine()}"
+    )
+    for header in ("ratio", "path"):
+        table.add_column(header)
+    for header in ("seconds", "host / path", "peak GiB"):
+        table.add_column(header, justify="right")
+    host = {t.case.ratio: t.median for t in timings if t.case.path == HOST}
+    for timing in timings:
+        peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / GIB:.2f}"
+        times = f"{host[timing.case.ratio] / timing.median:.2f}x"
+        table.add_row(str(timing.case.ratio), timing.case.path, f"{timing.median:.3f}", times, peak)
+    figures = [dataclasses.asdict(t) | {"median": t.median} for t in timings]
+    _emit(table, {"machine": describe_machine(), "timings": figures}, json_)
+
+
+def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
+    """Draw memory and bytes against the row's length at one shard length, log-log."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise typer.BadParameter(
+            "--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'"
+        ) from error
+    sizes = [2**power for power in range(1, 7)]
+    weights = [w for size in sizes for w in _weigh_all(shard * size, size, ratios, size - 1)]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    colours = {path: f"C{place}" for place, path in enumerate(_paths())}
+    styles = dict(zip(ratios, ("-", "--", ":"), strict=False))
+    for path in _paths():
+        for ratio in ratios:
+            mine = [w for w in weights if (w.case.path, w.case.ratio) == (path, ratio)]
+            lengths = [w.case.seq_len for w in mine]
+            label, style = f"{path}, ratio {ratio}", {"color": colours[path], "ls": styles[ratio]}
+            left.plot(lengths, [w.peak_bytes / 1e9 for w in mine], label=label, **style)
+            right.plot(lengths, [w.received_forward / 1e9 for w in mine], label=label, **style)
+    for capacity in GPU_GB:
+        left.axhline(capacity, color="grey", lw=0.8)
+        left.text(shard * 2, capacity * 1.05, f"{capacity} GB", color="grey")
+    left.set_ylabel("peak of one layer's forward and backward, GB")
+    right.set_ylabel("received by one rank in one layer's forward, GB")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel(f"tokens in the row ({shard:,} on each rank)")
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(destination, dpi=150)
+    console.print(f"Drawn: {destination}")

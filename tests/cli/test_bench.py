@@ -1,0 +1,52 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from nemo_dsv4_cp.cli.app import app
+
+SMALL = ["--seq-len", "2048", "--cp-size", "2", "--ratio", "0"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_bytes_compares_the_host_and_every_transport():
+    done = run("bytes", *SMALL, "--json", "-")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout[done.stdout.index("[") :])
+    paths = {figure["case"]["path"]: figure for figure in figures}
+    assert set(paths) == {"host", "all_gather", "boundary"}
+    received = "forward_bytes_per_token_and_remote_rank"
+    assert paths["host"][received] == 1024
+    assert paths["boundary"][received] == pytest.approx(127 * 1024 / 1024)
+
+
+def test_memory_names_the_largest_tensors_and_draws(tmp_path):
+    plot, figures = tmp_path / "out.png", tmp_path / "figures.json"
+    arguments = ["--seq-len", "512", *SMALL[2:], "--json", str(figures), "--plot", str(plot)]
+    done = run("memory", *arguments)
+    assert done.exit_code == 0, done.output
+    assert "largest tensors" in done.output
+    assert plot.stat().st_size > 10_000
+    assert all(len(figure["largest"]) == 5 for figure in json.loads(figures.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seq-len", "1000", "--cp-size", "3"], "use 1152"),
+        (["--ratio", "8"], "none of V4's"),
+    ],
+)
+def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
+    done = run("bytes", *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("command", ["bytes", "memory", "time"])
+def test_every_command_shows_an_example(command):
+    assert f"nemo_dsv4_cp bench {command}" in run(command, "--help").output
