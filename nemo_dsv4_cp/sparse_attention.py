@@ -20,6 +20,9 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_
 from nemo_dsv4_cp.indexer import NOTHING
 from nemo_dsv4_cp.layout import SequenceLayout
 
+_SCORES_ALIVE = 4
+"""Tensors of a chunk's scores' size that backward holds at a time."""
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -31,7 +34,8 @@ class AttentionPlan:
         window: W, sliding window in tokens, the query's own included.
         ratio: Compress ratio of the entries, 0 without entries.
         scale: Score multiplier.
-        workspace_bytes: How much the float32 scores of one chunk of queries may take.
+        workspace_bytes: How much the scores of one chunk of queries, and what is computed from
+            them, may take.
     """
 
     layout: SequenceLayout
@@ -68,7 +72,8 @@ class AttentionPlan:
         """
         length = self.layout.local_len
         # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
-        rows = self.workspace_bytes // (4 * rows_by_heads * (2 * self.window + entry_keys))
+        scores = 4 * rows_by_heads * (2 * self.window + entry_keys)
+        rows = self.workspace_bytes // (_SCORES_ALIVE * scores)
         rows = max(1, min(rows, self.window))
         for begin in range(0, length, rows):
             yield slice(begin, min(begin + rows, length))
