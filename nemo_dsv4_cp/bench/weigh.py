@@ -35,7 +35,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """What one layer's forward and backward took of one rank; parameters and input not counted.
+    """What one layer's forward and backward took of one rank.
+
+    Parameters and input were there before, and count only where an operation returned a view.
 
     Attributes:
         case: What was weighed.
