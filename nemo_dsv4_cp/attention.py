@@ -18,7 +18,7 @@ from nemo_dsv4_cp.config import ContextParallelOptions
 from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, kernel_backend
 from nemo_dsv4_cp.indexer import select_entries
 from nemo_dsv4_cp.layout import SequenceLayout
-from nemo_dsv4_cp.recompute import KeptChoices
+from nemo_dsv4_cp.recompute import KeptChoices, unseen_by_checkpointing
 from nemo_dsv4_cp.rotary import norm_and_rotate, rotate_back_
 from nemo_dsv4_cp.sparse_attention import AttentionPlan, sparse_attention
 from nemo_dsv4_cp.transport.base import LeftContext, Transport
@@ -177,7 +177,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         chosen = self._kept.recall(rope[0]) if self._kept else None
         halos = [kv_BLD, overlap_half(compressor, features)]
         if chosen is None:
-            with torch.no_grad():
+            with torch.no_grad(), unseen_by_checkpointing():
                 index_features = window_features(indexer, hidden_BLE, layout)
             halos.append(overlap_half(indexer, index_features))
         raw, before, *index_before = transport.left_context(
@@ -185,7 +185,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         )
         entries = pool_windows(compressor, features, before, layout, rotary, dtype)
         if chosen is None:
-            with torch.no_grad():  # the choice is made of integers
+            with torch.no_grad(), unseen_by_checkpointing():  # the choice is made of integers
                 index_keys = pool_windows(
                     indexer, index_features, index_before[0], layout, rotary, dtype
                 )

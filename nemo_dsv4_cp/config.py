@@ -34,9 +34,7 @@ class ContextParallelOptions:
         workspace_mib: How much a chunk of scores or of float32 rows may take, in MiB: less is
             slower. Memory beside it is linear in the shard and the entries.
         keep_index_choice: Hand the indexer's choice to the recomputation of activation
-            checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice. Off,
-            since the host's checkpointing of routers (ep_size > 1) replays top-k results in order
-            and loses count when the indexer's are left out.
+            checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice.
     """
 
     enabled: bool = True
@@ -44,7 +42,7 @@ class ContextParallelOptions:
     pad_multiple: int | str = "auto"
     batch_fn: str = "contiguous_shard"
     workspace_mib: int = 256
-    keep_index_choice: bool = False
+    keep_index_choice: bool = True
 
     @classmethod
     def from_block(cls, block: ContextParallelOptions | Mapping[str, Any] | None) -> Any:

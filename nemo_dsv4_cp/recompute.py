@@ -7,14 +7,33 @@ rotary embedding that belongs to one forward tells which choice to take back.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+_SELECTIVE_CHECKPOINTING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
 
 
 def in_backward() -> bool:
     """Return whether autograd is running backward, as it is during a recomputation."""
     # torch.utils.checkpoint itself tells its recomputations apart by this id.
     return torch._C._current_graph_task_id() != -1
+
+
+def unseen_by_checkpointing() -> AbstractContextManager[None]:
+    """Return a context whose operations selective checkpointing neither saves nor counts.
+
+    Its policies save results of ``topk`` and matrix products and hand them to the recomputation by
+    their number, so a recomputation that skips some would receive those of others.
+    """
+    modes = _get_current_dispatch_mode_stack()
+    if any(isinstance(mode, _SELECTIVE_CHECKPOINTING) for mode in modes):
+        hidden: AbstractContextManager[None] = _disable_current_modes()
+        return hidden
+    return nullcontext()
 
 
 class KeptChoices:

@@ -1,6 +1,9 @@
 """Activation checkpointing: what is kept, and that no recomputation can deadlock."""
 
 import torch
+from nemo_automodel.components.distributed.activation_checkpointing import (
+    make_selective_checkpoint_context_fn,
+)
 from torch.utils.checkpoint import checkpoint
 
 from nemo_dsv4_cp import attention as attention_module
@@ -9,12 +12,13 @@ from nemo_dsv4_cp.recompute import KeptChoices
 from tests.parity import cpu_backend, randomise, rope_of, tiny_config
 
 
-def microbatches_job(group, rank, keep, shared_rope):
+def microbatches_job(group, rank, keep, shared_rope, selective=False):
     """Two checkpointed microbatches in flight, backward in reverse; count the choices made."""
     config = tiny_config([4], context_parallel={"keep_index_choice": keep})
     layer = ContextParallelAttention(config, 0, cpu_backend())
     randomise(layer, 0)
     layer._cp_group = group
+    saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
     made = 0
     original = attention_module.select_entries
 
@@ -45,7 +49,7 @@ def microbatches_job(group, rank, keep, shared_rope):
 
                 if recompute:
                     made_before = made
-                    outs.append(checkpoint(run, hidden, use_reentrant=False))
+                    outs.append(checkpoint(run, hidden, use_reentrant=False, **saving))
                     assert made == made_before + 1
                 else:
                     outs.append(run(hidden))
@@ -72,6 +76,12 @@ def test_without_the_option_it_is_made_again(ranks):
 
 def test_two_forwards_that_share_a_rotary_embedding_take_no_others_choice(ranks):
     assert ranks.run(microbatches_job, 2, True, True) == [(True, 2)] * 2
+
+
+def test_the_hosts_selective_checkpointing_loses_no_count(ranks):
+    """It saves every other matrix product and every top-k, and hands them back by number."""
+    assert ranks.run(microbatches_job, 2, True, False, True) == [(True, 0)] * 2
+    assert ranks.run(microbatches_job, 2, False, False, True) == [(True, 2)] * 2
 
 
 def test_a_choice_lives_no_longer_than_its_key():
