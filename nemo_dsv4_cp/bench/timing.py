@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -66,6 +67,11 @@ def describe_machine() -> str:
     except (OSError, StopIteration):
         model = platform.machine()
     return f"{model.strip()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def host_kernels() -> str:
+    """Return the host's attention backend on this GPU: ``"tilelang"`` where it is installed."""
+    return "tilelang" if find_spec("tilelang") else "sdpa"
 
 
 def time_gloo_ranks(
@@ -151,7 +157,7 @@ def time_one_gpu_rank(
                 dist.group.WORLD,
                 dtype=torch.bfloat16,
                 device=torch.device("cuda"),
-                attn="tilelang" if path == HOST else "sdpa",
+                attn=host_kernels() if path == HOST else "sdpa",
             )
             seconds = tuple(_cuda_seconds(forward) for _ in range(repeats + 1))
             timings.append(Timing(case, seconds[1:], torch.cuda.max_memory_allocated()))

@@ -8,6 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -23,6 +24,7 @@ from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.timing import (
     CPU_SIZES,
     describe_machine,
+    host_kernels,
     time_gloo_ranks,
     time_one_gpu_rank,
 )
@@ -59,6 +61,17 @@ def _check(seq_len: int, cp_size: int, ratios: Sequence[int]) -> None:
             f"--seq-len {seq_len} does not cut into {cp_size} shards of a multiple of {multiple} "
             f"tokens; use {working}"
         )
+
+
+def _check_outputs(*outputs: Path | None, plot: Path | None = None) -> None:
+    """Refuse outputs that could not be written, before minutes of measuring."""
+    for output in (*outputs, plot):
+        if output is None or str(output) == "-":
+            continue
+        if not output.parent.is_dir() or output.is_dir():
+            raise typer.BadParameter(f"{output} cannot be written; name a file in a directory")
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
 
 
 def _quietly(measure: Callable[..., _T], *args: Any) -> _T:
@@ -138,6 +151,7 @@ def bytes_(
     Example: python -m nemo_dsv4_cp bench bytes --seq-len 131072 --cp-size 8
     """
     _check(seq_len, cp_size, ratio)
+    _check_outputs(json_, plot=plot)
     # A middle rank has neighbours on both sides: halos arrive, and their gradients return.
     weights = _weigh_all(seq_len, cp_size, ratio, cp_size // 2)
     title = _WEIGHED.format(rows=1, seq_len=seq_len, cp_size=cp_size, rank=cp_size // 2)
@@ -159,6 +173,7 @@ def memory(
     Example: python -m nemo_dsv4_cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
     """
     _check(seq_len, cp_size, ratio)
+    _check_outputs(json_, plot=plot)
     # The last rank sees the most entries.
     weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1)
     title = _WEIGHED.format(rows=1, seq_len=seq_len, cp_size=cp_size, rank=cp_size - 1)
@@ -199,6 +214,7 @@ def time_(
     Example: python -m nemo_dsv4_cp bench time --seq-len 8192 --cp-size 2 --repeats 5
     """
     _check(seq_len, cp_size, ratio)
+    _check_outputs(json_)
     gpu = torch.cuda.is_available()
     measure = time_one_gpu_rank if gpu else time_gloo_ranks
     shown = console if sys.stdout.isatty() else Console(stderr=True)
@@ -208,7 +224,8 @@ def time_(
         for timing in _quietly(measure, _paths(), each, seq_len, cp_size, repeats)
     ]
     what = (
-        "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing)"
+        "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing), host attn: "
+        + host_kernels()
         if gpu
         else f"hidden {CPU_SIZES['hidden_size']}, float32, gloo ranks of one thread each"
     )
@@ -231,12 +248,11 @@ def time_(
 
 def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
     """Draw memory and bytes against the row's length at one shard length, log-log."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise typer.BadParameter(
-            "--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'"
-        ) from error
+    import matplotlib  # an extra that only plots need
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     sizes = [2**power for power in range(1, 7)]
     weights = [w for size in sizes for w in _weigh_all(shard * size, size, ratios, size - 1)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
@@ -262,4 +278,4 @@ def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
     right.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(destination, dpi=150)
-    console.print(f"Drawn: {destination}")
+    Console(stderr=True).print(f"Drawn: {destination}")

@@ -38,6 +38,8 @@ def test_memory_names_the_largest_tensors_and_draws(tmp_path):
     [
         (["--seq-len", "1000", "--cp-size", "3"], "use 1152"),
         (["--ratio", "8"], "none of V4's"),
+        (["--json", "no-such-directory/figures.json"], "cannot be written"),
+        (["--plot", "."], "cannot be written"),
     ],
 )
 def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
