@@ -23,6 +23,9 @@ from nemo_dsv4_cp.rotary import norm_and_rotate, rotate_back_
 from nemo_dsv4_cp.sparse_attention import AttentionPlan, sparse_attention
 from nemo_dsv4_cp.transport.base import LeftContext, Transport
 
+LAYOUT_KEY = "cp_layout"
+"""Keyword under which the model hands a step's layout to attention."""
+
 _HOST_PATH_KEYS = ("packed_seq_ids", "vision_token_types")
 
 
@@ -108,7 +111,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             raise ValueError(f"start_pos={start_pos} is not supported in training; use 0")
 
         batch, length = hidden_states.shape[:2]
-        layout = SequenceLayout(length, cp_rank(group), cp_size(group))
+        layout = kwargs.get(LAYOUT_KEY) or SequenceLayout(length, cp_rank(group), cp_size(group))
         transport: Transport = self._transport_cls(group, layout)
         compresses = self.compressor is not None
         rope = position_embeddings_compress if compresses else position_embeddings
@@ -167,37 +170,42 @@ class ContextParallelAttention(DeepseekV4Attention):
     ) -> tuple[LeftContext, torch.Tensor, torch.Tensor | None]:
         """Return raw keys, all ranks' entries, and for CSA the indexer's choice."""
         compressor, indexer = self.compressor, self.compressor.indexer
-        dtype, window_left = hidden_BLE.dtype, self.sliding_window - 1
-        features = window_features(compressor, hidden_BLE, layout)
+        dtype, ratio, window_left = hidden_BLE.dtype, self.compress_ratio, self.sliding_window - 1
+        windows, straddling = layout.windows(ratio, hidden_BLE.device), layout.straddling(ratio)
+        halos = [kv_BLD, window_features(compressor, hidden_BLE)]
+        tokens = [window_left, straddling]
         if indexer is None:
-            (raw,) = transport.left_context([kv_BLD], [window_left])
-            entries = pool_windows(compressor, features, None, layout, rotary, dtype)
-            return raw, transport.gather_entries(entries), None
+            raw, features = transport.left_context(halos, tokens)
+            entries = pool_windows(compressor, features, None, windows, rotary, dtype)
+            return raw, self._gather(entries, layout, transport), None
 
+        halos.append(overlap_half(compressor, halos[-1]))
+        tokens.append(ratio + straddling)
         chosen = self._kept.recall(rope[0]) if self._kept else None
-        halos = [kv_BLD, overlap_half(compressor, features)]
         if chosen is None:
             with torch.no_grad(), unseen_by_checkpointing():
-                index_features = window_features(indexer, hidden_BLE, layout)
-            halos.append(overlap_half(indexer, index_features))
-        raw, before, *index_before = transport.left_context(
-            halos, [window_left] + [self.compress_ratio] * (len(halos) - 1)
-        )
-        entries = pool_windows(compressor, features, before, layout, rotary, dtype)
+                index_features = window_features(indexer, hidden_BLE)
+                halos += [index_features, overlap_half(indexer, index_features)]
+            tokens += tokens[1:]
+        raw, features, before, *index = transport.left_context(halos, tokens)
+        entries = pool_windows(compressor, features, before, windows, rotary, dtype)
         if chosen is None:
             with torch.no_grad(), unseen_by_checkpointing():  # the choice is made of integers
-                index_keys = pool_windows(
-                    indexer, index_features, index_before[0], layout, rotary, dtype
-                )
+                index_keys = pool_windows(indexer, index[0], index[1], windows, rotary, dtype)
                 chosen = select_entries(
                     indexer,
                     hidden_BLE,
                     q_residual,
                     rope,
-                    transport.gather_entries(index_keys),
+                    self._gather(index_keys, layout, transport),
                     layout,
                     workspace_bytes=self._workspace_bytes,
                 )
             if self._kept:
                 self._kept.keep(rope[0], chosen)
-        return raw, transport.gather_entries(entries), chosen
+        return raw, self._gather(entries, layout, transport), chosen
+
+    def _gather(
+        self, entries: torch.Tensor, layout: SequenceLayout, transport: Transport
+    ) -> torch.Tensor:
+        return layout.entries_in_order(transport.gather_entries(entries), self.compress_ratio)

@@ -55,27 +55,42 @@ def select_entries(
     q_BLID = apply_partial_rope(q_BLID, cos, sin, indexer.rope_head_dim)
     weights_BLI = indexer.weights_proj(hidden_BLE).float() * heads**-0.5
 
-    rows = max(1, workspace_bytes // (batch * heads * entries * 4))
+    rows = length
+    while (
+        rows > 1 and rows * batch * heads * layout.most_entries(rows, ratio) * 4 > workspace_bytes
+    ):
+        rows = (rows + 1) // 2
     for begin in range(0, length, rows):
         chunk = slice(begin, min(begin + rows, length))
-        scores_BCP = index_scores(
-            indexer, q_BLID[:, chunk], index_keys_BPD, weights_BLI[:, chunk], layout, begin
+        span = layout.entry_span(chunk, ratio)
+        if not len(span):
+            continue
+        keys = index_keys_BPD[:, span.start : span.stop]
+        scores_BCP = index_scores(indexer, q_BLID[:, chunk], keys, weights_BLI[:, chunk])
+        first, stop = (
+            bound[..., None] - span.start
+            for bound in layout.visible_entries(chunk, ratio, scores_BCP.device)
         )
-        visible = layout.visible_entries_per_query(chunk, ratio, scores_BCP.device)[None, :, None]
-        best = _best(scores_BCP, visible, kept)
-        chosen[:, chunk] = best.masked_fill(best >= visible, NOTHING).to(torch.int32)
+        best = _best(scores_BCP, first, stop, min(kept, len(span)))
+        unseen = (best < first) | (best >= stop)
+        best = (best + span.start).masked_fill(unseen, NOTHING)
+        chosen[:, chunk, : best.shape[-1]] = best.to(torch.int32)
     return chosen
 
 
-def _best(scores_BCP: torch.Tensor, visible: torch.Tensor, kept: int) -> torch.Tensor:
+def _best(
+    scores_BCP: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, kept: int
+) -> torch.Tensor:
     """Return the ``kept`` best entries of each row, the earlier of two equal ones first.
 
     ``topk`` breaks ties as its algorithm happens to, which depends on more than the row. Ranking
-    whole numbers that hold score and place leaves no ties. Hidden entries come last.
+    whole numbers that hold score and place leaves no ties. Entries outside [first, stop)
+    come last.
     """
     bits = (scores_BCP + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # in the order of the floats
     entry = torch.arange(scores_BCP.shape[-1], device=scores_BCP.device)
     lowest = torch.iinfo(torch.int32).min + 1  # below -inf, above overflow
-    ranked = (ordered.masked_fill_(entry >= visible, lowest) << 32) - entry
+    hidden = (entry < first) | (entry >= stop)
+    ranked = (ordered.masked_fill_(hidden, lowest) << 32) - entry
     return ranked.topk(kept, dim=-1).indices

@@ -71,7 +71,7 @@ def validate_cp_size(cp_size: int, *, pad_multiple: int, max_seq_len: int) -> No
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """One rank's view of a row: its own tokens and what its queries may see.
+    """One rank's view of rows of one document each: its tokens and what its queries may see.
 
     Attributes:
         local_len: L, tokens on each rank.
@@ -129,8 +129,8 @@ class SequenceLayout:
         begin = max(first, owner)
         return slice(begin - first, max(min(self.start, owner + self.local_len), begin) - first)
 
-    def windows(self, ratio: int) -> range:
-        """Return the global indices of the complete windows that this rank pools.
+    def windows(self, ratio: int, device: torch.device | None = None) -> Windows:
+        """Return the complete windows that this rank pools: those whose last token it owns.
 
         Raises:
             ValueError: If a window would straddle a cut.
@@ -141,19 +141,66 @@ class SequenceLayout:
                 f"windows would straddle the cut; pad the row so that each of the {self.cp_size} "
                 f"CP ranks holds a multiple of {ratio} tokens (context_parallel.pad_multiple)"
             )
-        return range(self.start // ratio, self.end // ratio)
+        count = self.end // ratio - self.start // ratio
+        starts = self.start + torch.arange(count, device=device)[None] * ratio
+        return Windows(ratio, starts, places=starts, gapless_from=self.start)
 
-    def visible_entries(self, row: int, ratio: int) -> int:
-        """Return how many leading entries local query ``row`` may see.
+    def straddling(self, ratio: int) -> int:
+        """Return how many tokens of this rank's windows may lie before its shard."""
+        return 0
 
-        Entry w covers tokens [w * ratio, (w + 1) * ratio) and is seen once complete:
-        w < (i + 1) // ratio for the query at global position i (DeepSeek-V4 report; host
-        ``DeepseekV4Attention.forward``).
+    def first_keys(self, rows: slice, device: torch.device | None = None) -> torch.Tensor | None:
+        """Return the first position that each local query in ``rows`` may see, int64 [B, rows].
+
+        None where documents end no query's view: one document a row.
         """
-        return (self.start + row + 1) // ratio
+        return None
 
-    def visible_entries_per_query(
+    def entries_in_order(self, gathered_BPD: torch.Tensor, ratio: int) -> torch.Tensor:
+        """Put the entries of all ranks' windows, in rank order, where queries look for them."""
+        return gathered_BPD
+
+    def entry_span(self, rows: slice, ratio: int) -> range:
+        """Return which entries the local queries in ``rows`` see between them."""
+        return range((self.start + rows.stop) // ratio)
+
+    def most_entries(self, rows: int, ratio: int) -> int:
+        """Return how many entries ``rows`` neighbouring queries may see between them at most."""
+        return self.seq_len // ratio
+
+    def visible_entries(
         self, rows: slice, ratio: int, device: torch.device | None = None
-    ) -> torch.Tensor:
-        """Return :meth:`visible_entries` of each local query in ``rows``, int64 [rows]."""
-        return (self.positions(device)[rows] + 1) // ratio
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first entry that each local query sees and the one after its last.
+
+        Entry w covers tokens [w * ratio, (w + 1) * ratio) of its document and is seen once
+        complete: w < (i + 1) // ratio for the query at document position i (DeepSeek-V4 report;
+        host ``DeepseekV4Attention.forward``).
+
+        Returns:
+            Int64 [B, rows] each; B is 1 where all rows of the batch are alike.
+        """
+        stop = (self.positions(device)[rows] + 1) // ratio
+        return torch.zeros_like(stop)[None], stop[None]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows that a rank pools into entries.
+
+    Attributes:
+        ratio: Tokens in a window.
+        starts: Position in the row of each window's first token, int64 [B, n]; B is 1 where all
+            rows of the batch are alike.
+        places: Position of the same token in its document.
+        gapless_from: Position that each row's windows follow one another from, without a gap;
+            None where they may leave gaps.
+    """
+
+    ratio: int
+    starts: torch.Tensor
+    places: torch.Tensor
+    gapless_from: int | None
+
+    def __len__(self) -> int:
+        return self.starts.shape[1]

@@ -52,16 +52,26 @@ class AttentionPlan:
         return slice(max(begin, 0) - self.raw_first, end - self.raw_first)
 
     def raw_hidden(self, chunk: slice, device: torch.device) -> torch.Tensor:
-        """Return which of :meth:`raw_span` each query must not see, bool [C, keys]."""
+        """Return which of :meth:`raw_span` each query must not see, bool [B, C, keys]."""
         span = self.raw_span(chunk)
         queries = self.layout.positions(device)[chunk, None] - self.raw_first
         keys = torch.arange(span.start, span.stop, device=device)
-        return (keys > queries) | (keys <= queries - self.window)
+        hidden = ((keys > queries) | (keys <= queries - self.window))[None]
+        first = self.layout.first_keys(chunk, device)
+        return hidden if first is None else hidden | (keys < first[..., None] - self.raw_first)
 
-    def entries_hidden(self, chunk: slice, count: int, device: torch.device) -> torch.Tensor:
-        """Return which of the first ``count`` entries each query must not see, bool [C, count]."""
-        visible = self.layout.visible_entries_per_query(chunk, self.ratio, device)
-        return torch.arange(count, device=device) >= visible[:, None]
+    def entry_span(self, chunk: slice) -> range:
+        """Return the entries that the queries of ``chunk`` see between them."""
+        return self.layout.entry_span(chunk, self.ratio) if self.ratio else range(0)
+
+    def entries_hidden(self, chunk: slice, device: torch.device) -> torch.Tensor:
+        """Return which of :meth:`entry_span` each query must not see, bool [B, C, entries]."""
+        span = self.entry_span(chunk)
+        if not len(span):
+            return torch.zeros(1, 1, 0, dtype=torch.bool, device=device)
+        first, stop = self.layout.visible_entries(chunk, self.ratio, device)
+        entries = torch.arange(span.start, span.stop, device=device)
+        return (entries < first[..., None]) | (entries >= stop[..., None])
 
     def chunks(self, rows_by_heads: int, entry_keys: int) -> Iterator[slice]:
         """Cut the local queries so that a chunk's scores fit the workspace.
@@ -93,7 +103,7 @@ class _ChunkKeys:
         device = raw_BTD.device
         self.span = plan.raw_span(chunk)
         self.raw = raw_BTD[:, self.span]
-        self.raw_hidden = plan.raw_hidden(chunk, device)[:, None]
+        self.raw_hidden = plan.raw_hidden(chunk, device)[:, :, None]
         self.chosen = None
         if chosen_BLK is not None:
             self.chosen = chosen_BLK[:, chunk].long()
@@ -101,13 +111,10 @@ class _ChunkKeys:
             self.entries = entries_BPD[rows, self.chosen.clamp(min=0)]
             self.entries_hidden = (self.chosen == NOTHING)[:, :, None]
         else:
-            count = plan.layout.visible_entries(chunk.stop - 1, plan.ratio) if plan.ratio else 0
-            self.entries = entries_BPD[:, :count]
-            self.entries_hidden = (
-                plan.entries_hidden(chunk, count, device)[:, None]
-                if count
-                else torch.zeros(0, dtype=torch.bool, device=device)
-            )
+            span = plan.entry_span(chunk)
+            self.entry_rows = slice(span.start, span.stop)
+            self.entries = entries_BPD[:, self.entry_rows]
+            self.entries_hidden = plan.entries_hidden(chunk, device)[:, :, None]
 
     def scores(self, q: torch.Tensor, scale: float) -> torch.Tensor:
         """Return float32 [B, C, N, raw + entries], -inf where hidden."""
@@ -148,7 +155,7 @@ class _ChunkKeys:
         raw, entries = weights_BCNK.to(x_BCND.dtype).split(self._sizes(), dim=-1)
         grad_raw[:, self.span] += torch.einsum("bcnk,bcnd->bkd", raw, x_BCND)
         if self.chosen is None:
-            grad_entries[:, : entries.shape[-1]] += torch.einsum("bcnk,bcnd->bkd", entries, x_BCND)
+            grad_entries[:, self.entry_rows] += torch.einsum("bcnk,bcnd->bkd", entries, x_BCND)
             return
         per_query = torch.einsum("bcnk,bcnd->bckd", entries, x_BCND).to(grad_entries.dtype)
         for row, where in enumerate(self.chosen.clamp(min=0)):  # hidden slots carry weight 0
@@ -177,7 +184,7 @@ class _SparseAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        for chunk in _chunks(plan, q, entries, chosen):
+        for chunk in _chunks(plan, q, chosen):
             keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
             scores = keys.scores(q[:, chunk], plan.scale)
             sink_column = sinks.float().expand(*scores.shape[:3])
@@ -198,7 +205,7 @@ class _SparseAttention(torch.autograd.Function):
         grad_raw = torch.zeros_like(raw, dtype=torch.float32)
         grad_entries = torch.zeros_like(entries, dtype=torch.float32)
         grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
-        for chunk in _chunks(plan, q, entries, chosen):
+        for chunk in _chunks(plan, q, chosen):
             keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
             q_c, grad_c, lse_c = q[:, chunk], grad_out[:, chunk], lse[:, chunk]
             probs = keys.scores(q_c, plan.scale).sub_(lse_c[..., None]).exp_()
@@ -219,10 +226,8 @@ class _SparseAttention(torch.autograd.Function):
         )
 
 
-def _chunks(
-    plan: AttentionPlan, q: torch.Tensor, entries: torch.Tensor, chosen: torch.Tensor | None
-) -> Iterator[slice]:
-    seen = entries.shape[1]
+def _chunks(plan: AttentionPlan, q: torch.Tensor, chosen: torch.Tensor | None) -> Iterator[slice]:
+    seen = plan.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
     if chosen is not None:
         # Chosen entries are copied out for each query: D numbers a key beside its N scores.
         seen = chosen.shape[-1] * (1 + q.shape[-1] // q.shape[2])
@@ -275,22 +280,22 @@ def key_indices(
     """Spell the plan out as the host's kernels want it: a list of keys per query.
 
     Returns:
-        Int32 [B, L, W + K] (HCA: W + P) into the raw keys followed by the entries, -1 for none.
+        Int32 [B, L, W + K] into the raw keys followed by the entries, -1 for none. K is for HCA the
+        number of entries that the queries see between them.
     """
     batch, raw_count = raw_BTD.shape[:2]
     device, layout = raw_BTD.device, plan.layout
     queries = layout.positions(device)[:, None]
     window = queries - torch.arange(plan.window - 1, -1, -1, device=device)
-    raw = torch.where(window < 0, NOTHING, window - plan.raw_first)
+    first = layout.first_keys(slice(0, layout.local_len), device)
+    earliest = 0 if first is None else first[..., None]
+    raw = torch.where(window < earliest, NOTHING, window - plan.raw_first)
     if chosen_BLK is not None:
         entries = torch.where(chosen_BLK == NOTHING, NOTHING, chosen_BLK + raw_count)
     else:
-        count = entries_BPD.shape[1]
-        every = torch.arange(count, device=device).expand(layout.local_len, -1)
-        hidden = (
-            plan.entries_hidden(slice(0, layout.local_len), count, device)
-            if count
-            else torch.zeros_like(every, dtype=torch.bool)
-        )
-        entries = torch.where(hidden, NOTHING, every + raw_count).expand(batch, -1, -1)
+        whole = slice(0, layout.local_len)
+        span = plan.entry_span(whole)
+        every = torch.arange(span.start, span.stop, device=device) + raw_count
+        hidden = plan.entries_hidden(whole, device)
+        entries = torch.where(hidden, NOTHING, every).expand(batch, layout.local_len, -1)
     return torch.cat((raw.expand(batch, -1, -1), entries), dim=-1).to(torch.int32)

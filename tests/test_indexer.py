@@ -49,9 +49,11 @@ def test_a_row_too_short_for_an_entry_chooses_nothing():
 @given(
     st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 3.0]), min_size=1, max_size=9),
     st.integers(0, 9),
+    st.integers(0, 9),
 )
-def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, visible):
-    seen = min(visible, len(scores))
-    expected = sorted(range(seen), key=lambda entry: (-scores[entry], entry))
-    best = _best(torch.tensor([[scores]]), torch.tensor([[[visible]]]), len(scores))
-    assert best[0, 0].tolist()[:seen] == expected
+def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, first, stop):
+    seen = range(first, min(stop, len(scores)))
+    expected = sorted(seen, key=lambda entry: (-scores[entry], entry))
+    bounds = (torch.tensor([[[bound]]]) for bound in (first, stop))
+    best = _best(torch.tensor([[scores]]), *bounds, len(scores))
+    assert best[0, 0].tolist()[: len(seen)] == expected

@@ -37,18 +37,20 @@ def test_ranks_own_every_token_and_window_once(cp_size, blocks, ratio):
     layouts = [SequenceLayout(blocks * ratio, rank, cp_size) for rank in range(cp_size)]
     tokens = torch.cat([layout.positions() for layout in layouts])
     assert tokens.tolist() == list(range(layouts[0].seq_len))
-    windows = [w for layout in layouts for w in layout.windows(ratio)]
-    assert windows == list(range(layouts[0].seq_len // ratio))
+    starts = torch.cat([layout.windows(ratio).starts for layout in layouts], dim=1)[0]
+    assert starts.tolist() == list(range(0, layouts[0].seq_len, ratio))
 
 
 @given(st.integers(1, 4), st.integers(1, 30), st.sampled_from([2, 4, 128]))
 def test_an_entry_is_visible_once_its_last_token_is_past(cp_size, local_len, ratio):
     for rank in range(cp_size):
         layout = SequenceLayout(local_len, rank, cp_size)
-        visible = layout.visible_entries_per_query(slice(0, local_len), ratio).tolist()
+        first, stop = layout.visible_entries(slice(0, local_len), ratio)
+        assert not first.any()
         for row, position in enumerate(layout.positions().tolist()):
             complete = [w for w in range(local_len * cp_size) if (w + 1) * ratio - 1 <= position]
-            assert visible[row] == layout.visible_entries(row, ratio) == len(complete)
+            assert stop[0, row] == len(complete)
+            assert layout.entry_span(slice(row, row + 1), ratio) == range(len(complete))
 
 
 def test_a_window_that_straddles_a_cut_is_refused_with_the_length_that_works():

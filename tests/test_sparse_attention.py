@@ -33,7 +33,7 @@ def cases(draw):
     chosen = None
     if ratio == 4:
         scores = torch.rand(rows, local_len, entries, generator=generator)
-        visible = layout.visible_entries_per_query(slice(0, local_len), ratio)[:, None]
+        visible = layout.visible_entries(slice(0, local_len), ratio)[1][0][:, None]
         hidden = torch.arange(entries) >= visible
         chosen = scores.masked_fill(hidden, -1).topk(min(5, entries)).indices
         chosen = chosen.masked_fill(chosen >= visible, -1).int()

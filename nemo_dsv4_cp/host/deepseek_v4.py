@@ -13,8 +13,6 @@ from nemo_automodel.components.models.deepseek_v4.layers import (
 )
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_indexer_scores
 
-from nemo_dsv4_cp.layout import SequenceLayout
-
 __all__ = [
     "apply_partial_rope",
     "index_scores",
@@ -24,18 +22,15 @@ __all__ = [
 
 
 def index_scores(
-    indexer: Any,
-    q_BCID: torch.Tensor,
-    keys_BPD: torch.Tensor,
-    weights_BCI: torch.Tensor,
-    layout: SequenceLayout,
-    begin: int,
+    indexer: Any, q_BCID: torch.Tensor, keys_BPD: torch.Tensor, weights_BCI: torch.Tensor
 ) -> torch.Tensor:
-    """Score a chunk of local queries, the first of them row ``begin``, against all index keys.
+    """Score every query against every index key; what a query may not see is the caller's to hide.
 
     Returns:
         Float32 [B, C, P], with the kernel that the host's ``backend.attn`` asks for.
     """
+    # The kernel leaves out what lies ahead of a query: put all queries behind the last key.
+    queries, ahead = q_BCID.shape[1], keys_BPD.shape[1] * indexer.compress_ratio
     scores: torch.Tensor = dsv4_indexer_scores(
         q_BCID,
         keys_BPD,
@@ -43,8 +38,8 @@ def index_scores(
         compress_ratio=indexer.compress_ratio,
         softmax_scale=indexer.softmax_scale,
         backend=kernel_backend(indexer.backend),
-        query_start=layout.start + begin,
-        query_total_len=layout.seq_len,
+        query_start=ahead,
+        query_total_len=ahead + queries,
     )
     return scores
 

@@ -37,6 +37,8 @@ class AllGatherTransport:
                 pad(all_gather(tensor, dim=1, cp_group=self.cp_group), (0, 0, before, 0)),
                 first=-before,
             )
+            if before
+            else LeftContext(tensor, first=self.layout.start)
             for tensor, before in zip(tensors, tokens, strict=True)
         ]
 

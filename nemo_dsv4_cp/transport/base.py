@@ -41,7 +41,10 @@ class Transport(Protocol):
     def left_context(
         self, tensors: Sequence[torch.Tensor], tokens: Sequence[int]
     ) -> list[LeftContext]:
-        """Extend each tensor [B, L, F] by at least ``tokens`` many tokens before the shard."""
+        """Extend each tensor [B, L, F] by at least ``tokens`` many tokens before the shard.
+
+        A tensor of which 0 are asked stays as it is.
+        """
 
     def gather_entries(self, entries: torch.Tensor) -> torch.Tensor:
         """Return all ranks' entries [B, R * n, D] in window order, from this rank's [B, n, D]."""

@@ -34,19 +34,23 @@ class BoundaryTransport:
             tokens: H of each: how many tokens before the shard must be addressable.
         """
         layout, ranks = self.layout, range(self.layout.cp_size)
+        asked = [i for i, before in enumerate(tokens) if before]
         transfers = [
             Transfers(
-                send=[layout.halo_to(rank, before) for rank in ranks],
-                receive=[layout.halo_from(rank, before) for rank in ranks],
-                length=before,
+                send=[layout.halo_to(rank, tokens[i]) for rank in ranks],
+                receive=[layout.halo_from(rank, tokens[i]) for rank in ranks],
+                length=tokens[i],
             )
-            for before in tokens
+            for i in asked
         ]
-        halos = exchange_left(tensors, transfers, cp_group=self.cp_group)
-        return [
-            LeftContext(torch.cat((halo, tensor), dim=1), first=layout.start - before)
-            for halo, tensor, before in zip(halos, tensors, tokens, strict=True)
-        ]
+        if not asked:
+            return [LeftContext(tensor, first=layout.start) for tensor in tensors]
+        halos = exchange_left([tensors[i] for i in asked], transfers, cp_group=self.cp_group)
+        contexts = [LeftContext(tensor, first=layout.start) for tensor in tensors]
+        for i, halo in zip(asked, halos, strict=True):
+            extended = torch.cat((halo, tensors[i]), dim=1)
+            contexts[i] = LeftContext(extended, first=layout.start - tokens[i])
+        return contexts
 
     def gather_entries(self, entries: torch.Tensor) -> torch.Tensor:
         """Return all ranks' entries [B, R * n, D] in window order."""
