@@ -15,8 +15,16 @@ from nemo_automodel.components.distributed.context_parallel.sharder import (
     convert_attention_mask_to_padding_mask,
 )
 
-from nemo_dsv4_cp.collectives import mesh_rank
+from nemo_dsv4_cp.collectives import Group, max_over_ranks, mesh_rank, same_on_all_ranks
 from nemo_dsv4_cp.layout import SequenceLayout, padded_seq_len
+from nemo_dsv4_cp.packing import (
+    PackedShardLayout,
+    check_tokens,
+    documents_of,
+    is_packed,
+    packed_len,
+    repack,
+)
 
 CP_GROUP_KEY = "_dsv4_cp_group"
 """Batch key under which the CP process group travels to attention, as in the host."""
@@ -28,6 +36,8 @@ _PAD_VALUES: dict[str, float] = {
     "loss_mask": 0,
 }
 _ROW_METADATA = {"seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded"}
+_PACKED_SHARD_MULTIPLE = 8
+"""Tokens that a packed shard's length is a multiple of: aligned matrix products, no window."""
 _IMAGE_KEYS = ("pixel_values", "image_grid_hws", "vision_token_types")
 
 
@@ -49,13 +59,6 @@ def pad_position_ids(position_ids: torch.Tensor, seq_dim: int, pad_len: int) -> 
     steps = torch.arange(1, pad_len + 1, device=position_ids.device, dtype=position_ids.dtype)
     last = position_ids.narrow(seq_dim, position_ids.shape[seq_dim] - 1, 1)
     return torch.cat((position_ids, last + steps.view(shape)), dim=seq_dim)
-
-
-def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Return whether the rows hold several documents, by any of the host's markers."""
-    return batch.get("qkv_format") == "thd" or any(
-        batch.get(key) is not None for key in (*_ROW_METADATA, "packed_seq_ids", "_packed_seq_ids")
-    )
 
 
 def local_token_indices(
@@ -128,23 +131,8 @@ def refuse_restarting_positions(
     if bool(astray.any()):
         raise ValueError(
             "position_ids do not count 0, 1, 2, ... along each row, as if documents were packed; "
-            "leave position_ids out of the batch, or turn packing off "
-            "(packed_sequence.packed_sequence_size: 0)"
+            "leave position_ids out of the batch, or tell the documents' lengths with seq_lens"
         )
-
-
-def _refuse_packed(batch: Mapping[str, Any]) -> None:
-    if "cu_seqlens" in batch and "seq_lens" not in batch:
-        raise NotImplementedError(
-            "packed sequences: pre-flattened `cu_seqlens` batches cannot be sharded here; set "
-            "packed_sequence.packed_sequence_size: 0 or distributed.cp_size: 1"
-        )
-    if "seq_lens" not in batch:
-        raise KeyError("a packed batch (qkv_format: thd) requires `seq_lens`")
-    raise NotImplementedError(
-        "packed sequences are not supported under context parallelism yet; set "
-        "packed_sequence.packed_sequence_size: 0 or distributed.cp_size: 1"
-    )
 
 
 def _refuse_images(batch: Mapping[str, Any]) -> None:
@@ -188,8 +176,15 @@ def contiguous_shard(
     loss_mask: torch.Tensor | None = None,
     padding_token_id: int = 0,
     pad_multiple: int | None = None,
+    pad_documents: bool = False,
+    compare_ranks: bool = False,
+    sync_packed_length: bool = False,
 ) -> tuple[Callable[..., Any], dict[str, Any], ShardLayout | None]:
     """Pad the rows and keep this rank's contiguous slice of every per-token tensor.
+
+    Packed rows (:func:`nemo_dsv4_cp.packing.documents_of`) are laid out anew first: documents end
+    to end, padding at the row's end. They gain ``packed_seq_ids`` [B, L] (documents counted from 1,
+    0 for padding) and hold ``seq_lens`` and ``seq_lens_padded`` [B, D] of the new rows.
 
     Args:
         cp_mesh: One-dimensional CP mesh; None or size 1 leaves the tokens as they are.
@@ -202,7 +197,13 @@ def contiguous_shard(
             values from ``_cp_metadata_pad_values``).
         loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is sharded too.
         padding_token_id: Pad value of ``input_ids``.
-        pad_multiple: What each shard's length must be a multiple of (at least 2).
+        pad_multiple: What each shard's length must be a multiple of (at least 2). Packed rows need
+            none but with ``pad_documents``.
+        pad_documents: Pad every document to a multiple of ``pad_multiple``, as the host does.
+        compare_ranks: Compare the batch's sizes and documents over the CP group first; the one
+            thing here that communicates.
+        sync_packed_length: Give packed rows one length on all ranks of the job, as the host's
+            HybridEP dispatcher needs it.
 
     Returns:
         The forward's context factory (``nullcontext``), the sharded batch with the CP group under
@@ -210,27 +211,53 @@ def contiguous_shard(
 
     Raises:
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
-        KeyError: If there are neither labels nor ``loss_mask``.
-        NotImplementedError: For packed rows or images.
-        ValueError: For left padding, or positions that do not count along the row.
+        KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
+        NotImplementedError: For images.
+        ValueError: For left padding, positions that do not count along the row or document,
+            lengths that do not fit their row, or ranks whose batches differ.
     """
     cp_size = 1 if cp_mesh is None else cp_mesh.size()
     if cp_size <= 1:
         return contextlib.nullcontext, _uncut(batch, loss_mask), _uncut_layout(batch)
-    if is_packed(batch):
-        _refuse_packed(batch)
+    if compare_ranks:
+        _compare_ranks(batch, cp_mesh.get_group())
     _refuse_images(batch)
+    batch["labels"], loss_mask = _labels(batch, loss_mask)
+    if loss_mask is not None:
+        batch["loss_mask"] = loss_mask
 
-    # Only attention_mask shapes attention, in the host at CP size 1 too: a padding_mask that came
-    # without one was guessed from token values by its collater and serves the MoE routers alone.
-    attention_mask = batch.pop("attention_mask", None)
-    if attention_mask is not None:
-        padding = padding_of(attention_mask)
-        refuse_left_padding(padding)
-        batch.setdefault("padding_mask", padding)
+    seq_dims = batch.pop("_cp_metadata_seq_dims", {})
+    fills = {"input_ids": padding_token_id} | _PAD_VALUES
+    fills |= batch.pop("_cp_metadata_pad_values", {})
+    multiple = int(pad_multiple or 2)
+    if is_packed(batch):
+        document_multiple = multiple if pad_documents else 1
+        facts = _lay_out_documents(
+            batch,
+            seq_dims,
+            fills,
+            document_multiple=document_multiple,
+            row_multiple=cp_size * max(document_multiple, _PACKED_SHARD_MULTIPLE),
+            sync_length=sync_packed_length,
+        )
+    else:
+        facts = _pad_rows(batch, seq_dims, fills, cp_size=cp_size, pad_multiple=multiple)
 
-    primary = batch[_primary_key(batch)]
-    row_count, seq_len = primary.shape[:2]
+    assert facts.padded_seq_len is not None
+    rows = batch[_primary_key(batch)].shape[0]
+    layout = SequenceLayout.of_padded(
+        facts.padded_seq_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_size
+    )
+    for key, seq_dim in list(_per_token_dims(batch, (rows, layout.seq_len), seq_dims)):
+        batch[key] = batch[key].narrow(seq_dim, layout.start, layout.local_len).contiguous()
+    batch[CP_GROUP_KEY] = cp_mesh.get_group()
+    return contextlib.nullcontext, batch, facts
+
+
+def _labels(
+    batch: Mapping[str, Any], loss_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the labels, and the loss mask unless it stood in for them."""
     labels = batch.get("labels")
     if labels is None:
         labels, loss_mask = loss_mask, None
@@ -238,34 +265,98 @@ def contiguous_shard(
         raise KeyError(
             "context parallelism needs `labels` in the batch, or labels passed as loss_mask"
         )
-    batch["labels"] = labels
-    if loss_mask is not None:
-        batch["loss_mask"] = loss_mask
+    return labels, loss_mask
 
+
+def _pad_rows(
+    batch: dict[str, Any],
+    seq_dims: Mapping[str, int],
+    fills: Mapping[str, float],
+    *,
+    cp_size: int,
+    pad_multiple: int,
+) -> ShardLayout:
+    """Pad rows of one document each at their end."""
+    # Only attention_mask shapes attention, in the host at CP size 1 too: a padding_mask that came
+    # without one was guessed from token values by its collater and serves the MoE routers alone.
+    attention_mask = batch.pop("attention_mask", None)
+    if attention_mask is not None:
+        padding = padding_of(attention_mask)
+        refuse_left_padding(padding)
+        batch.setdefault("padding_mask", padding)
+    primary = batch[_primary_key(batch)]
+    rows, seq_len = primary.shape[:2]
     if "position_ids" not in batch:
         batch["position_ids"] = torch.arange(seq_len, device=primary.device)[None]
     if batch["position_ids"].dim() == 2:
-        batch["position_ids"] = batch["position_ids"].expand(row_count, -1)
+        batch["position_ids"] = batch["position_ids"].expand(rows, -1)
         refuse_restarting_positions(batch["position_ids"], batch.get("padding_mask"))
-
-    seq_dims = batch.pop("_cp_metadata_seq_dims", {})
-    pad_values = {"input_ids": padding_token_id} | _PAD_VALUES
-    pad_values |= batch.pop("_cp_metadata_pad_values", {})
-    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=int(pad_multiple or 2))
-    layout = SequenceLayout.of_padded(padded_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_size)
+    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=pad_multiple)
     if padded_len > seq_len and "padding_mask" not in batch:
         # Unmarked, the slots added here would count when the MoE routers balance their experts.
-        batch["padding_mask"] = torch.zeros(primary.shape[:2], dtype=torch.bool).to(primary.device)
-    for key, seq_dim in list(_per_token_dims(batch, (row_count, seq_len), seq_dims)):
+        batch["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool).to(primary.device)
+    for key, seq_dim in list(_per_token_dims(batch, (rows, seq_len), seq_dims)):
         if key == "position_ids":
-            padded = pad_position_ids(batch[key], seq_dim, padded_len - seq_len)
+            batch[key] = pad_position_ids(batch[key], seq_dim, padded_len - seq_len)
         else:
-            padded = pad_tensor(batch[key], seq_dim, padded_len - seq_len, pad_values.get(key, 0))
-        batch[key] = padded.narrow(seq_dim, layout.start, layout.local_len).contiguous()
+            batch[key] = pad_tensor(batch[key], seq_dim, padded_len - seq_len, fills.get(key, 0))
+    return ShardLayout(original_seq_len=seq_len, padded_seq_len=padded_len)
 
-    batch[CP_GROUP_KEY] = cp_mesh.get_group()
-    facts = ShardLayout(original_seq_len=seq_len, padded_seq_len=padded_len)
-    return contextlib.nullcontext, batch, facts
+
+def _lay_out_documents(
+    batch: dict[str, Any],
+    seq_dims: Mapping[str, int],
+    fills: Mapping[str, float],
+    *,
+    document_multiple: int,
+    row_multiple: int,
+    sync_length: bool,
+) -> ShardLayout:
+    """Put the documents of packed rows end to end and pad the rows at their end."""
+    primary = batch[_primary_key(batch)]
+    rows, seq_len = primary.shape[:2]
+    documents = documents_of(batch, rows, seq_len)
+    check_tokens(documents, batch.get("position_ids"), batch["labels"])
+    padded_len = -(-max(packed_len(documents, document_multiple), 1) // row_multiple) * row_multiple
+    if sync_length:
+        padded_len = max_over_ranks(padded_len, primary.device)
+    packed = repack(
+        documents, seq_len=seq_len, document_multiple=document_multiple, padded_len=padded_len
+    ).to(primary.device)
+
+    # Documents say what is padding; a mask beside them can only repeat it.
+    for key in ("attention_mask", "padding_mask", "position_ids", "_packed_seq_ids"):
+        batch.pop(key, None)
+    for key, seq_dim in list(_per_token_dims(batch, (rows, seq_len), seq_dims)):
+        batch[key] = packed.move(batch[key], seq_dim, fills.get(key, 0))
+    for key in _ROW_METADATA:
+        batch.pop(key, None)
+    batch |= {
+        "position_ids": packed.position_ids,
+        "padding_mask": packed.source < 0,
+        "packed_seq_ids": packed.seq_ids,
+        "seq_lens": packed.seq_lens,
+        "seq_lens_padded": packed.seq_lens_padded,
+        "qkv_format": "thd",
+    }
+    return PackedShardLayout(padded_seq_len=padded_len, input_token_stream_positions=packed.target)
+
+
+def _compare_ranks(batch: Mapping[str, Any], cp_group: Group) -> None:
+    """Refuse, on all ranks of the CP group, batches that differ in rows, tokens or documents."""
+    primary = batch[_primary_key(batch)]
+    lengths = [batch.get(key) for key in sorted(_ROW_METADATA)]
+    documents = [n for t in lengths if t is not None for n in t.flatten().tolist()]
+    # A number that other lengths are unlikely to have; positions weigh in, so order counts.
+    print_of_documents = sum((place + 1) * n for place, n in enumerate(documents)) % (1 << 40)
+    facts = [*primary.shape[:2], len(documents), print_of_documents]
+    on_ranks = same_on_all_ranks(facts, primary.device, cp_group)
+    if on_ranks is not None:
+        raise ValueError(
+            "the ranks of one CP group hold different batches: rows, tokens, number and print of "
+            f"document lengths are {on_ranks}, rank by rank; every CP rank must load the same "
+            "samples (the sampler's rank is the data-parallel rank, not the global one)"
+        )
 
 
 def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:

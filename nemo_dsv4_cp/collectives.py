@@ -224,3 +224,22 @@ def all_reduce_sum(tensor: torch.Tensor, groups: Sequence[Group | None]) -> torc
         if cp_enabled(group):
             dist.all_reduce(total, group=group)
     return total
+
+
+def max_over_ranks(number: int, device: torch.device) -> int:
+    """Return the largest of a number over all ranks of the job."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def same_on_all_ranks(
+    facts: Sequence[int], device: torch.device, cp_group: Group | None
+) -> list[list[int]] | None:
+    """Return None if the ranks of the group hold the same numbers, else each rank's."""
+    mine = torch.tensor([list(facts)], device=device)
+    gathered = all_gather_metadata(mine, dim=0, cp_group=cp_group)
+    on_ranks: list[list[int]] = gathered.tolist()
+    return on_ranks if any(row != on_ranks[0] for row in on_ranks) else None

@@ -30,6 +30,10 @@ class ContextParallelOptions:
         transport: How a rank sees other ranks' keys; a name in ``nemo_dsv4_cp.transports``.
         pad_multiple: What a shard's length is a multiple of: ``"auto"`` for the LCM that the
             compress ratios need, or a multiple of that LCM.
+        pad_documents: Pad every document of packed rows to a multiple of ``pad_multiple``, as the
+            host does; else documents lie end to end and only the row's end is padded.
+        compare_ranks: When the ranks of a CP group compare the sizes and documents of their
+            batches: ``"first"`` step, ``"every"`` step or ``"never"``.
         batch_fn: How a batch is cut; a name in ``nemo_dsv4_cp.batch_fns``.
         workspace_mib: How much a chunk of scores or of float32 rows may take, in MiB: less is
             slower. Memory beside it is linear in the shard and the entries.
@@ -40,6 +44,8 @@ class ContextParallelOptions:
     enabled: bool = True
     transport: str = "boundary"
     pad_multiple: int | str = "auto"
+    pad_documents: bool = False
+    compare_ranks: str = "first"
     batch_fn: str = "contiguous_shard"
     workspace_mib: int = 256
     keep_index_choice: bool = True
@@ -91,6 +97,11 @@ class ContextParallelOptions:
             raise ValueError(
                 f'context_parallel.pad_multiple={multiple!r} is neither "auto" nor a positive '
                 'integer; use "auto"'
+            )
+        if self.compare_ranks not in ("first", "every", "never"):
+            raise ValueError(
+                f"context_parallel.compare_ranks={self.compare_ranks!r} is none of first, every "
+                "and never; use first"
             )
         if self.workspace_mib < 1:
             raise ValueError(

@@ -6,32 +6,83 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from nemo_automodel.components.distributed.context_parallel.sharder import (
     ContextParallelSharder,
 )
+from nemo_automodel.components.models.common.mtp import (
+    MTPContextParallelInputs,
+    prepare_mtp_context_parallel_inputs,
+    shift_packed_tensor,
+)
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 from nemo_automodel.components.models.deepseek_v4.model import (
+    DeepseekV4CausalLMOutput,
     DeepseekV4ForCausalLM,
     DeepseekV4Model,
+    compute_lm_head_logits,
 )
 from torch.distributed.tensor import DTensor
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.attention import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.batch import (
     CP_GROUP_KEY,
-    is_packed,
     local_token_indices,
     padding_of,
     refuse_left_padding,
 )
-from nemo_dsv4_cp.collectives import Group, all_reduce_sum
+from nemo_dsv4_cp.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.config import ContextParallelOptions
+from nemo_dsv4_cp.host import token_verbs
 from nemo_dsv4_cp.host.deepseek_v4 import reset_uninitialised_norms
 from nemo_dsv4_cp.layout import validate_cp_size
+from nemo_dsv4_cp.packed_layout import PackedLayout
+from nemo_dsv4_cp.packing import document_starts, is_packed, token_documents
+
+
+def packed_layout_of(kwargs: dict[str, Any], rows: int, length: int) -> PackedLayout | None:
+    """Take the documents of packed rows out of a forward's keyword arguments.
+
+    Args:
+        kwargs: Changed in place: what describes packing leaves it.
+        rows: B.
+        length: L, local tokens.
+
+    Returns:
+        The layout of this step, None for rows of one document each.
+
+    Raises:
+        KeyError: If rows are marked as packed and no lengths tell their documents.
+    """
+    if LAYOUT_KEY in kwargs:
+        layout: PackedLayout = kwargs[LAYOUT_KEY]
+        return layout
+    if not is_packed(kwargs):
+        return None
+    group = kwargs.get(CP_GROUP_KEY)
+    starts = document_starts(kwargs, rows, length * cp_size(group))
+    for key in _PACKING_KEYS:
+        kwargs.pop(key, None)
+    if starts is None:
+        raise KeyError(
+            "packed rows (qkv_format: thd) need `seq_lens` or `cu_seqlens` beside them; nothing "
+            "else tells where documents end"
+        )
+    return PackedLayout.of_documents(starts, length, cp_rank=cp_rank(group), cp_size=cp_size(group))
+
+
+_PACKING_KEYS = (
+    "qkv_format",
+    "seq_lens",
+    "seq_lens_padded",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "packed_seq_ids",
+)
 
 
 class ContextParallelModel(DeepseekV4Model):
@@ -70,8 +121,7 @@ class ContextParallelModel(DeepseekV4Model):
             ValueError: For left padding, or when there is no input.
         """
         self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
-        # Packed rows and images reach the model at CP size 1 only; the host serves them there.
-        if self.vision_enabled or is_packed(attn_kwargs):
+        if self.vision_enabled:  # at CP size 1 only, where the host serves images
             hosted: torch.Tensor = super().forward(
                 input_ids,
                 inputs_embeds=inputs_embeds,
@@ -104,8 +154,13 @@ class ContextParallelModel(DeepseekV4Model):
 
         like_BLE = streams_BLME[:, :, 0]
         batch, length = like_BLE.shape[:2]
+        layout = packed_layout_of(attn_kwargs, batch, length)
+        if layout is not None:
+            attn_kwargs[LAYOUT_KEY] = layout
         if position_ids is None:
             position_ids = torch.arange(length, device=like_BLE.device)
+            if layout is not None:
+                position_ids = layout.document_positions(like_BLE.device)
         position_ids = torch.atleast_2d(position_ids).expand(batch, -1)
         rope = self.rotary_emb(like_BLE, position_ids)
         rope_compress = self.rotary_emb_compress(like_BLE, position_ids)
@@ -155,16 +210,24 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     """
 
     _owns_cp_attention = True
-    # Packed rows under CP are refused for now; the host then says so before it builds a dataset.
-    _packed_cp_attn_backends = ()
+    _owns_packed_attention = True
     # The host keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
 
+    @dataclass(frozen=True)
+    class ModelCapabilities(DeepseekV4ForCausalLM.ModelCapabilities):
+        """The host's, and MTP under CP; not with pipeline stages beside it."""
+
+        supports_mtp_cp: bool = True
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        token_verbs.install()
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
+        self._pad_documents = options.pad_documents
+        self._compare_ranks = options.compare_ranks
         self.model.__class__ = ContextParallelModel
         for module in self.modules():
             if type(module) is DeepseekV4Attention:
@@ -192,7 +255,128 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 pad_multiple=self._pad_multiple,
                 max_seq_len=self.config.max_position_embeddings,
             )
-        return self._batch_fn(cp_mesh, tp_mesh, batch, pad_multiple=self._pad_multiple, **kwargs)
+        compare = self._compare_ranks != "never"
+        if self._compare_ranks == "first":
+            self._compare_ranks = "never"
+        return self._batch_fn(
+            cp_mesh,
+            tp_mesh,
+            batch,
+            pad_multiple=self._pad_multiple,
+            pad_documents=self._pad_documents,
+            compare_ranks=compare,
+            sync_packed_length=self.backend.dispatcher == "hybridep",
+            **kwargs,
+        )
+
+    def prepare_mtp_inputs_for_cp(
+        self, batch: dict[str, Any], *, ignore_index: int = -100
+    ) -> MTPContextParallelInputs:
+        """Shift the full batch for each MTP depth, before it is cut: the host's contract.
+
+        Args:
+            batch: The full batch; not changed but for ``position_ids`` where it has none.
+            ignore_index: Label of tokens that have no target.
+
+        Returns:
+            Ids, positions and targets [B, S] a depth. None crosses from a document into the next.
+        """
+        documents = {"seq_idx": token_documents(batch)} if is_packed(batch) else {}
+        return prepare_mtp_context_parallel_inputs(
+            batch | documents, num_depths=self.mtp_config.num_layers, ignore_index=ignore_index
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        *mtp_embed_inputs: torch.Tensor,
+        mtp_per_depth_input_ids: Sequence[torch.Tensor] | None = None,
+        mtp_per_depth_position_ids: Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model, its MTP layers too while training.
+
+        Args:
+            input_ids: Token ids [B, L].
+            *mtp_embed_inputs: What an earlier pipeline stage embedded for MTP.
+            mtp_per_depth_input_ids: Under CP, this rank's shard of the ids that
+                :meth:`prepare_mtp_inputs_for_cp` shifted, [B, L] a depth.
+            mtp_per_depth_position_ids: Not read: as in the host at CP size 1, an MTP layer rotates
+                by the position of the token that it predicts from.
+            **kwargs: As the host's forward takes them.
+
+        Returns:
+            The host's output.
+
+        Raises:
+            ValueError: If MTP runs under CP without ``mtp_per_depth_input_ids``.
+        """
+        stage = self._is_pipeline_parallel_stage()
+        hosted = self.mtp is None or not self.training or stage or self.model.vision_enabled
+        if hosted or input_ids is None:
+            return super().forward(input_ids, *mtp_embed_inputs, **kwargs)
+        return self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **kwargs)
+
+    def _forward_with_mtp(
+        self,
+        input_ids: torch.Tensor,
+        shifted_ids: Sequence[torch.Tensor] | None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **attn_kwargs: Any,
+    ) -> DeepseekV4CausalLMOutput:
+        """What the host's forward does with MTP, less its dense [L, S] mask."""
+        rows, length = input_ids.shape
+        packed = attn_kwargs.get("qkv_format") == "thd"
+        layout = packed_layout_of(attn_kwargs, rows, length)
+        if layout is not None:
+            attn_kwargs[LAYOUT_KEY] = layout
+        depths = range(1, self.mtp_config.num_layers + 1)
+        if shifted_ids is None and cp_enabled(attn_kwargs.get(CP_GROUP_KEY)):
+            raise ValueError(
+                "MTP under context parallelism needs mtp_per_depth_input_ids: the tokens after a "
+                "shard's last are the next rank's. Call prepare_mtp_inputs_for_cp on the full "
+                "batch and shard what it returns, or set num_nextn_predict_layers: 0"
+            )
+        if shifted_ids is None:
+            documents = None if layout is None else layout.first_keys(slice(0, length))
+            shifted_ids = [
+                shift_packed_tensor(input_ids, depth=depth, seq_idx=documents) for depth in depths
+            ]
+        hidden, streams = self.model(
+            input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            padding_mask=padding_mask,
+            return_hc_hidden=True,
+            **attn_kwargs,
+        )
+        logits = compute_lm_head_logits(
+            self.lm_head, hidden, logits_to_keep, is_thd=packed, fp32_lm_head=True
+        ).logits
+        if position_ids is None and layout is not None:
+            position_ids = layout.document_positions(input_ids.device)
+        if attention_mask is not None and padding_mask is None:
+            padding_mask = padding_of(attention_mask)
+        predicted = self.mtp(
+            streams,
+            embed_inputs=[self.model.embed_tokens(ids) for ids in shifted_ids],
+            position_ids=position_ids,
+            padding_mask=padding_mask,
+            **attn_kwargs,
+        )
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        return DeepseekV4CausalLMOutput(
+            logits=logits,
+            hidden_states=hidden if output_hidden_states else None,
+            mtp_per_depth_h=predicted,
+            mtp_loss_scaling_factor=self.mtp_config.loss_scaling_factor,
+        )
 
     @torch.no_grad()
     def initialize_weights(

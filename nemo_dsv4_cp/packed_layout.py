@@ -49,6 +49,11 @@ class PackedLayout(SequenceLayout):
         document = torch.searchsorted(starts.contiguous(), asked, right=True) - 1
         return starts.gather(1, document), ends.gather(1, document)
 
+    def document_positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the position of each local token in its document, int64 [B, L]."""
+        positions = self.positions(device)
+        return positions - self._documents_at(positions)[0]
+
     def windows(self, ratio: int, device: torch.device | None = None) -> Windows:
         """Return C = (L - 1) // r + 1 windows, whatever the documents.
 
