@@ -231,13 +231,13 @@ def contiguous_shard(
     fills |= batch.pop("_cp_metadata_pad_values", {})
     multiple = int(pad_multiple or 2)
     if is_packed(batch):
-        document_multiple = multiple if pad_documents else 1
+        document_multiple = max(multiple, 2) if pad_documents else 1
         facts = _lay_out_documents(
             batch,
             seq_dims,
             fills,
             document_multiple=document_multiple,
-            row_multiple=cp_size * max(document_multiple, _PACKED_SHARD_MULTIPLE),
+            row_multiple=cp_size * (document_multiple if pad_documents else _PACKED_SHARD_MULTIPLE),
             sync_length=sync_packed_length,
         )
     else:

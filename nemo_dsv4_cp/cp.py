@@ -1,8 +1,8 @@
 """The context-parallel API of DeepSeek-V4, name for name AutoModel's own ``deepseek_v4.cp``.
 
 Each CP rank owns a contiguous shard of every row; attention sees across the cuts. The functions
-here hold no logic of their own: sharding lives in ``batch``, positions in ``layout``, communication
-in ``collectives``, the dense reference mask in ``masks``.
+here hold no logic of their own: sharding lives in ``batch``, documents in ``packing``, positions in
+``layout``, communication in ``collectives``, the dense reference masks in ``masks``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from nemo_dsv4_cp.collectives import Group, all_gather, all_gather_metadata
 from nemo_dsv4_cp.collectives import cp_enabled as dsv4_cp_enabled
 from nemo_dsv4_cp.collectives import cp_rank as dsv4_cp_rank
 from nemo_dsv4_cp.collectives import cp_size as dsv4_cp_size
-from nemo_dsv4_cp.masks import build_dsv4_cp_causal_padding_mask
+from nemo_dsv4_cp.masks import (
+    build_dsv4_cp_causal_padding_mask,
+    build_dsv4_cp_packed_causal_padding_mask,
+)
+from nemo_dsv4_cp.packing import build_packed_seq_ids
 
 __all__ = [
     "_lcm",
     "_pad_position_ids_seq_dim_",
     "_pad_tensor_seq_dim_",
     "build_dsv4_cp_causal_padding_mask",
+    "build_dsv4_cp_packed_causal_padding_mask",
+    "build_packed_seq_ids",
     "dsv4_cp_all_gather",
     "dsv4_cp_all_gather_metadata",
     "dsv4_cp_enabled",
@@ -89,10 +95,13 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     loss_mask: torch.Tensor | None = None,
     padding_token_id: int = 0,
     pad_multiple: int | None = None,
+    sync_packed_length: bool = False,
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Pad a batch and keep this CP rank's contiguous slice of it. No communication.
+    """Pad a batch and keep this CP rank's contiguous slice of it. No communication by default.
 
     Works on its own, and attached to a batch as ``_cp_make_batch_fn`` with ``functools.partial``.
+    Documents of packed rows are padded to ``pad_multiple`` each, as in AutoModel; a model's own
+    sharder leaves that padding out (:func:`nemo_dsv4_cp.batch.contiguous_shard`).
 
     Args:
         cp_mesh: One-dimensional CP mesh.
@@ -103,15 +112,17 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         padding_token_id: Pad value of ``input_ids``.
         pad_multiple: What each shard's length must be a multiple of (at least 2), as
             :func:`dsv4_cp_local_seq_multiple` gives it.
+        sync_packed_length: Give packed rows one length on all ranks of the job.
 
     Returns:
         ``contextlib.nullcontext`` and the batch.
 
     Raises:
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
-        KeyError: If there are neither labels nor ``loss_mask``.
-        NotImplementedError: For packed rows or images.
-        ValueError: For left padding, or positions that do not count along the row.
+        KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
+        NotImplementedError: For images.
+        ValueError: For left padding, positions that do not count along the row or document, or
+            lengths that do not fit their row.
     """
     context, batch, _ = contiguous_shard(
         cp_mesh,
@@ -120,5 +131,7 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         loss_mask=loss_mask,
         padding_token_id=padding_token_id,
         pad_multiple=pad_multiple,
+        pad_documents=True,
+        sync_packed_length=sync_packed_length,
     )
     return context, batch

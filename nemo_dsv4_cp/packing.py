@@ -335,3 +335,32 @@ def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.
         lengths = torch.atleast_2d(offsets).long().diff(dim=-1).clamp(min=0)
     starts = torch.nn.functional.pad(lengths.cumsum(dim=1), (1, 0))
     return starts.clamp(max=seq_len).expand(rows, -1)
+
+
+def build_packed_seq_ids(
+    seq_lens_padded: torch.Tensor,
+    *,
+    seq_len: int,
+    device: torch.device,
+    padding_value: int = NO_DOCUMENT,
+) -> torch.Tensor:
+    """Number each token's document in its row, padding that follows it included.
+
+    Args:
+        seq_lens_padded: Int [B, D] or [D]; ``padding_value`` fills up rows of fewer documents.
+        seq_len: S, tokens a row; longer documents are cut off.
+        device: Where the result lives.
+        padding_value: Marks unused slots.
+
+    Returns:
+        Int64 [B, S] from 1; 0 after the last document (host ``build_packed_seq_ids``).
+    """
+    lengths = torch.atleast_2d(seq_lens_padded).to(device=device, dtype=torch.long)
+    used = lengths != padding_value
+    ends = lengths.clamp(min=0).where(used, 0).cumsum(dim=1)
+    tokens = torch.arange(seq_len, device=device).expand(lengths.shape[0], -1).contiguous()
+    slot = torch.searchsorted(ends, tokens, right=True)
+    numbers = used.long().cumsum(dim=1)
+    inside = slot < lengths.shape[1]
+    seq_ids: torch.Tensor = numbers.gather(1, slot.clamp(max=lengths.shape[1] - 1))
+    return seq_ids.where(inside, 0)

