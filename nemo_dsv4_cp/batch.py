@@ -24,6 +24,7 @@ from nemo_dsv4_cp.packing import (
     is_packed,
     packed_len,
     repack,
+    token_documents,
 )
 
 CP_GROUP_KEY = "_dsv4_cp_group"
@@ -360,9 +361,15 @@ def _compare_ranks(batch: Mapping[str, Any], cp_group: Group) -> None:
 
 
 def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:
-    """What the host does at CP size 1: mark packing, keep the tokens."""
+    """What the host does at CP size 1: mark packing, keep the tokens.
+
+    The numbers of the tokens' documents go with them, which the host's MTP loss reads: without them
+    its targets cross into the next document.
+    """
     if is_packed(batch):
         batch["qkv_format"] = "thd"
+        if "input_ids" in batch and "_packed_seq_ids" not in batch:
+            batch["_packed_seq_ids"] = token_documents(batch)
     if loss_mask is not None:
         batch["labels" if "labels" not in batch else "loss_mask"] = loss_mask
     return batch

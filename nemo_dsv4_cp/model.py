@@ -82,6 +82,7 @@ _PACKING_KEYS = (
     "cu_seqlens",
     "cu_seqlens_padded",
     "packed_seq_ids",
+    "_packed_seq_ids",
 )
 
 
@@ -211,6 +212,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     _owns_cp_attention = True
     _owns_packed_attention = True
+    supports_thd = True  # the host then asks for our sharder at CP size 1 too, for packed rows
     # The host keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
 

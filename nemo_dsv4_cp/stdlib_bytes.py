@@ -17,9 +17,13 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
     Args:
         seq_length: Tokens in a sample.
         num_samples: How many samples to serve; all that the files hold when None.
+        shortest: Samples are of every length from this to ``seq_length``, for packing; all of
+            ``seq_length`` when None.
     """
 
-    def __init__(self, seq_length: int, num_samples: int | None = None) -> None:
+    def __init__(
+        self, seq_length: int, num_samples: int | None = None, shortest: int | None = None
+    ) -> None:
         if seq_length < 1:
             raise ValueError(f"dataset.seq_length={seq_length} must be at least 1")
         directory = Path(sysconfig.get_paths()["stdlib"])
@@ -38,6 +42,11 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
                 f"dataset.num_samples={num_samples} is not between 1 and {held}, the samples of "
                 f"dataset.seq_length={seq_length} that {directory} holds"
             )
+        if shortest is not None and not 1 <= shortest <= seq_length:
+            raise ValueError(
+                f"dataset.shortest={shortest} is not between 1 and dataset.seq_length={seq_length}"
+            )
+        self._shortest = seq_length if shortest is None else shortest
         self._num_samples = held if num_samples is None else num_samples
 
     def __len__(self) -> int:
@@ -48,10 +57,12 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
         if not 0 <= index < self._num_samples:
             raise IndexError(f"sample {index} of {self._num_samples}")
         start = index * self._seq_length
-        window = list(self._bytes[start : start + self._seq_length + 1])
+        # A prime step walks through all lengths, in an order that looks drawn.
+        length = self._shortest + index * 7919 % (self._seq_length - self._shortest + 1)
+        window = list(self._bytes[start : start + length + 1])
         # The host's losses do not shift, so the dataset does.
         return {
             "input_ids": window[:-1],
             "labels": window[1:],
-            "attention_mask": [1] * self._seq_length,
+            "attention_mask": [1] * length,
         }

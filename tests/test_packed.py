@@ -1,11 +1,17 @@
 """Packed rows over real gloo ranks: every document is as if it ran alone at CP size 1."""
 
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
-from tests.packed_parity import packed_attention_job, packed_model_job
-from tests.parity import assert_parity
+from nemo_dsv4_cp.batch import contiguous_shard
+from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+from tests.packed_parity import packed_attention_job, packed_batch, packed_model_job
+from tests.parity import GroupMesh, assert_parity, cpu_backend, randomise, tiny_config
+from tests.ranks import RankError
 
 TRANSPORTS = ["all_gather", "boundary"]
 
@@ -62,3 +68,83 @@ def test_a_moe_model_keeps_documents_apart(ranks, size, mtp_layers):
     assert_parity(
         ranks.run(packed_model_job, size, [0, 4, 128, 4], documents, options, 0, mtp_layers)
     )
+
+
+def test_padding_documents_changes_no_number(ranks):
+    options = {"pad_documents": True}
+    documents = [[70, 5, 140, 1], [216]]
+    assert_parity(ranks.run(packed_model_job, 2, [0, 4, 128, 4], documents, options))
+
+
+def test_multi_token_prediction_of_one_document_a_row(ranks):
+    options = {"transport": "boundary"}
+    assert_parity(ranks.run(packed_model_job, 2, [4, 128], [[300], [211]], options, 0, 1))
+
+
+def fsdp_job(group, rank):
+    """Twenty FSDP2 steps; the last rank holds documents of 2 tokens, so no window at all."""
+    config = tiny_config([4, 128], num_nextn_predict_layers=0)
+    model = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
+    model.initialize_weights(torch.device("cpu"), torch.float32)
+    randomise(model, 0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".indexer." not in name)
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for block in model.model.layers.values():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    sharder = model.prepare_model_inputs_for_cp({})["cp_sharder"]
+    documents = [[300, 212, *[2] * 128]]
+    losses = []
+    for _ in range(20):
+        batch = packed_batch(documents, 768, seed=0)
+        _, batch, _ = sharder.shard_batch(GroupMesh(group), None, batch)
+        labels = batch.pop("labels")
+        logits = model(**batch).logits
+        # FSDP2 averages over ranks: the mean of the ranks' means is that of the whole row.
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_a_rank_without_a_complete_window_trains_with_fsdp2(ranks):
+    for losses in ranks.run(fsdp_job, 3):
+        assert len(losses) == 20
+        assert losses[-1] < losses[0] - 0.2
+
+
+def differing_job(group, rank, difference):
+    documents = {"documents": [[8, 8]], "tokens": [[16]]}
+    rows = documents[difference] if rank == 1 else [[16]]
+    batch = packed_batch(rows, 24 if rank == 1 and difference == "tokens" else 16, seed=0)
+    contiguous_shard(GroupMesh(group), None, batch, compare_ranks=True)
+
+
+@pytest.mark.parametrize("difference", ["documents", "tokens"])
+def test_ranks_that_hold_different_batches_refuse_them_all(ranks, difference):
+    with pytest.raises(RankError, match="hold different batches"):
+        ranks.run(differing_job, 3, difference)
+
+
+def refusals_job(group, rank, compare):
+    model = DeepseekV4ContextParallelForCausalLM(
+        tiny_config([4], context_parallel={"compare_ranks": compare}), backend=cpu_backend()
+    )
+    sharder = model.prepare_model_inputs_for_cp({})["cp_sharder"]
+    refused = []
+    for step in range(3):
+        batch = packed_batch([[16]] if rank and step else [[8, 8]], 16, seed=0)
+        try:
+            sharder.shard_batch(GroupMesh(group), None, batch)
+        except ValueError:
+            refused.append(step)
+    return refused
+
+
+@pytest.mark.parametrize(("compare", "refused"), [("first", []), ("every", [1, 2]), ("never", [])])
+def test_batches_are_compared_when_the_option_says(ranks, compare, refused):
+    assert ranks.run(refusals_job, 2, compare) == [refused] * 2

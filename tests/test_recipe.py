@@ -79,6 +79,20 @@ def test_gradient_accumulation_at_cp_2_equals_one_rank(launch):
     assert cut[0] == pytest.approx(whole[0], abs=1e-5)
 
 
+def test_packed_documents_and_multi_token_prediction_at_cp_2_equal_one_rank(launch):
+    config = yaml.safe_load(TINY.read_text())["model"]["config"]
+    changes = {
+        "model": {"config": config | {"num_nextn_predict_layers": 2}},
+        "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 40},
+        "packed_sequence": {"packed_sequence_size": 1000},
+        "step_scheduler": {"max_steps": 3},
+    }
+    cut, _ = launch("packed_cp_2", 2, **changes)
+    whole, _ = launch("packed_cp_1", 1, **changes | {"distributed": {"cp_size": 1}})
+    assert cut == pytest.approx(whole, abs=1e-4)
+    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
+
+
 def test_a_checkpoint_loads_without_the_plugin_and_back(trained, launch):
     _, directory = trained
     (saved,) = directory.glob("epoch_*/model/consolidated")

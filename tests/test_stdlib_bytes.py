@@ -76,3 +76,13 @@ def test_a_size_that_cannot_be_served_is_refused_by_name(fields, message):
 def test_a_sample_beyond_num_samples_is_an_index_error(index):
     with pytest.raises(IndexError):
         StandardLibraryBytes(seq_length=10, num_samples=3)[index]
+
+
+def test_samples_of_every_length_for_packing():
+    served = StandardLibraryBytes(40, 400, shortest=10)
+    lengths = [len(served[i]["input_ids"]) for i in range(400)]
+    assert set(lengths) == set(range(10, 41))
+    whole = StandardLibraryBytes(40, 400)
+    assert served[7]["labels"] == whole[7]["labels"][: lengths[7]]
+    with pytest.raises(ValueError, match=r"dataset.shortest=41 .* dataset.seq_length=40"):
+        StandardLibraryBytes(40, shortest=41)
