@@ -37,7 +37,7 @@ from nemo_dsv4_cp.batch import (
 )
 from nemo_dsv4_cp.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.host import token_verbs
+from nemo_dsv4_cp.host import distillation, token_verbs
 from nemo_dsv4_cp.host.deepseek_v4 import reset_uninitialised_norms
 from nemo_dsv4_cp.layout import validate_cp_size
 from nemo_dsv4_cp.packed_layout import PackedLayout
@@ -225,6 +225,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         token_verbs.install()
+        distillation.install()
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
@@ -311,8 +312,17 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             The host's output.
 
         Raises:
+            RuntimeError: If training runs under CP with a batch that this model's sharder did not
+                cut.
             ValueError: If MTP runs under CP without ``mtp_per_depth_input_ids``.
         """
+        size = getattr(getattr(self, "supports", None), "cp_size", 1)
+        if size > 1 and self.training and CP_GROUP_KEY not in kwargs:
+            raise RuntimeError(
+                f"distributed.cp_size={size}, and the recipe did not cut the batch with this "
+                "model's prepare_model_inputs_for_cp; use a recipe that does, such as "
+                "TrainFinetuneRecipeForNextTokenPrediction, or set distributed.cp_size: 1"
+            )
         stage = self._is_pipeline_parallel_stage()
         hosted = self.mtp is None or not self.training or stage or self.model.vision_enabled
         if hosted or input_ids is None:

@@ -55,6 +55,7 @@ def test_a_block_may_be_any_mapping(wrap):
         ({"enabled": "maybe"}, r"enabled='maybe' .* works is True"),
         ({"workspace_mib": 0}, r"workspace_mib=0 .*use 256"),
         (["all_gather"], r"is not a mapping"),
+        ({"compare_ranks": "once"}, r"compare_ranks='once' is none of first, every and never"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name_value_and_remedy(block, message):

@@ -1,14 +1,18 @@
 """The whole model over real gloo ranks against the host's own at CP size 1."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.batch import CP_GROUP_KEY
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from tests.meshes import FakeMesh
 from tests.parity import GroupMesh, assert_parity, cpu_backend, model_job, randomise, tiny_config
+from tests.ranks import RankError
 
 RATIOS = [0, 4, 128, 4]
 BOUNDARY = {"transport": "boundary"}
@@ -175,3 +179,20 @@ def token_verbs_job(group, rank):
 def test_token_verbs_round_trip_in_the_callers_coordinates(ranks):
     for answers in ranks.run(token_verbs_job, 2):
         assert all(answers.values()), answers
+
+
+def test_training_on_a_batch_that_another_sharder_cut_is_refused():
+    model = build().train()
+    model.supports = SimpleNamespace(cp_size=2)
+    with pytest.raises(RuntimeError, match=r"cp_size=2, and the recipe did not cut the batch"):
+        model(torch.zeros(1, 8, dtype=torch.long))
+
+
+def test_multi_token_prediction_under_cp_needs_the_shifted_tokens(ranks):
+    with pytest.raises(RankError, match="needs mtp_per_depth_input_ids"):
+        ranks.run(unshifted_job, 2)
+
+
+def unshifted_job(group, rank):
+    model = build(num_nextn_predict_layers=1).train()
+    model(torch.zeros(1, 128, dtype=torch.long), **{CP_GROUP_KEY: group})

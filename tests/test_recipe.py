@@ -1,6 +1,7 @@
 """Recipes launched through the host's own CLI, as a user launches them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,13 @@ import pytest
 import yaml
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
+
+
+PACKED = {
+    "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 40},
+    "packed_sequence": {"packed_sequence_size": 1000},
+    "step_scheduler": {"max_steps": 2},
+}
 
 
 class Failed(AssertionError):
@@ -22,14 +30,21 @@ def launch(tmp_path_factory):
         directory = tmp_path_factory.mktemp(name)
         recipe = yaml.safe_load(TINY.read_text())
         for section, values in changes.items():
-            recipe[section] = recipe.get(section, {}) | values
+            known = recipe.get(section)
+            recipe[section] = (known or {}) | values if isinstance(values, dict) else values
         recipe["checkpoint"]["checkpoint_dir"] = str(directory)
         path = directory / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(processes), "-m", "nemo_automodel.cli.app", str(path)]
         done = subprocess.run(
-            command, cwd=directory, capture_output=True, text=True, timeout=300, check=False
+            command,
+            cwd=directory,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         if done.returncode:
             raise Failed((done.stdout + done.stderr)[-6000:])
@@ -81,14 +96,37 @@ def test_gradient_accumulation_at_cp_2_equals_one_rank(launch):
 
 def test_packed_documents_and_multi_token_prediction_at_cp_2_equal_one_rank(launch):
     config = yaml.safe_load(TINY.read_text())["model"]["config"]
-    changes = {
-        "model": {"config": config | {"num_nextn_predict_layers": 2}},
-        "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 40},
-        "packed_sequence": {"packed_sequence_size": 1000},
-        "step_scheduler": {"max_steps": 3},
-    }
+    changes = PACKED | {"model": {"config": config | {"num_nextn_predict_layers": 2}}}
     cut, _ = launch("packed_cp_2", 2, **changes)
     whole, _ = launch("packed_cp_1", 1, **changes | {"distributed": {"cp_size": 1}})
+    assert cut == pytest.approx(whole, abs=1e-4)
+    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
+
+
+def test_lora_on_packed_documents_at_cp_2_equals_one_rank(launch):
+    lora = {
+        "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+        "target_modules": ["*wq_a", "*wq_b", "*wkv", "*wo_b"],
+        "dim": 8,
+        "alpha": 16,
+    }
+    cut, _ = launch("lora_cp_2", 2, peft=lora, **PACKED)
+    whole, _ = launch("lora_cp_1", 1, peft=lora, distributed={"cp_size": 1}, **PACKED)
+    assert cut == pytest.approx(whole, abs=1e-4)
+    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
+
+
+def test_distillation_on_packed_documents_at_cp_2_equals_one_rank(launch):
+    teacher = yaml.safe_load(TINY.read_text())["model"]
+    teacher["config"] |= {"num_hidden_layers": 2, "compress_ratios": [4, 128]}
+    changes = PACKED | {
+        "recipe": "tests.tokenizerless.TokenizerlessDistillationRecipe",
+        "teacher_model": teacher,
+        "kd_ratio": 0.5,
+        "kd_loss_fn": {"_target_": "nemo_automodel.components.loss.kd_loss.KDLoss"},
+    }
+    cut, _ = launch("distilled_cp_2", 2, **changes)
+    whole, _ = launch("distilled_cp_1", 1, distributed={"cp_size": 1}, **changes)
     assert cut == pytest.approx(whole, abs=1e-4)
     assert cut[0] == pytest.approx(whole[0], abs=1e-5)
 

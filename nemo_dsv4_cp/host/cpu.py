@@ -19,7 +19,7 @@ import torch
 from nemo_automodel._transformers import auto_model, infrastructure
 from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
 from nemo_automodel.components.moe import parallelizer
-from nemo_automodel.recipes.llm import train_ft
+from nemo_automodel.recipes.llm import kd, train_ft
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 TESTED_RELEASE = "0.7.0"
@@ -54,6 +54,7 @@ def lift_cuda_assumptions() -> None:
     if isinstance(train_ft.torch, _Overlay):
         return
     _expect(train_ft, "torch.cuda.reset_peak_memory_stats()")
+    _expect(kd, "torch.cuda.reset_peak_memory_stats()")
     _expect(auto_model, 'torch.device("cuda", torch.cuda.current_device())')
     _expect(auto_model, "device = torch.cuda.current_device()")
     _expect(deepseek_v4, 'torch.device(f"cuda:{torch.cuda.current_device()}")')
@@ -64,6 +65,7 @@ def lift_cuda_assumptions() -> None:
     train_ft.torch = _Overlay(
         torch, cuda=_Overlay(torch.cuda, reset_peak_memory_stats=lambda: None)
     )
+    kd.torch = train_ft.torch  # recipes/llm/kd.py does the same after its steps
     # _transformers/auto_model.py puts every model that it builds on the current CUDA device.
     auto_model.torch = _Overlay(
         torch,
@@ -135,7 +137,8 @@ def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
         for part in getattr(model, "parts", [model]):
             for name, parameter in part.named_parameters():
                 # Activation checkpointing puts its wrapper's name into the path.
-                weight = weights[name.replace("_checkpoint_wrapped_module.", "")]
+                path = name.replace("_checkpoint_wrapped_module.", "")
+                weight = weights[path] if path in weights else _adapter(path, parameter)
                 if isinstance(parameter, DTensor):
                     # All ranks hold the same values: nothing need be sent (src_data_rank=None).
                     weight = distribute_tensor(
@@ -147,17 +150,34 @@ def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
     return wrapped
 
 
-class CpuFinetuneRecipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
-    """The host's fine-tuning recipe, on the CPU when torch sees no CUDA device.
+def _adapter(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return first weights for what the host adds to a model with `peft`: LoRA's B is zero."""
+    if "lora_B" in name:
+        return torch.zeros(parameter.shape)
+    scale: float = parameter.shape[-1] ** -0.5
+    return torch.randn(parameter.shape) * scale
+
+
+class _OnCpu:
+    """Sets a recipe of the host up on the CPU, when torch sees no CUDA device.
 
     There, a model with random weights starts from the same ones on any number of processes.
     """
 
     def setup(self) -> None:
-        """Lifts the host's CUDA assumptions if need be, then sets up as the host does."""
+        """Lift the host's CUDA assumptions if need be, then set up as the host does."""
         if not torch.cuda.is_available():
             lift_cuda_assumptions()
             auto_model.apply_model_infrastructure = _with_weights_of_seed(
-                infrastructure.apply_model_infrastructure, self.cfg.get("seed", 42)
+                infrastructure.apply_model_infrastructure,
+                self.cfg.get("seed", 42),  # type: ignore[attr-defined]
             )
-        super().setup()
+        super().setup()  # type: ignore[misc]
+
+
+class CpuFinetuneRecipe(_OnCpu, train_ft.TrainFinetuneRecipeForNextTokenPrediction):
+    """The host's fine-tuning recipe, on the CPU."""
+
+
+class CpuDistillationRecipe(_OnCpu, kd.KnowledgeDistillationRecipeForNextTokenPrediction):
+    """The host's knowledge-distillation recipe, on the CPU."""
