@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-TINY = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
+from nemo_dsv4_cp.recipes import compose
+
+
+def tiny():
+    return compose("tiny_cpu").fields
 
 
 PACKED = {
@@ -28,7 +32,7 @@ def launch(tmp_path_factory):
     def run(name: str, processes: int, **changes) -> tuple[list[float], Path]:
         """Train the tiny recipe with sections changed; return its losses and directory."""
         directory = tmp_path_factory.mktemp(name)
-        recipe = yaml.safe_load(TINY.read_text())
+        recipe = tiny()
         for section, values in changes.items():
             known = recipe.get(section)
             recipe[section] = (known or {}) | values if isinstance(values, dict) else values
@@ -95,7 +99,7 @@ def test_gradient_accumulation_at_cp_2_equals_one_rank(launch):
 
 
 def test_packed_documents_and_multi_token_prediction_at_cp_2_equal_one_rank(launch):
-    config = yaml.safe_load(TINY.read_text())["model"]["config"]
+    config = tiny()["model"]["config"]
     changes = PACKED | {"model": {"config": config | {"num_nextn_predict_layers": 2}}}
     cut, _ = launch("packed_cp_2", 2, **changes)
     whole, _ = launch("packed_cp_1", 1, **changes | {"distributed": {"cp_size": 1}})
@@ -117,7 +121,7 @@ def test_lora_on_packed_documents_at_cp_2_equals_one_rank(launch):
 
 
 def test_distillation_on_packed_documents_at_cp_2_equals_one_rank(launch):
-    teacher = yaml.safe_load(TINY.read_text())["model"]
+    teacher = tiny()["model"]
     teacher["config"] |= {"num_hidden_layers": 2, "compress_ratios": [4, 128]}
     changes = PACKED | {
         "recipe": "tests.tokenizerless.TokenizerlessDistillationRecipe",
@@ -161,7 +165,6 @@ def test_a_checkpoint_loads_without_the_plugin_and_back(trained, launch):
 
 
 def test_a_mistake_in_the_block_ends_the_run_before_the_model_is_built(launch):
-    tiny = yaml.safe_load(TINY.read_text())["model"]["config"]
-    config = tiny | {"context_parallel": {"pad_multiple": 96}}
+    config = tiny()["model"]["config"] | {"context_parallel": {"pad_multiple": 96}}
     with pytest.raises(Failed, match=r"pad_multiple=96 is not a multiple of 128"):
         launch("mistaken", 1, distributed={"cp_size": 1}, model={"config": config})

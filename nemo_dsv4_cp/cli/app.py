@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from nemo_dsv4_cp.cli import bench
+from nemo_dsv4_cp.cli import bench, compose
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+app.command()(compose.compose)
 app.add_typer(bench.app, name="bench")
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -20,16 +20,10 @@ from rich.table import Table
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.bench import HOST
-from nemo_dsv4_cp.bench.layer import Case
-from nemo_dsv4_cp.bench.timing import (
-    CPU_SIZES,
-    describe_machine,
-    host_kernels,
-    time_gloo_ranks,
-    time_one_gpu_rank,
-)
-from nemo_dsv4_cp.bench.weigh import Weight, weigh
 from nemo_dsv4_cp.layout import local_seq_multiple, padded_seq_len
+
+if TYPE_CHECKING:  # the host takes seconds to import, and every command would wait for it
+    from nemo_dsv4_cp.bench.weigh import Weight
 
 _T = TypeVar("_T")
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
@@ -86,6 +80,9 @@ def _quietly(measure: Callable[..., _T], *args: Any) -> _T:
 
 
 def _weigh_all(seq_len: int, cp_size: int, ratios: Sequence[int], rank: int) -> list[Weight]:
+    from nemo_dsv4_cp.bench.layer import Case
+    from nemo_dsv4_cp.bench.weigh import weigh
+
     cases = [Case(path, ratio, seq_len, cp_size, rank) for ratio in ratios for path in _paths()]
     shown = console if sys.stdout.isatty() else Console(stderr=True)
     return [
@@ -215,6 +212,14 @@ def time_(
     """
     _check(seq_len, cp_size, ratio)
     _check_outputs(json_)
+    from nemo_dsv4_cp.bench.timing import (
+        CPU_SIZES,
+        describe_machine,
+        host_kernels,
+        time_gloo_ranks,
+        time_one_gpu_rank,
+    )
+
     gpu = torch.cuda.is_available()
     measure = time_one_gpu_rank if gpu else time_gloo_ranks
     shown = console if sys.stdout.isatty() else Console(stderr=True)

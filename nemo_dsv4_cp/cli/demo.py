@@ -14,13 +14,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from nemo_dsv4_cp.cli.compose import recipe_text
+from nemo_dsv4_cp.recipes import compose
 
 # The runs start from the same weights, so before the first update only rounding can differ. Later,
 # rounding may flip a near-tied choice of expert or of index entry. (Seen so far: 1e-6 at any step.)
@@ -125,9 +127,10 @@ def main() -> int:
     console = Console()
     directory = Path(tempfile.mkdtemp(prefix="nemo-dsv4-cp-demo-"))
     try:
-        with as_file(files("nemo_dsv4_cp.configs") / "tiny_cpu.yaml") as recipe:
-            with_cp = _train_in_sight(recipe, 2, directory / "cp2", console)
-            without_cp = _train_in_sight(recipe, 1, directory / "cp1", console)
+        recipe = directory / "recipe.yaml"
+        recipe.write_text(recipe_text(compose("tiny_cpu"), ["tiny_cpu"], recipe))
+        with_cp = _train_in_sight(recipe, 2, directory / "cp2", console)
+        without_cp = _train_in_sight(recipe, 1, directory / "cp1", console)
     except TrainingFailed as failure:
         console.print(failure, style="bold red", soft_wrap=True)
         console.print(failure.last_lines(), markup=False, highlight=False, soft_wrap=True)

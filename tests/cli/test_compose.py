@@ -1,0 +1,70 @@
+"""``compose`` through its installed entry point."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from nemo_dsv4_cp.cli import compose as module
+from nemo_dsv4_cp.cli.app import app
+
+COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["compose", *arguments])
+
+
+def test_the_composed_tiny_recipe_trains_through_the_hosts_cli(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    overrides = ["step_scheduler.max_steps=2", f"checkpoint.checkpoint_dir={tmp_path}"]
+    done = subprocess.run(
+        [COMMAND, "compose", "tiny_cpu", *overrides, "-o", str(recipe), "--launch"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert len((tmp_path / "training.jsonl").read_text().splitlines()) == 2
+    head = recipe.read_text().splitlines()[:2]
+    assert head[0] == f"# nemo-dsv4-cp compose tiny_cpu {' '.join(overrides)}"
+    assert "torchrun --standalone --nproc-per-node 2 -m nemo_automodel.cli.app" in head[1]
+
+
+def test_a_recipe_for_many_nodes_says_how_slurm_and_skypilot_launch_it():
+    done = run("flash_sft_128k", "data=packed", "distributed.cp_size=16")
+    assert done.exit_code == 0, done.output
+    assert "sbatch --nodes=16 --gpus-per-node=8 slurm.sub" in done.stdout
+    assert "SkyPilot: add a skypilot: section with num_nodes: 16" in done.stdout
+    fields = yaml.safe_load(done.stdout)
+    assert fields["distributed"]["cp_size"] == 16
+    assert fields["packed_sequence"]["packed_sequence_size"] == 131072
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["flash_sft"], "none of the recipes flash_distillation, flash_lora"),
+        (["tiny_cpu", "data=tulu"], "Could not find 'data/tulu'"),
+        (["tiny_cpu", "distributed.cp_sise=2"], "Could not override 'distributed.cp_sise'"),
+        (["tiny_cpu", "a=b=="], "mismatched input"),
+        (["tiny_cpu", "--launch"], "name one with --output"),
+        (["flash_sft_1m", "--launch", "-o", "x.yaml"], "is made for 16"),
+        (["tiny_cpu", "-o", "nowhere/x.yaml"], "there is no directory nowhere"),
+    ],
+)
+def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+    assert "Traceback" not in done.output
+
+
+def test_names_and_overrides_are_completed():
+    assert module._complete_name("flash_s") == ["flash_sft_128k", "flash_sft_16k", "flash_sft_1m"]
+    assert module._complete_override("cp=") == ["cp=all_gather", "cp=boundary", "cp=off"]
