@@ -106,10 +106,20 @@ def compress_ratios(source: str) -> list[int]:
     Raises:
         ValueError: If there is no such config, or it has no compress ratios.
     """
-    ratios = json.loads(_config_file(source).read_text()).get("compress_ratios")
+    ratios = published_fields(source).get("compress_ratios")
     if ratios is None:
         raise ValueError(f"{source} has no compress_ratios; is it a DeepSeek-V4 config?")
     return [int(ratio) for ratio in ratios]
+
+
+def published_fields(source: str) -> dict[str, Any]:
+    """Return the fields of a published model's config; the source as in :func:`compress_ratios`.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    fields: dict[str, Any] = json.loads(_config_file(source).read_text())
+    return fields
 
 
 def _config_file(source: str) -> Path:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from nemo_dsv4_cp.attention import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.packed_layout import PackedLayout
+from nemo_dsv4_cp.verification import packed_batch
 from tests.parity import (
     GroupMesh,
     compare_gradients,
@@ -121,31 +122,6 @@ def packed_attention_job(
     return differences | compare_gradients(group, mine, reference)
 
 
-def packed_batch(documents: Rows, seq_len: int, seed: int, vocab: int = 97) -> dict[str, Any]:
-    """Draw a batch as the host's packed collater makes it."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = len(documents)
-    most = max(map(len, documents))
-    lengths = torch.full((rows, most), -1000)
-    position_ids = torch.zeros(rows, seq_len, dtype=torch.long)
-    labels = torch.full((rows, seq_len), -100)
-    for row, of_row in enumerate(documents):
-        lengths[row, : len(of_row)] = torch.tensor(of_row)
-        counting = torch.cat([torch.arange(n) for n in of_row])
-        position_ids[row, : len(counting)] = counting
-        labels[row, : len(counting)] = torch.randint(
-            0, vocab, (len(counting),), generator=generator
-        )
-    return {
-        "input_ids": torch.randint(0, vocab, (rows, seq_len), generator=generator),
-        "labels": labels,
-        "position_ids": position_ids,
-        "seq_lens": lengths,
-        "seq_lens_padded": lengths.clone(),
-        "qkv_format": "thd",
-    }
-
-
 def packed_model_job(
     group: dist.ProcessGroup,
     rank: int,
@@ -171,7 +147,7 @@ def packed_model_job(
                 parameter.requires_grad_(False)
 
     seq_len = max(map(sum, documents)) + 5
-    batch = packed_batch(documents, seq_len, seed + 1)
+    batch = packed_batch(documents, seq_len, seed + 1, config.vocab_size)
     ids, labels = batch["input_ids"], batch["labels"]
     count = int((labels != -100).sum())
 

@@ -20,6 +20,7 @@ from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+from nemo_dsv4_cp.verification import draw_weights as randomise
 
 SIZES = dict(
     vocab_size=97,
@@ -67,26 +68,6 @@ def rope_of(config: Any, start: int, length: int) -> tuple[Any, DeepseekV4Rotary
     """Return a fresh rotary embedding of some positions, and its module."""
     rotary = DeepseekV4RotaryEmbedding(160000.0, config.head_dim, 0.5)
     return rotary(torch.zeros(1), torch.arange(start, start + length)[None]), rotary
-
-
-def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter, the ones that the host leaves constant included.
-
-    Hyper-connections are drawn apart: at the host's init all streams are alike, and their
-    parameters' gradients are float32 noise in the reference already.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or name.endswith("scale"):
-                parameter.copy_(1 + 0.1 * noise)
-            elif name.endswith(("base", "sinks_param.weight", "ape_param.weight")):
-                parameter.copy_(0.5 * noise)
-            elif "embed" in name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
 
 
 def worst(mine: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4 import cp as host
 
 from nemo_dsv4_cp import cp
+from nemo_dsv4_cp.verification import packed_batch
 from tests.meshes import FakeMesh
-from tests.packed_parity import packed_batch
 
 SEED_API = [
     "_lcm",
@@ -288,7 +288,7 @@ def test_labels_are_needed():
 def test_packed_rows_are_cut_as_the_host_cuts_them(documents, inner, rank, multiple):
     """The seed's function pads documents; ``inner`` is padding that the packer left between."""
     rows = [[n + inner for n in row] for row in documents]
-    batch = packed_batch(rows, max(map(sum, rows)) + 3, seed=len(documents))
+    batch = packed_batch(rows, max(map(sum, rows)) + 3, seed=len(documents), vocab=97)
     for row, lengths in enumerate(documents):
         batch["seq_lens"][row, : len(lengths)] = torch.tensor(lengths)
         begin = 0

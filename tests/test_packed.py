@@ -9,7 +9,8 @@ from torch.distributed.fsdp import fully_shard
 
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from tests.packed_parity import packed_attention_job, packed_batch, packed_model_job
+from nemo_dsv4_cp.verification import packed_batch
+from tests.packed_parity import packed_attention_job, packed_model_job
 from tests.parity import GroupMesh, assert_parity, cpu_backend, randomise, tiny_config
 from tests.ranks import RankError
 
@@ -98,7 +99,7 @@ def fsdp_job(group, rank):
     documents = [[300, 212, *[2] * 128]]
     losses = []
     for _ in range(20):
-        batch = packed_batch(documents, 768, seed=0)
+        batch = packed_batch(documents, 768, seed=0, vocab=97)
         _, batch, _ = sharder.shard_batch(GroupMesh(group), None, batch)
         labels = batch.pop("labels")
         logits = model(**batch).logits
@@ -120,7 +121,7 @@ def test_a_rank_without_a_complete_window_trains_with_fsdp2(ranks):
 def differing_job(group, rank, difference):
     documents = {"documents": [[8, 8]], "tokens": [[16]]}
     rows = documents[difference] if rank == 1 else [[16]]
-    batch = packed_batch(rows, 24 if rank == 1 and difference == "tokens" else 16, seed=0)
+    batch = packed_batch(rows, 24 if rank == 1 and difference == "tokens" else 16, seed=0, vocab=97)
     contiguous_shard(GroupMesh(group), None, batch, compare_ranks=True)
 
 
@@ -137,7 +138,7 @@ def refusals_job(group, rank, compare):
     sharder = model.prepare_model_inputs_for_cp({})["cp_sharder"]
     refused = []
     for step in range(3):
-        batch = packed_batch([[16]] if rank and step else [[8, 8]], 16, seed=0)
+        batch = packed_batch([[16]] if rank and step else [[8, 8]], 16, seed=0, vocab=97)
         try:
             sharder.shard_batch(GroupMesh(group), None, batch)
         except ValueError:

@@ -5,8 +5,8 @@ import torch
 
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.packing import Document, documents_of, token_documents
+from nemo_dsv4_cp.verification import packed_batch
 from tests.meshes import FakeMesh
-from tests.packed_parity import packed_batch
 
 EXPECTED = [[Document(0, 3), Document(4, 2)], [Document(0, 6)]]
 
@@ -57,7 +57,7 @@ def shard(batch, rank=0, size=2, **options):
 )
 def test_what_cannot_be_is_refused_on_every_rank_alike(change, message):
     for rank in range(2):
-        batch = packed_batch([[5, 4]], 12, seed=0) | {"seq_lens_padded": None} | change
+        batch = packed_batch([[5, 4]], 12, seed=0, vocab=97) | {"seq_lens_padded": None} | change
         with pytest.raises(ValueError, match=message):
             shard(batch, rank)
 
@@ -90,7 +90,7 @@ def test_tokens_computed_are_the_tokens_there_are_and_a_hundredth_more_at_most(r
     real = sum(documents)
     computed = {}
     for pad_documents in (False, True):
-        batch = packed_batch([documents], 16384, seed=0)
+        batch = packed_batch([documents], 16384, seed=0, vocab=97)
         _, _, facts = shard(batch, size=8, pad_documents=pad_documents)
         computed[pad_documents] = facts.padded_seq_len
     print(f"{real} real tokens on 8 ranks: computed {computed[False]}; the host {computed[True]}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import statistics
 import time
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import get_context
-from torch.multiprocessing.spawn import spawn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from nemo_dsv4_cp import local_ranks
 from nemo_dsv4_cp.bench import HOST
 from nemo_dsv4_cp.bench.layer import Case, Forward, build
 
@@ -86,37 +84,18 @@ def time_gloo_ranks(
         cp_size: Number of ranks, a process each.
         repeats: Measurements of each path, after one that is not counted.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = get_context("spawn").SimpleQueue()
-    arguments = (cp_size, port, paths, ratio, seq_len, repeats, results)
-    processes = spawn(_gloo_rank, arguments, nprocs=cp_size, join=False)
-    while not processes.join(timeout=0.2) and results.empty():
-        pass
-    seconds = results.get()
-    while not processes.join():
-        pass
+    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats)
     return [Timing(Case(path, ratio, seq_len, cp_size, 0), tuple(seconds[path])) for path in paths]
 
 
 def _gloo_rank(
-    rank: int,
-    cp_size: int,
-    port: int,
-    paths: list[str],
-    ratio: int,
-    seq_len: int,
-    repeats: int,
-    results: Any,
-) -> None:
-    torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=cp_size)
+    group: Any, rank: int, paths: list[str], ratio: int, seq_len: int, repeats: int
+) -> dict[str, list[float]]:
+    cp_size = dist.get_world_size(group)
     forwards = {
         path: build(
             Case(path, ratio, seq_len, cp_size, rank),
-            dist.group.WORLD,
+            group,
             dtype=torch.float32,
             device=torch.device("cpu"),
             **CPU_SIZES,
@@ -132,9 +111,7 @@ def _gloo_rank(
             dist.barrier()
             if repeat:  # the first warms up
                 seconds[path].append(time.perf_counter() - begin)
-    if rank == 0:
-        results.put(seconds)
-    dist.destroy_process_group()
+    return seconds
 
 
 def time_one_gpu_rank(

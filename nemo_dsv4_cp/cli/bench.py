@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -20,12 +18,12 @@ from rich.table import Table
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.bench import HOST
+from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.layout import local_seq_multiple, padded_seq_len
 
 if TYPE_CHECKING:  # the host takes seconds to import, and every command would wait for it
     from nemo_dsv4_cp.bench.weigh import Weight
 
-_T = TypeVar("_T")
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
 console = Console()
 
@@ -68,26 +66,15 @@ def _check_outputs(*outputs: Path | None, plot: Path | None = None) -> None:
         raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
 
 
-def _quietly(measure: Callable[..., _T], *args: Any) -> _T:
-    """Measure without the warnings that torch and the host give about themselves."""
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return measure(*args)
-        finally:
-            logging.disable(logging.NOTSET)
-
-
 def _weigh_all(seq_len: int, cp_size: int, ratios: Sequence[int], rank: int) -> list[Weight]:
-    from nemo_dsv4_cp.bench.layer import Case
-    from nemo_dsv4_cp.bench.weigh import weigh
+    with quiet():
+        from nemo_dsv4_cp.bench.layer import Case
+        from nemo_dsv4_cp.bench.weigh import weigh
 
     cases = [Case(path, ratio, seq_len, cp_size, rank) for ratio in ratios for path in _paths()]
     shown = console if sys.stdout.isatty() else Console(stderr=True)
-    return [
-        _quietly(weigh, case) for case in track(cases, "Weighing", console=shown, transient=True)
-    ]
+    with quiet():
+        return [weigh(case) for case in track(cases, "Weighing", console=shown, transient=True)]
 
 
 def _emit(table: Table, figures: Any, destination: Path | None) -> None:
@@ -212,22 +199,24 @@ def time_(
     """
     _check(seq_len, cp_size, ratio)
     _check_outputs(json_)
-    from nemo_dsv4_cp.bench.timing import (
-        CPU_SIZES,
-        describe_machine,
-        host_kernels,
-        time_gloo_ranks,
-        time_one_gpu_rank,
-    )
+    with quiet():
+        from nemo_dsv4_cp.bench.timing import (
+            CPU_SIZES,
+            describe_machine,
+            host_kernels,
+            time_gloo_ranks,
+            time_one_gpu_rank,
+        )
 
     gpu = torch.cuda.is_available()
     measure = time_one_gpu_rank if gpu else time_gloo_ranks
     shown = console if sys.stdout.isatty() else Console(stderr=True)
-    timings = [
-        timing
-        for each in track(ratio, "Timing", console=shown, transient=True)
-        for timing in _quietly(measure, _paths(), each, seq_len, cp_size, repeats)
-    ]
+    with quiet():
+        timings = [
+            timing
+            for each in track(ratio, "Timing", console=shown, transient=True)
+            for timing in measure(_paths(), each, seq_len, cp_size, repeats)
+        ]
     what = (
         "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing), host attn: "
         + host_kernels()

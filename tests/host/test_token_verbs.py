@@ -8,13 +8,13 @@ from nemo_automodel.components.distributed.context_parallel.sharder import Conte
 
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.host import token_verbs
-from tests.packed_parity import packed_batch
+from nemo_dsv4_cp.verification import packed_batch
 from tests.parity import GroupMesh
 
 
 def round_trip_job(group, rank, packed, trailing):
     token_verbs.install()
-    batch = packed_batch([[5, 11, 3], [20]], 24, seed=0)
+    batch = packed_batch([[5, 11, 3], [20]], 24, seed=0, vocab=97)
     # padding inside a row as well
     batch["seq_lens_padded"] = torch.tensor([[6, 12, 6], [24, -1000, -1000]])
     batch["labels"] = torch.full((2, 24), -100)

@@ -1,0 +1,112 @@
+"""``verify``: a recipe's model under CP against AutoModel's own on one rank, on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nemo_dsv4_cp.cli.quiet import quiet
+
+_SHOWN = 8
+
+
+def verify(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", dir_okay=False)],
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="CP ranks on this machine; by default the recipe's, 4 at most.", min=1),
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write every difference here.")
+    ] = None,
+) -> None:
+    """Shrink a recipe's model and compare it under CP with AutoModel's own on one rank.
+
+    Runs both from the same weights on the same batch in float32, on this machine's GPUs if there
+    is one a rank and on CPU processes otherwise, and prints the largest differences.
+
+    Example: nemo-dsv4-cp verify recipe.yaml
+
+    Exit status: 0 if all tensors agree, 1 if one does not or a rank failed, 2 for a mistake in the
+    arguments or the recipe.
+    """
+    config, cp_size, packed = _read(recipe)
+    if ranks is None:
+        ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
+    with quiet():
+        from nemo_dsv4_cp.local_ranks import RankFailed
+        from nemo_dsv4_cp.verification import verify as run
+
+    console, errors = Console(), Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    try:
+        with quiet(), Progress(*columns, console=errors, transient=True) as progress:
+            progress.add_task(f"Running on 1 and on {ranks} ranks")
+            differences = run(config, cp_size=ranks, packed=packed)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{recipe}: {error}") from error
+    except RankFailed as error:
+        errors.print(f"[red]A rank failed:[/red]\n{error}", markup=True, highlight=False)
+        raise typer.Exit(1) from error
+
+    if json_ is not None:
+        figures = [d.__dict__ | {"passes": d.passes} for d in differences]
+        json_.write_text(json.dumps(figures, indent=2))
+    worst = sorted(differences, key=lambda d: -(d.value / d.limit if d.value == d.value else 1e30))
+    what = "packed documents" if packed else "one document a row"
+    table = Table(title=f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}")
+    table.add_column("tensor")
+    for header in ("difference", "allowed"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    for d in worst[:_SHOWN]:
+        verdict = "ok" if d.passes else "[red]differs[/red]"
+        table.add_row(d.name, f"{d.value:.1e}", f"{d.limit:.0e}", verdict)
+    console.print(table)
+    failed = [d for d in worst if not d.passes]
+    if failed:
+        console.print(
+            f"[red]Differs:[/red] {len(failed)} of {len(differences)} tensors, above all "
+            f"{failed[0].name}. Do not train with this set-up; transport: all_gather tells whether "
+            "it is the transport's."
+        )
+        raise typer.Exit(1)
+    console.print(f"[green]The same:[/green] all {len(differences)} tensors agree.")
+
+
+def _read(recipe: Path) -> tuple[dict[str, Any], int, bool]:
+    """Return the model config, the CP size and whether rows are packed."""
+    if not recipe.is_file():
+        raise typer.BadParameter(f"there is no file {recipe}")
+    try:
+        fields = yaml.safe_load(recipe.read_text())
+        config = dict(fields["model"]["config"])
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise typer.BadParameter(
+            f"{recipe} is no recipe with a model.config section ({error!r}); compose one with "
+            "nemo-dsv4-cp compose"
+        ) from error
+    target = str(config.get("_target_", ""))
+    if "DeepseekV4ContextParallelConfig" not in target:
+        raise typer.BadParameter(
+            f"{recipe}: model.config._target_ is {target!r}; the one changed line is "
+            "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained"
+        )
+    if not config.get("compress_ratios") and config.get("pretrained_model_name_or_path"):
+        from nemo_dsv4_cp.recipes import published_fields
+
+        try:
+            config = published_fields(config["pretrained_model_name_or_path"]) | config
+        except ValueError as error:
+            raise typer.BadParameter(f"{recipe}: {error}") from error
+    cp_size = int((fields.get("distributed") or {}).get("cp_size") or 1)
+    packed = bool((fields.get("packed_sequence") or {}).get("packed_sequence_size"))
+    return config, cp_size, packed
