@@ -63,7 +63,7 @@ def verify(
     worst = sorted(differences, key=lambda d: -(d.value / d.limit if d.value == d.value else 1e30))
     what = "packed documents" if packed else "one document a row"
     table = Table(title=f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}")
-    table.add_column("tensor")
+    table.add_column("tensor", overflow="fold")
     for header in ("difference", "allowed"):
         table.add_column(header, justify="right")
     table.add_column("")

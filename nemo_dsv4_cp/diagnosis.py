@@ -1,0 +1,162 @@
+"""What of this environment training depends on, and what would make it fail."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+import torch
+
+_ARCHITECTURES = "nemo_automodel.architectures"
+_ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
+TESTED_HOST = "0.7.0"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: What.
+        found: What is there.
+        remedy: What to do about it; None if nothing need be done.
+        fatal: Whether training would fail.
+    """
+
+    subject: str
+    found: str
+    remedy: str | None = None
+    fatal: bool = False
+
+
+def diagnose() -> list[Finding]:
+    """Look at versions, entry points, the host's contracts, devices, kernels and known traps."""
+    looks: list[Callable[[], Iterator[Finding]]] = [
+        _versions,
+        _plugins,
+        _host_contracts,
+        _devices,
+        _kernels,
+    ]
+    return [finding for look in looks for finding in look()]
+
+
+def _versions() -> Iterator[Finding]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    old = sys.version_info < (3, 11)
+    yield Finding("Python", python, "install Python 3.11 or newer" if old else None, fatal=old)
+    for name in ("nemo_dsv4_cp", "nemo_automodel", "torch", "transformers", "triton"):
+        found = _version(name)
+        remedy, fatal = None, False
+        if name == "nemo_automodel" and found != TESTED_HOST:
+            remedy = f"tested with {TESTED_HOST} only: pip install nemo_automodel=={TESTED_HOST}"
+            fatal = found is None
+        elif name == "torch" and not torch.__version__.startswith("2.13."):
+            remedy = "tested with torch 2.13 only: pip install torch==2.13.0"
+        elif name == "triton" and found is None and torch.cuda.is_available():
+            remedy = "the host's LoRA and MoE kernels need it: pip install triton==3.7.1"
+        elif name == "triton" and found is not None and found.startswith("3.9"):
+            remedy = "the host's LoRA kernels do not import with it: pip install triton==3.7.1"
+        yield Finding(name, found or "not installed", remedy, fatal)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _plugins() -> Iterator[Finding]:
+    ours = entry_points(group=_ARCHITECTURES, name=_ARCHITECTURE)
+    yield Finding(
+        f"{_ARCHITECTURES}: {_ARCHITECTURE}",
+        ", ".join(point.value for point in ours) or "not declared",
+        None if ours else "reinstall the package: pip install --force-reinstall nemo-dsv4-cp",
+        fatal=not ours,
+    )
+    for group in ("nemo_dsv4_cp.transports", "nemo_dsv4_cp.batch_fns"):
+        points = entry_points(group=group)
+        for point in points:
+            try:
+                point.load()
+            except Exception as error:
+                yield Finding(
+                    f"{group}: {point.name}",
+                    f"{point.value} does not load: {error}",
+                    f"mend or uninstall the distribution {point.dist and point.dist.name}, or "
+                    "choose another in context_parallel",
+                )
+            else:
+                yield Finding(f"{group}: {point.name}", point.value)
+
+
+def _host_contracts() -> Iterator[Finding]:
+    try:
+        from nemo_automodel.components.distributed.context_parallel import sharder
+        from nemo_automodel.components.models.deepseek_v4 import model as host
+
+        from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+    except Exception as error:
+        remedy = f"pip install nemo_automodel=={TESTED_HOST}; the error tells what it misses"
+        yield Finding("AutoModel's V4 model", f"does not import: {error}", remedy, fatal=True)
+        return
+    yield Finding("AutoModel's V4 model", host.__name__)
+    contracts = {
+        "ContextParallelSharder": hasattr(sharder, "ContextParallelSharder"),
+        "prepare_model_inputs_for_cp": hasattr(
+            host.DeepseekV4ForCausalLM, "prepare_model_inputs_for_cp"
+        ),
+        "supports_mtp_cp": hasattr(
+            DeepseekV4ContextParallelForCausalLM.ModelCapabilities(), "supports_mtp_cp"
+        ),
+    }
+    for contract, there in contracts.items():
+        yield Finding(
+            f"contract {contract}",
+            "used" if there else "missing",
+            None if there else f"pip install nemo_automodel=={TESTED_HOST}",
+            fatal=not there,
+        )
+    from nemo_automodel._transformers.registry import ModelRegistry
+
+    known = ModelRegistry.has_custom_model(_ARCHITECTURE)
+    found = ModelRegistry.get_model_cls_from_model_arch(_ARCHITECTURE) if known else None
+    yield Finding(
+        "AutoModel's registry",
+        f"{_ARCHITECTURE} -> {getattr(found, '__module__', found)}",
+        None if found else "another distribution may claim the name; uninstall it",
+        fatal=found is None,
+    )
+
+
+def _devices() -> Iterator[Finding]:
+    count = torch.cuda.device_count()
+    if count:
+        gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        yield Finding("GPUs", f"{count} x {torch.cuda.get_device_name(0)}, {gib:.0f} GiB")
+        return
+    yield Finding(
+        "GPUs",
+        f"none; {platform.machine()} CPU",
+        "on a CPU: the recipe class nemo_dsv4_cp.host.cpu.CpuFinetuneRecipe, dist_env.backend: "
+        "gloo, and torchrun, since the automodel launcher counts GPUs",
+    )
+
+
+def _kernels() -> Iterator[Finding]:
+    gpu = torch.cuda.is_available()
+    for name, used_for, instead in (
+        ("tilelang", "model.backend.attn: tilelang", "attn: sdpa"),
+        ("transformer_engine", "model.backend.attn: te, and ep_size > 1 with CP", "ep_size: 1"),
+        ("deep_ep", "model.backend.dispatcher: deepep or hybridep", "dispatcher: torch"),
+    ):
+        found = importlib.util.find_spec(name) is not None
+        remedy = None
+        if not found and gpu:
+            remedy = f"needed by {used_for}; install it, or set {instead}"
+        yield Finding(f"kernels: {name}", "found" if found else "not installed", remedy)

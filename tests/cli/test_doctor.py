@@ -1,0 +1,70 @@
+"""``doctor`` through its installed entry point, and on environments that cannot train."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nemo_dsv4_cp import diagnosis
+from nemo_dsv4_cp.cli.app import app
+
+COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
+
+
+def findings(output):
+    return {finding["subject"]: finding for finding in json.loads(output)}
+
+
+def test_this_environment_can_train():
+    done = subprocess.run(
+        [COMMAND, "doctor", "--json"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = findings(done.stdout)
+    assert found["nemo_automodel"]["found"] == "0.7.0"
+    assert found["nemo_dsv4_cp.transports: boundary"]["found"].endswith(":BoundaryTransport")
+    assert found["AutoModel's registry"]["found"].endswith("-> nemo_dsv4_cp.model")
+    assert found["contract ContextParallelSharder"]["found"] == "used"
+    if not torch.cuda.is_available():
+        assert "CpuFinetuneRecipe" in found["GPUs"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "subject", "remedy"),
+    [
+        ("nemo_automodel", "nemo_automodel", "pip install nemo_automodel==0.7.0"),
+        ("entry point", "nemo_automodel.architectures", "reinstall the package"),
+    ],
+)
+def test_what_would_make_training_fail_is_named_with_its_remedy(
+    missing, subject, remedy, monkeypatch
+):
+    if missing == "entry point":
+        declared = diagnosis.entry_points
+
+        def none_of_ours(**wanted):
+            return () if "name" in wanted else declared(**wanted)
+
+        monkeypatch.setattr(diagnosis, "entry_points", none_of_ours)
+    else:
+        installed = diagnosis._version
+        monkeypatch.setattr(
+            diagnosis, "_version", lambda name: None if name == missing else installed(name)
+        )
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 1
+    said = " ".join(done.output.split())
+    assert f"Training would fail: {subject}" in said
+    whole = CliRunner().invoke(app, ["doctor", "--json"]).stdout
+    found = [f for f in json.loads(whole[whole.index("[") : whole.rindex("]") + 1]) if f["fatal"]]
+    assert found[0]["remedy"].count(remedy) == 1
+
+
+def test_a_trap_of_the_environment_is_told(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_version", lambda name: "3.9.0")
+    (triton,) = [f for f in diagnosis._versions() if f.subject == "triton"]
+    assert "pip install triton==3.7.1" in triton.remedy
