@@ -11,6 +11,7 @@ Bytes and memory are sums of named tensors, as ``bench bytes`` and ``bench memor
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -123,11 +124,11 @@ def read_model_fields(source: str) -> dict[str, Any]:
                 "config.json or YAML file"
             ) from error
     try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"model {source!r} is neither JSON nor YAML; give a model's config") from (
-            error
-        )
+        # YAML's own reading of JSON would take 1e-06 for text.
+        tree = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        message = f"model {source!r} is neither JSON nor YAML; give a model's config"
+        raise ValueError(message) from error
     for step in (None, "model", "config"):
         if step is not None and isinstance(tree, dict) and isinstance(tree.get(step), dict):
             tree = tree[step]
@@ -509,14 +510,14 @@ def warnings(request: Request, rows: Sequence[Row], *, chosen: int | None) -> li
     if short := [each for each in rows if each.shard_len < sizes.sliding_window]:
         lines.append(
             f"{having(short)}: a shard is shorter than sliding_window={sizes.sliding_window}, so "
-            "keys come from several ranks before; use fewer ranks or longer rows"
+            "keys come from several ranks before; use a smaller cp_size or longer rows"
         )
     if wasteful := [each for each in rows if each.padding > 0.05]:
         most = max(each.padding for each in wasteful)
         lines.append(
             f"{having(wasteful)}: up to {most:.0%} of the row is padding (shards hold a multiple "
-            f"of {multiple} tokens); use fewer ranks, or rows just below a multiple of cp_size * "
-            f"{multiple}"
+            f"of {multiple} tokens); use a smaller cp_size, or rows of a multiple of cp_size * "
+            f"{multiple} tokens"
         )
     if idle := [each for each in rows if each.idle_ranks > 0]:
         useful = -(-request.seq_len // max(multiple, 2))
@@ -528,12 +529,12 @@ def warnings(request: Request, rows: Sequence[Row], *, chosen: int | None) -> li
         most = max(each.imbalance for each in unequal)
         lines.append(
             f"{having(unequal)}: the last rank works up to {most:.1f} times as much as the first, "
-            "which waits for it; fewer CP ranks waste less"
+            "which waits for it; a smaller cp_size wastes less"
         )
     if uneven := [each for each in rows if request.ranks % each.cp_size]:
         lines.append(
-            f"{having(uneven)}: --ranks {request.ranks} is not divisible by it, so AutoModel "
-            "refuses it; use a divisor"
+            f"{having(uneven)}: --ranks {request.ranks} is not divisible by it, and no whole "
+            "number of data-parallel groups is left; use a divisor"
         )
     if chosen is not None and smallest is not None and chosen > smallest:
         lines.append(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import typer
 
-from nemo_dsv4_cp.cli import bench, compose, doctor, verify
+from nemo_dsv4_cp.cli import bench, compose, doctor, plan, verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command()(compose.compose)
+app.command()(plan.plan)
 app.command()(verify.verify)
 app.command()(doctor.doctor)
 app.add_typer(bench.app, name="bench")

@@ -20,6 +20,8 @@ from nemo_dsv4_cp import planning
 from nemo_dsv4_cp.planning import GIB, HOST, PATHS, TRANSPORTS, ModelSizes, Request, Row
 
 _DRAWN_AS = (".png", ".pdf", ".svg")
+# The table fits a terminal of 80 columns.
+_IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "host": "host"}
 
 
 def plan(
@@ -94,7 +96,7 @@ def plan(
         _print(model, request, rows, smallest, warnings)
     if plot is not None:
         _plot(model, request, every, plot)
-        Console(stderr=True).print(f"Drawn: {plot}", soft_wrap=True)
+        Console(stderr=True).print(f"Drawn: {plot}", markup=False, soft_wrap=True)
 
 
 def _check_output(option: str, output: Path | None) -> None:
@@ -120,7 +122,8 @@ def _figures(
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f}" if size < 100 * GIB else f"{size / GIB:,.0f}"
+    digits = 2 if size < 10 * GIB else 1 if size < 100 * GIB else 0
+    return f"{size / GIB:,.{digits}f}"
 
 
 def _print(
@@ -140,8 +143,8 @@ def _print(
     )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
     headers = ["cp\nsize", "shard\ntokens", "pad\n%"]
-    headers += [f"recv\n{path.replace('_', '_' + chr(10))}" for path in PATHS]
-    headers += [f"attn\n{request.transport.replace('_', '_' + chr(10))}", f"attn\n{HOST}"]
+    headers += [f"recv\n{_IN_HEADERS[path]}" for path in PATHS]
+    headers += [f"attn\n{_IN_HEADERS[request.transport]}", f"attn\n{HOST}"]
     headers += ["last /\nfirst", "need", "fits"]
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
@@ -195,13 +198,14 @@ def _plot(model: str, request: Request, rows: Sequence[Row], destination: Path) 
         right.plot([r[0] for r in received], [r[1] for r in received], marker="o", label=path)
     needed = [row.needed_bytes / GIB for row in rows]
     left.plot(sizes, needed, color="black", ls="--", label=f"{request.transport}, all needed")
-    left.axhline(request.gpu_memory, color="grey", lw=0.8)
-    left.text(1, request.gpu_memory * 1.05, f"--gpu-memory {request.gpu_memory:g}", color="grey")
+    limit = f"--gpu-memory {request.gpu_memory:g}"
+    left.axhline(request.gpu_memory, color="grey", lw=0.8, label=limit)
     left.set_ylabel("peak of the worst layer's attention, GiB")
     right.set_ylabel("received by one rank in a step, GiB")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        if axes is left or len(rows) > 1:
+            axes.set_yscale("log")
         axes.set_xlabel("cp_size")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.grid(alpha=0.3)
