@@ -1,0 +1,189 @@
+"""Draws the figures of docs/how_it_works.md next to itself.
+
+Run it with: python docs/figures/draw.py (it needs matplotlib, and weighs for some fifteen minutes)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from nemo_dsv4_cp.bench import HOST
+from nemo_dsv4_cp.bench.layer import Case
+from nemo_dsv4_cp.bench.weigh import weigh
+
+HERE = Path(__file__).parent
+LOCAL_TOKENS = 16_384
+CP_SIZES = (2, 4, 8, 16, 32, 64)
+PATHS = ("boundary", "all_gather", HOST)
+GPU_GB = (80, 141)
+
+INK, PALE = "#333333", "#f1f1f1"
+SHARDS = ("#cfe0f3", "#9dc3e6", "#5b9bd5")
+HALO, FEATURES, ENTRIES = "#c0504d", "#e39a36", "#4f8a4c"
+
+STYLE = {
+    "svg.hashsalt": "nemo-dsv4-cp",
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+}
+
+
+def main() -> None:
+    """Draw both."""
+    with plt.rc_context(STYLE):
+        _save(cut(), "cut.svg")
+        _save(memory(), "memory.svg")
+
+
+def _save(figure: Figure, name: str) -> None:
+    # Date is left out, so that drawing again gives the same bytes.
+    figure.savefig(HERE / name, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
+    plt.close(figure)
+
+
+def cut() -> Figure:
+    """What crosses a cut at ratio 4: two neighbours' tokens, and everybody's entries."""
+    figure, axes = plt.subplots(figsize=(11, 4.8))
+    axes.set_xlim(0, 96)
+    axes.set_ylim(0, 46)
+    axes.axis("off")
+    width, top, height = 28, 36, 5
+
+    _text(
+        axes, 0, 44.5, "Rank 2 of a row that is cut into contiguous shards, in a layer of ratio 4"
+    )
+    for rank, colour in enumerate(SHARDS):
+        left = 2 + rank * 32
+        _box(axes, left, top, width, height, colour)
+        _text(axes, left + width / 2 - 1, top + height / 2, f"tokens of rank {rank}", centred=True)
+        _box(axes, left, 4, width, height - 1, colour)
+        for entry in range(1, 7):
+            x = left + width * entry / 7
+            axes.plot([x, x], [4, 8], color="white", lw=1)
+        _text(axes, left + width / 2, 6, f"entries of rank {rank}", centred=True)
+
+    # The halo and the window are the end of the neighbour's shard, wider than true to scale.
+    end, begin = 2 + 32 + width, 2 + 64
+    _box(axes, end - 7, top, 7, height, HALO)
+    _box(axes, end - 2, top, 2, height, FEATURES)
+    _arrow(axes, (end - 5, top), (begin + 2, 28.5), HALO)
+    _arrow(axes, (end - 1, top), (begin + 15, 28.5), FEATURES)
+    _box(axes, begin - 4, 22.5, 14.5, 6, HALO)
+    _text(axes, begin + 3.25, 25.5, "halo: W-1 = 127\nraw keys", centred=True, colour="white")
+    _box(axes, begin + 11.5, 22.5, 16.5, 6, FEATURES)
+    _text(axes, begin + 19.75, 25.5, "one previous window's\nfeatures, 4 tokens", centred=True)
+    _text(axes, begin + 12, 20.6, "1.3 bytes together", centred=True)
+
+    _box(axes, begin - 4, 12.5, 32, 6, ENTRIES)
+    _text(
+        axes,
+        begin + 12,
+        15.5,
+        "all ranks' finished entries\n256 bytes, and 64 of index keys",
+        centred=True,
+        colour="white",
+    )
+    for begin_x, end_x in ((16, 64), (48, 70), (80, 80)):
+        _arrow(axes, (begin_x, 8), (end_x, 12.5), ENTRIES)
+
+    notes = (
+        "Left of the cut come, in one exchange with the neighbour,",
+        "the keys that the sliding window of rank 2's first queries",
+        "reaches, and what its first overlapping window pools too.",
+        "",
+        "Entries are pooled where their last token lies. Only these,",
+        "a quarter as many as tokens, are gathered from all ranks.",
+        "",
+        "Bytes: forward, bfloat16, a local token and remote rank.",
+        "boundary 321.3     all_gather 6,464.0     AutoModel 11,584.0",
+    )
+    for line, note in enumerate(notes):
+        _text(axes, 2, 30.5 - 2.1 * line, note)
+    return figure
+
+
+def memory() -> Figure:
+    """Peak memory of one layer's forward and backward against the row's length, log-log."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.4))
+    lengths = [LOCAL_TOKENS * size for size in CP_SIZES]
+    peaks_gb = _peaks_gb()
+    labels = {HOST: "AutoModel 0.7.0", "all_gather": "all_gather", "boundary": "boundary"}
+    colours = {HOST: HALO, "all_gather": FEATURES, "boundary": SHARDS[2]}
+    for path, label in labels.items():
+        peaks = [peaks_gb[path, size] for size in CP_SIZES]
+        axes.plot(lengths, peaks, marker="o", ms=4, color=colours[path], label=label)
+        axes.annotate(
+            f"{peaks[-1]:.1f}", (lengths[-1], peaks[-1]), (5, -3), textcoords="offset points"
+        )
+    for capacity in GPU_GB:
+        axes.axhline(capacity, color="grey", lw=0.8, ls="--")
+        axes.text(lengths[0], capacity * 1.05, f"{capacity} GB", color="grey")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    names = [f"{length >> 10}K" if length < 1 << 20 else f"{length >> 20}M" for length in lengths]
+    ranks = [f"{name}\n{size} ranks" for name, size in zip(names, CP_SIZES, strict=True)]
+    axes.set_xticks(lengths, ranks)
+    axes.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
+    axes.minorticks_off()
+    axes.set_ylim(4, 260)
+    axes.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.6)
+    axes.set_xlabel("tokens in the row, 16,384 on each rank")
+    axes.set_ylabel("peak of one layer, GB")
+    axes.set_title("Forward and backward of one V4-Flash layer of ratio 4, last rank", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center right")
+    return figure
+
+
+def _peaks_gb() -> dict[tuple[str, int], float]:
+    # The longest rows take the longest to weigh: they go first.
+    cases = [(path, size) for size in reversed(CP_SIZES) for path in PATHS]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        return dict(zip(cases, pool.map(_peak_gb, *zip(*cases, strict=True)), strict=True))
+
+
+def _peak_gb(path: str, cp_size: int) -> float:
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = Case(path, 4, LOCAL_TOKENS * cp_size, cp_size, cp_size - 1)
+        peak = weigh(case).peak_bytes / 1e9
+    print(f"{path}, {cp_size} ranks: {peak:.2f} GB", flush=True)
+    return peak
+
+
+def _box(
+    axes: Axes, x: float, y: float, width: float, height: float, colour: str, alpha: float = 1
+) -> None:
+    axes.add_patch(Rectangle((x, y), width, height, fc=colour, ec=INK, lw=0.6, alpha=alpha))
+
+
+def _text(
+    axes: Axes, x: float, y: float, text: str, *, centred: bool = False, colour: str = INK
+) -> None:
+    align = "center" if centred else "left"
+    axes.text(x, y, text, ha=align, va="center", color=colour, fontsize=9 if not centred else 8)
+
+
+def _arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+    axes.add_patch(
+        FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=10, color=colour, lw=1.2)
+    )
+
+
+if __name__ == "__main__":
+    main()
