@@ -1,0 +1,26 @@
+"""Commands through their installed entry point, as a user runs them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], "Context parallelism for DeepSeek-V4 in NeMo AutoModel"),
+        (["plan", "v4_pro", "--seq-len", "131072", "--ranks", "16"], "Smallest cp_size that fits"),
+        (["compose", "pro_sft", "parallel=one_node_8"], "ep_size: 8"),
+        (["bench", "bytes", "--seq-len", "1024", "--cp-size", "2", "--ratio", "0"], "boundary"),
+    ],
+)
+def test_a_command_answers(arguments, said):
+    done = subprocess.run(
+        [COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert said in " ".join(done.stdout.split())
