@@ -17,7 +17,7 @@ def tiny():
 
 
 PACKED = {
-    "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 40},
+    "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 120},
     "packed_sequence": {"packed_sequence_size": 1000},
     "step_scheduler": {"max_steps": 2},
 }
@@ -90,42 +90,30 @@ def test_expert_parallelism_and_checkpointing_change_no_loss(trained, launch):
     assert losses[0] == pytest.approx(trained[0][0], abs=1e-5)
 
 
-def test_gradient_accumulation_at_cp_2_equals_one_rank(launch):
-    steps = {"max_steps": 2, "global_batch_size": 4, "local_batch_size": 2}
-    cut, _ = launch("accumulated_cp_2", 2, step_scheduler=steps)
-    whole, _ = launch("accumulated_cp_1", 1, step_scheduler=steps, distributed={"cp_size": 1})
-    assert cut == pytest.approx(whole, abs=1e-4)
-    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
-
-
-def test_packed_documents_and_multi_token_prediction_at_cp_2_equal_one_rank(launch):
+def test_packed_rows_mtp_and_gradient_accumulation_at_cp_2_equal_one_rank(launch):
     config = tiny()["model"]["config"]
-    changes = PACKED | {"model": {"config": config | {"num_nextn_predict_layers": 2}}}
+    changes = PACKED | {
+        "model": {"config": config | {"num_nextn_predict_layers": 2}},
+        "step_scheduler": {"max_steps": 2, "global_batch_size": 4, "local_batch_size": 2},
+    }
     cut, _ = launch("packed_cp_2", 2, **changes)
     whole, _ = launch("packed_cp_1", 1, **changes | {"distributed": {"cp_size": 1}})
     assert cut == pytest.approx(whole, abs=1e-4)
     assert cut[0] == pytest.approx(whole[0], abs=1e-5)
 
 
-def test_lora_on_packed_documents_at_cp_2_equals_one_rank(launch):
-    lora = {
-        "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
-        "target_modules": ["*wq_a", "*wq_b", "*wkv", "*wo_b"],
-        "dim": 8,
-        "alpha": 16,
-    }
-    cut, _ = launch("lora_cp_2", 2, peft=lora, **PACKED)
-    whole, _ = launch("lora_cp_1", 1, peft=lora, distributed={"cp_size": 1}, **PACKED)
-    assert cut == pytest.approx(whole, abs=1e-4)
-    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
-
-
-def test_distillation_on_packed_documents_at_cp_2_equals_one_rank(launch):
+def test_distillation_into_lora_on_packed_rows_at_cp_2_equals_one_rank(launch):
     teacher = tiny()["model"]
     teacher["config"] |= {"num_hidden_layers": 2, "compress_ratios": [4, 128]}
     changes = PACKED | {
         "recipe": "tests.tokenizerless.TokenizerlessDistillationRecipe",
         "teacher_model": teacher,
+        "peft": {
+            "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+            "target_modules": ["*wq_a", "*wq_b", "*wkv", "*wo_b"],
+            "dim": 8,
+            "alpha": 16,
+        },
         "kd_ratio": 0.5,
         "kd_loss_fn": {"_target_": "nemo_automodel.components.loss.kd_loss.KDLoss"},
     }
