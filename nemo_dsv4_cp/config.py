@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.host import registration
 from nemo_dsv4_cp.layout import local_seq_multiple
 
 HOST_ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -176,6 +177,8 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         options.resolve_pad_multiple(self.compress_ratios)
         self._context_parallel: ContextParallelOptions = options
         self.architectures = [ARCHITECTURE if options.enabled else HOST_ARCHITECTURE]
+        if options.enabled:
+            registration.register(ARCHITECTURE)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from nemo_automodel.components.distributed.context_parallel.sharder import (
     ContextParallelSharder,
-)
-from nemo_automodel.components.models.common.mtp import (
-    MTPContextParallelInputs,
-    prepare_mtp_context_parallel_inputs,
-    shift_packed_tensor,
 )
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 from nemo_automodel.components.models.deepseek_v4.model import (
@@ -41,7 +36,7 @@ from nemo_dsv4_cp.host import distillation, token_verbs
 from nemo_dsv4_cp.host.deepseek_v4 import reset_uninitialised_norms
 from nemo_dsv4_cp.layout import validate_cp_size
 from nemo_dsv4_cp.packed_layout import PackedLayout
-from nemo_dsv4_cp.packing import document_starts, is_packed, token_documents
+from nemo_dsv4_cp.packing import document_starts, is_packed, token_documents, tokens_ahead
 
 
 def packed_layout_of(kwargs: dict[str, Any], rows: int, length: int) -> PackedLayout | None:
@@ -86,6 +81,10 @@ _PACKING_KEYS = (
 )
 
 
+if TYPE_CHECKING:
+    from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
+
+
 class ContextParallelModel(DeepseekV4Model):
     """The host's V4 backbone without its dense [L, S] attention mask."""
 
@@ -122,7 +121,9 @@ class ContextParallelModel(DeepseekV4Model):
             ValueError: For left padding, or when there is no input.
         """
         self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
-        if self.vision_enabled:  # at CP size 1 only, where the host serves images
+        if getattr(
+            self, "vision_enabled", False
+        ):  # at CP size 1 only, where the host serves images
             hosted: torch.Tensor = super().forward(
                 input_ids,
                 inputs_embeds=inputs_embeds,
@@ -284,6 +285,9 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         Returns:
             Ids, positions and targets [B, S] a depth. None crosses from a document into the next.
         """
+        # Hosts without this contract (0.6) have no such function either, and refuse MTP under CP.
+        from nemo_automodel.components.models.common.mtp import prepare_mtp_context_parallel_inputs
+
         documents = {"seq_idx": token_documents(batch)} if is_packed(batch) else {}
         return prepare_mtp_context_parallel_inputs(
             batch | documents, num_depths=self.mtp_config.num_layers, ignore_index=ignore_index
@@ -324,7 +328,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 "TrainFinetuneRecipeForNextTokenPrediction, or set distributed.cp_size: 1"
             )
         stage = self._is_pipeline_parallel_stage()
-        hosted = self.mtp is None or not self.training or stage or self.model.vision_enabled
+        hosted = (
+            self.mtp is None
+            or not self.training
+            or stage
+            or getattr(self.model, "vision_enabled", False)
+        )
         if hosted or input_ids is None:
             return super().forward(input_ids, *mtp_embed_inputs, **kwargs)
         return self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **kwargs)
@@ -356,9 +365,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             )
         if shifted_ids is None:
             documents = None if layout is None else layout.first_keys(slice(0, length))
-            shifted_ids = [
-                shift_packed_tensor(input_ids, depth=depth, seq_idx=documents) for depth in depths
-            ]
+            shifted_ids = [tokens_ahead(input_ids, depth, documents) for depth in depths]
         hidden, streams = self.model(
             input_ids,
             position_ids=position_ids,

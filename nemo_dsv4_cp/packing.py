@@ -309,6 +309,24 @@ def token_documents(batch: Mapping[str, Any]) -> torch.Tensor:
     return numbers.to(ids.device)
 
 
+def tokens_ahead(
+    ids: torch.Tensor, depth: int, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the token ``depth`` places ahead of each, 0 where the row or document ends before it.
+
+    Args:
+        ids: Int [B, S], whole rows.
+        depth: 1 or more.
+        documents: Any number a token [B, S] that differs between neighbouring documents.
+    """
+    ahead = torch.zeros_like(ids)
+    ahead[:, :-depth] = ids[:, depth:]
+    if documents is not None:
+        other = documents[:, depth:] != documents[:, :-depth]
+        ahead[:, :-depth].masked_fill_(other, 0)
+    return ahead
+
+
 def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
     """Return where the documents of rows that are not to be changed start, no host sync.
 
