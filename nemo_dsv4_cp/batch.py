@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import (
-    ShardLayout,
-    convert_attention_mask_to_padding_mask,
-)
 
 from nemo_dsv4_cp.collectives import Group, max_over_ranks, mesh_rank, same_on_all_ranks
+from nemo_dsv4_cp.host.sharding import ShardLayout
 from nemo_dsv4_cp.layout import SequenceLayout, padded_seq_len
 from nemo_dsv4_cp.packing import (
     PackedShardLayout,
@@ -85,10 +82,10 @@ def padding_of(attention_mask: torch.Tensor) -> torch.Tensor:
     Returns:
         Bool [B, S], True = pad.
     """
-    form: dict[str, Any] = {"attention_mask": attention_mask}
-    convert_attention_mask_to_padding_mask(form)
-    padding: torch.Tensor = form["padding_mask"]
-    return padding
+    if attention_mask.dim() == 4:
+        diagonal = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return ~diagonal if attention_mask.dtype == torch.bool else diagonal != 0
+    return ~attention_mask.bool()
 
 
 def refuse_left_padding(padding_mask: torch.Tensor) -> None:

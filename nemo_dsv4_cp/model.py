@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import (
-    ContextParallelSharder,
-)
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4CausalLMOutput,
@@ -32,8 +29,14 @@ from nemo_dsv4_cp.batch import (
 )
 from nemo_dsv4_cp.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.host import distillation, token_verbs
-from nemo_dsv4_cp.host.deepseek_v4 import reset_uninitialised_norms
+from nemo_dsv4_cp.host import contracts
+from nemo_dsv4_cp.host.deepseek_v4 import (
+    BLOCKS_PASS_KEYWORDS,
+    make_norms_uniform,
+    reset_uninitialised_norms,
+    reset_what_checkpoints_bring,
+)
+from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.layout import validate_cp_size
 from nemo_dsv4_cp.packed_layout import PackedLayout
 from nemo_dsv4_cp.packing import document_starts, is_packed, token_documents, tokens_ahead
@@ -159,6 +162,8 @@ class ContextParallelModel(DeepseekV4Model):
         layout = packed_layout_of(attn_kwargs, batch, length)
         if layout is not None:
             attn_kwargs[LAYOUT_KEY] = layout
+        if not BLOCKS_PASS_KEYWORDS:
+            self._hand_group_to_attention(layout)
         if position_ids is None:
             position_ids = torch.arange(length, device=like_BLE.device)
             if layout is not None:
@@ -186,6 +191,17 @@ class ContextParallelModel(DeepseekV4Model):
         if self.norm is not None:
             hidden = self.norm(hidden)
         return (hidden, streams_BLME) if return_hc_hidden else hidden
+
+    def _hand_group_to_attention(self, layout: PackedLayout | None) -> None:
+        """Do what a block does not, whose attention would take its shard for the whole row."""
+        if layout is not None:
+            raise NotImplementedError(
+                "packed rows need an AutoModel whose blocks pass keywords on to attention; install "
+                "nemo_automodel 0.6.0 or later, or set packed_sequence.packed_sequence_size: 0"
+            )
+        for module in self.modules():
+            if isinstance(module, ContextParallelAttention):
+                module._cp_group = self._cp_group
 
     def update_moe_gate_bias(self) -> None:
         """Balance the experts by the tokens of the whole batch, not of this rank's shard.
@@ -225,8 +241,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        token_verbs.install()
-        distillation.install()
+        contracts.install(self)
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
@@ -235,7 +250,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         self.model.__class__ = ContextParallelModel
         for module in self.modules():
             if type(module) is DeepseekV4Attention:
-                ContextParallelAttention.adopt(module)
+                make_norms_uniform(ContextParallelAttention.adopt(module))
 
     def prepare_model_inputs_for_cp(
         self, batch: dict[str, Any], *, num_chunks: int = 1
@@ -411,4 +426,5 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         for module in self.modules():
             if isinstance(module, ContextParallelAttention):
                 reset_uninitialised_norms(module)
+        reset_what_checkpoints_bring(self)
         super().initialize_weights(buffer_device=device, dtype=dtype)

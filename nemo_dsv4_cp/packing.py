@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import ShardLayout
+
+from nemo_dsv4_cp.host.sharding import ShardLayout
 
 NO_DOCUMENT = -1000
 """Fills up rows of fewer documents, as in the host's packed collater."""

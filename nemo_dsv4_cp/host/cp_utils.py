@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
+
+from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 
 BATCH_FN_KEY = "_cp_make_batch_fn"
 """Batch key of a function ``(cp_mesh, tp_mesh, batch, *, loss_mask, padding_token_id)``."""

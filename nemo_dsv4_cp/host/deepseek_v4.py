@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from nemo_automodel.components.models.deepseek_v4.layers import (
+    DeepseekV4HyperConnection,
+    DeepseekV4HyperHead,
+)
 from nemo_automodel.components.models.deepseek_v4.layers import (
     _apply_partial_rope as apply_partial_rope,
 )
 from nemo_automodel.components.models.deepseek_v4.layers import (
     _dsv4_kernel_backend as kernel_backend,
 )
+from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Block, DeepseekV4HashGate
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_indexer_scores
 
 __all__ = [
+    "BLOCKS_PASS_KEYWORDS",
     "apply_partial_rope",
     "index_scores",
     "kernel_backend",
+    "make_norms_uniform",
     "reset_uninitialised_norms",
+    "reset_what_checkpoints_bring",
 ]
+
+
+_KERNEL_KNOWS_PLACES = "query_start" in inspect.signature(dsv4_indexer_scores).parameters
+"""Whether the host's kernel can score queries that do not start the row (since 0.6)."""
+
+
+BLOCKS_PASS_KEYWORDS = inspect.getsource(DeepseekV4Block.forward).count("**attn_kwargs") > 1
+"""Whether blocks hand a forward's keywords to attention (since 0.6)."""
+
+_HASH_GATES_ARE_FORGOTTEN = (
+    "buffer_device" in inspect.signature(DeepseekV4HashGate.init_weights).parameters
+)
+"""Whether the host initialises no hash gates (0.5, told by the arguments of the time)."""
 
 
 def index_scores(
@@ -29,19 +51,33 @@ def index_scores(
     Returns:
         Float32 [B, C, P], with the kernel that the host's ``backend.attn`` asks for.
     """
-    # The kernel leaves out what lies ahead of a query: put all queries behind the last key.
-    queries, ahead = q_BCID.shape[1], keys_BPD.shape[1] * indexer.compress_ratio
+    kernel = kernel_backend(indexer.backend)
+    places = {}
+    if _KERNEL_KNOWS_PLACES:
+        # The kernel leaves out what lies ahead of a query: put all queries behind the last key.
+        queries, ahead = q_BCID.shape[1], keys_BPD.shape[1] * indexer.compress_ratio
+        places = {"query_start": ahead, "query_total_len": ahead + queries}
     scores: torch.Tensor = dsv4_indexer_scores(
         q_BCID,
         keys_BPD,
         weights_BCI,
         compress_ratio=indexer.compress_ratio,
         softmax_scale=indexer.softmax_scale,
-        backend=kernel_backend(indexer.backend),
-        query_start=ahead,
-        query_total_len=ahead + queries,
+        backend=kernel if places else "torch",
+        **places,
     )
     return scores
+
+
+def make_norms_uniform(attention: Any) -> None:
+    """Make the norms of a float32 attention float32, as FSDP2 needs it.
+
+    AutoModel 0.5 builds them in bfloat16 whatever the model's dtype is.
+    """
+    if attention.wq_a.weight.dtype is torch.float32:
+        for name, module in attention.named_modules():
+            if name.endswith(("q_norm", "kv_norm")):
+                module.float()
 
 
 def reset_uninitialised_norms(attention: Any) -> None:
@@ -55,3 +91,23 @@ def reset_uninitialised_norms(attention: Any) -> None:
     for module in (compressor, getattr(compressor, "indexer", None)):
         if module is not None:
             module.kv_norm.reset_parameters()
+
+
+def reset_what_checkpoints_bring(model: Any) -> None:
+    """Draw hyper-connections and hash gates where the host leaves them as they are.
+
+    AutoModel 0.5 leaves them to the checkpoint: without one they hold whatever the memory held.
+    """
+    for module in model.modules():
+        if isinstance(module, DeepseekV4HashGate) and _HASH_GATES_ARE_FORGOTTEN:
+            module.init_weights()  # the table of experts, all the first
+            torch.nn.init.normal_(module.weight, std=0.02)
+        mixes = isinstance(module, (DeepseekV4HyperConnection, DeepseekV4HyperHead))
+        if mixes and not hasattr(module, "init_weights"):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("fn"):
+                    torch.nn.init.normal_(parameter, std=0.02)
+                elif name.endswith("scale"):
+                    torch.nn.init.ones_(parameter)
+                else:
+                    torch.nn.init.zeros_(parameter)

@@ -13,7 +13,8 @@ import sys
 from typing import Any
 
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
+
+from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 
 _RECIPE = "nemo_automodel.recipes.llm.kd"
 

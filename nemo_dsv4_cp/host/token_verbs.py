@@ -13,8 +13,8 @@ import inspect
 from typing import Any
 
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
 
+from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.packing import PackedShardLayout, place_tokens
 
 _CONTRACT = {
