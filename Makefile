@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEEDED_GIB := 4
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-hosts lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then run all tests"
+	@echo "make test-hosts   the demo with every AutoModel release that is supported, each in its own .hosts"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove .venv and all that was built"
 	@echo "PYTHON=/path/to/python picks the Python that .venv is made of."
@@ -21,6 +22,25 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Releases of the host, each in an environment of its own: they pin different transformers.
+HOSTS := 0.7.0 0.6.0 0.5.0
+OF_THE_HOST := nemo_automodel|transformers|datasets|numpy|safetensors|torchao|torchdata
+
+test-hosts: $(HOSTS:%=test-host-%)
+
+test-host-%: .hosts/%/.installed
+	@echo "nemo_automodel $*"
+	.hosts/$*/bin/python -m nemo_dsv4_cp.cli.demo
+
+.PRECIOUS: .hosts/%/.installed
+.hosts/%/.installed: pyproject.toml constraints.txt
+	"$(PYTHON)" -m venv --clear .hosts/$*
+	grep -vE '^($(OF_THE_HOST))==' constraints.txt > .hosts/$*/constraints.txt
+	echo "nemo_automodel==$*" >> .hosts/$*/constraints.txt
+	.hosts/$*/bin/python -m pip install --quiet -c .hosts/$*/constraints.txt torch triton
+	.hosts/$*/bin/python -m pip install --quiet -c .hosts/$*/constraints.txt -e .
+	@touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -46,4 +66,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .hosts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -13,7 +13,8 @@ import torch
 
 _ARCHITECTURES = "nemo_automodel.architectures"
 _ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
-TESTED_HOST = "0.7.0"
+TESTED_HOSTS = ("0.7.0", "0.6.0", "0.5.0")
+TESTED_HOST = TESTED_HOSTS[0]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def _versions() -> Iterator[Finding]:
     for name in ("nemo_dsv4_cp", "nemo_automodel", "torch", "transformers", "triton"):
         found = _version(name)
         remedy, fatal = None, False
-        if name == "nemo_automodel" and found != TESTED_HOST:
-            remedy = f"tested with {TESTED_HOST} only: pip install nemo_automodel=={TESTED_HOST}"
+        if name == "nemo_automodel" and found not in TESTED_HOSTS:
+            tested = ", ".join(TESTED_HOSTS)
+            remedy = f"tested with {tested}: pip install nemo_automodel=={TESTED_HOST}"
             fatal = found is None
         elif name == "torch" and not torch.__version__.startswith("2.13."):
             remedy = "tested with torch 2.13 only: pip install torch==2.13.0"
@@ -97,31 +99,19 @@ def _plugins() -> Iterator[Finding]:
 
 def _host_contracts() -> Iterator[Finding]:
     try:
-        from nemo_automodel.components.distributed.context_parallel import sharder
         from nemo_automodel.components.models.deepseek_v4 import model as host
 
+        from nemo_dsv4_cp.host.sharding import HAS_SHARDER
         from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
     except Exception as error:
         remedy = f"pip install nemo_automodel=={TESTED_HOST}; the error tells what it misses"
         yield Finding("AutoModel's V4 model", f"does not import: {error}", remedy, fatal=True)
         return
     yield Finding("AutoModel's V4 model", host.__name__)
-    contracts = {
-        "ContextParallelSharder": hasattr(sharder, "ContextParallelSharder"),
-        "prepare_model_inputs_for_cp": hasattr(
-            host.DeepseekV4ForCausalLM, "prepare_model_inputs_for_cp"
-        ),
-        "supports_mtp_cp": hasattr(
-            DeepseekV4ContextParallelForCausalLM.ModelCapabilities(), "supports_mtp_cp"
-        ),
-    }
-    for contract, there in contracts.items():
-        yield Finding(
-            f"contract {contract}",
-            "used" if there else "missing",
-            None if there else f"pip install nemo_automodel=={TESTED_HOST}",
-            fatal=not there,
-        )
+    mtp = hasattr(DeepseekV4ContextParallelForCausalLM.ModelCapabilities, "supports_mtp_cp")
+    cuts = "ContextParallelSharder" if HAS_SHARDER else "cp_utils.make_cp_batch_and_ctx"
+    yield Finding("contract for batches", cuts)
+    yield Finding("contract for MTP under CP", "supports_mtp_cp" if mtp else "none")
     from nemo_automodel._transformers.registry import ModelRegistry
 
     known = ModelRegistry.has_custom_model(_ARCHITECTURE)

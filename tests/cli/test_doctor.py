@@ -28,7 +28,7 @@ def test_this_environment_can_train():
     assert found["nemo_automodel"]["found"] == "0.7.0"
     assert found["nemo_dsv4_cp.transports: boundary"]["found"].endswith(":BoundaryTransport")
     assert found["AutoModel's registry"]["found"].endswith("-> nemo_dsv4_cp.model")
-    assert found["contract ContextParallelSharder"]["found"] == "used"
+    assert found["contract for batches"]["found"] == "ContextParallelSharder"
     if not torch.cuda.is_available():
         assert "CpuFinetuneRecipe" in found["GPUs"]["remedy"]
 
