@@ -15,7 +15,7 @@ from nemo_dsv4_cp.batch import CP_GROUP_KEY
 from nemo_dsv4_cp.collectives import Group, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.compressor import overlap_half, pool_windows, window_features
 from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, kernel_backend
+from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, kernel_backend, make_norms_uniform
 from nemo_dsv4_cp.indexer import select_entries
 from nemo_dsv4_cp.layout import SequenceLayout
 from nemo_dsv4_cp.recompute import KeptChoices, unseen_by_checkpointing
@@ -58,6 +58,7 @@ class ContextParallelAttention(DeepseekV4Attention):
                 f"attention_dropout={self.attention_dropout} is not supported with context "
                 "parallelism; set attention_dropout: 0.0"
             )
+        make_norms_uniform(self)
         options = getattr(self.config, "context_parallel", None) or ContextParallelOptions()
         self._transport_cls = plugins.load(plugins.TRANSPORTS, options.transport)
         self._workspace_bytes = options.workspace_mib << 20

@@ -32,7 +32,6 @@ from nemo_dsv4_cp.config import ContextParallelOptions
 from nemo_dsv4_cp.host import contracts
 from nemo_dsv4_cp.host.deepseek_v4 import (
     BLOCKS_PASS_KEYWORDS,
-    make_norms_uniform,
     reset_uninitialised_norms,
     reset_what_checkpoints_bring,
 )
@@ -250,7 +249,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         self.model.__class__ = ContextParallelModel
         for module in self.modules():
             if type(module) is DeepseekV4Attention:
-                make_norms_uniform(ContextParallelAttention.adopt(module))
+                ContextParallelAttention.adopt(module)
 
     def prepare_model_inputs_for_cp(
         self, batch: dict[str, Any], *, num_chunks: int = 1

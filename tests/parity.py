@@ -112,7 +112,7 @@ def attention_job(
 ) -> dict[str, float]:
     """One attention layer, CP size = the group's, against the host's at CP size 1."""
     config = tiny_config([ratio], context_parallel=options, **changes)
-    reference = DeepseekV4Attention(config, 0, cpu_backend())
+    reference = DeepseekV4Attention(config, 0, cpu_backend()).float()  # 0.5: norms in bfloat16
     randomise(reference, seed)
     mine = ContextParallelAttention(config, 0, cpu_backend())
     mine.load_state_dict(reference.state_dict())

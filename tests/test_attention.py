@@ -1,10 +1,15 @@
 """Attention layers over real gloo ranks against the host's layer at CP size 1."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
+from nemo_automodel.components.models.deepseek_v4.layers import (
+    DeepseekV4Indexer,
+    DeepseekV4RotaryEmbedding,
+)
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from tests.meshes import FakeMesh
@@ -12,7 +17,14 @@ from tests.parity import assert_parity, attention_job, cpu_backend, randomise, t
 from tests.ranks import RankError
 
 ALL_GATHER = {"transport": "all_gather"}
+# AutoModel 0.5 chooses among entries of the future too, and then drops those.
+HOST_CHOOSES_AMONG_ALL = "valid_end" not in inspect.getsource(DeepseekV4Indexer.forward)
 TRANSPORTS = ["all_gather", "boundary"]
+
+
+def skip_where_the_host_chooses_otherwise(ratio):
+    if ratio == 4 and HOST_CHOOSES_AMONG_ALL:
+        pytest.skip("this release's indexer spends its choice on the future; later ones do not")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -20,6 +32,7 @@ TRANSPORTS = ["all_gather", "boundary"]
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize(("rows", "seq_len"), [(2, 777), (1, 1024)])
 def test_a_layer_equals_the_hosts_at_one_rank(ranks, transport, ratio, size, rows, seq_len):
+    skip_where_the_host_chooses_otherwise(ratio)
     options = {"transport": transport}
     assert_parity(ranks.run(attention_job, size, ratio, rows, seq_len, options))
 
@@ -27,6 +40,7 @@ def test_a_layer_equals_the_hosts_at_one_rank(ranks, transport, ratio, size, row
 @pytest.mark.parametrize("size", [3, 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
+    skip_where_the_host_chooses_otherwise(ratio)
     assert_parity(ranks.run(attention_job, size, ratio, 1, 500, {"transport": "boundary"}))
 
 
