@@ -28,7 +28,7 @@ HOSTS := 0.7.0 0.6.0 0.5.0
 OF_THE_HOST := nemo_automodel|transformers|datasets|numpy|safetensors|torchao|torchdata
 
 # What depends on the host and needs nothing that only some releases have.
-TESTS_OF_HOSTS := tests/transport tests/host/test_signatures.py tests/test_attention.py \
+TESTS_OF_HOSTS := tests/transport tests/host/test_contracts.py tests/test_attention.py \
 	--deselect tests/test_attention.py::test_any_layer_equals_the_hosts
 
 test-hosts: $(HOSTS:%=test-host-%)

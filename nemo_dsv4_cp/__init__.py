@@ -11,6 +11,9 @@ __all__ = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
 def __getattr__(name: str) -> Any:
     # On first use: importing the host takes seconds, which commands without a model do not have.
     if name in __all__:
+        from nemo_dsv4_cp.host.contracts import check_v4
+
+        check_v4()
         from nemo_dsv4_cp import config
 
         return getattr(config, name)

@@ -15,7 +15,12 @@ from nemo_dsv4_cp.batch import CP_GROUP_KEY
 from nemo_dsv4_cp.collectives import Group, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.compressor import overlap_half, pool_windows, window_features
 from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope, kernel_backend, make_norms_uniform
+from nemo_dsv4_cp.host.deepseek_v4 import (
+    apply_partial_rope,
+    kernel_backend,
+    keywords_of,
+    make_norms_uniform,
+)
 from nemo_dsv4_cp.indexer import select_entries
 from nemo_dsv4_cp.layout import SequenceLayout
 from nemo_dsv4_cp.recompute import KeptChoices, unseen_by_checkpointing
@@ -94,6 +99,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         Raises:
             ValueError: If the shard length or ``start_pos`` cannot work.
         """
+        kwargs = keywords_of(rotary_compress, kwargs)
         group: Group | None = kwargs.get(CP_GROUP_KEY) or getattr(self, "_cp_group", None)
         if any(kwargs.get(key) is not None for key in _HOST_PATH_KEYS):
             # Packed rows and images exist at CP size 1 only, where the host's path serves them.

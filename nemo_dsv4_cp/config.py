@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.host import registration
+from nemo_dsv4_cp.host import contracts, registration
 from nemo_dsv4_cp.layout import local_seq_multiple
 
 HOST_ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -154,6 +154,8 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
 
     Raises:
         ValueError: For options that cannot work, before any model is built.
+        ImportError: If the installed AutoModel lacks what we build on; ``enabled: false`` asks for
+            nothing.
     """
 
     def __init__(
@@ -178,6 +180,7 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         self._context_parallel: ContextParallelOptions = options
         self.architectures = [ARCHITECTURE if options.enabled else HOST_ARCHITECTURE]
         if options.enabled:
+            contracts.check()
             registration.register(ARCHITECTURE)
 
     @classmethod

@@ -11,10 +11,11 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 
+from nemo_dsv4_cp.host.contracts import TESTED_RELEASES
+
 _ARCHITECTURES = "nemo_automodel.architectures"
 _ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
-TESTED_HOSTS = ("0.7.0", "0.6.0", "0.5.0")
-TESTED_HOST = TESTED_HOSTS[0]
+_NEWEST = TESTED_RELEASES[0]
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,9 @@ def _versions() -> Iterator[Finding]:
     for name in ("nemo_dsv4_cp", "nemo_automodel", "torch", "transformers", "triton"):
         found = _version(name)
         remedy, fatal = None, False
-        if name == "nemo_automodel" and found not in TESTED_HOSTS:
-            tested = ", ".join(TESTED_HOSTS)
-            remedy = f"tested with {tested}: pip install nemo_automodel=={TESTED_HOST}"
+        if name == "nemo_automodel" and found not in TESTED_RELEASES:
+            tested = ", ".join(TESTED_RELEASES)
+            remedy = f"tested with {tested}: pip install nemo_automodel=={_NEWEST}"
             fatal = found is None
         elif name == "torch" and not torch.__version__.startswith("2.13."):
             remedy = "tested with torch 2.13 only: pip install torch==2.13.0"
@@ -98,22 +99,24 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _host_contracts() -> Iterator[Finding]:
+    remedy = f"pip install nemo_automodel=={_NEWEST}; the error tells what it misses"
     try:
         from nemo_automodel.components.models.deepseek_v4 import model as host
 
-        from nemo_dsv4_cp.host.sharding import HAS_SHARDER
-        from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+        from nemo_dsv4_cp.host import contracts, registration
+
+        contract = contracts.batch_contract()
+        contracts.check()
     except Exception as error:
-        remedy = f"pip install nemo_automodel=={TESTED_HOST}; the error tells what it misses"
-        yield Finding("AutoModel's V4 model", f"does not import: {error}", remedy, fatal=True)
+        yield Finding("AutoModel's V4 model", f"cannot be used: {error}", remedy, fatal=True)
         return
     yield Finding("AutoModel's V4 model", host.__name__)
-    mtp = hasattr(DeepseekV4ContextParallelForCausalLM.ModelCapabilities, "supports_mtp_cp")
-    cuts = "ContextParallelSharder" if HAS_SHARDER else "cp_utils.make_cp_batch_and_ctx"
-    yield Finding("contract for batches", cuts)
-    yield Finding("contract for MTP under CP", "supports_mtp_cp" if mtp else "none")
+    yield Finding("contract for batches", contract.NAME)
+    mtp = "prepare_mtp_inputs_for_cp" if getattr(contract, "HAS_MTP", False) else "none"
+    yield Finding("contract for MTP under CP", mtp)
     from nemo_automodel._transformers.registry import ModelRegistry
 
+    registration.register(_ARCHITECTURE)  # as naming the config class in YAML does
     known = ModelRegistry.has_custom_model(_ARCHITECTURE)
     found = ModelRegistry.get_model_cls_from_model_arch(_ARCHITECTURE) if known else None
     yield Finding(

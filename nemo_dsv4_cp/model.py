@@ -29,11 +29,11 @@ from nemo_dsv4_cp.batch import (
 )
 from nemo_dsv4_cp.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.host import contracts
+from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
-    BLOCKS_PASS_KEYWORDS,
     reset_uninitialised_norms,
     reset_what_checkpoints_bring,
+    with_keywords,
 )
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.layout import validate_cp_size
@@ -161,8 +161,6 @@ class ContextParallelModel(DeepseekV4Model):
         layout = packed_layout_of(attn_kwargs, batch, length)
         if layout is not None:
             attn_kwargs[LAYOUT_KEY] = layout
-        if not BLOCKS_PASS_KEYWORDS:
-            self._hand_group_to_attention(layout)
         if position_ids is None:
             position_ids = torch.arange(length, device=like_BLE.device)
             if layout is not None:
@@ -171,6 +169,7 @@ class ContextParallelModel(DeepseekV4Model):
         rope = self.rotary_emb(like_BLE, position_ids)
         rope_compress = self.rotary_emb_compress(like_BLE, position_ids)
         attn_kwargs.pop("vision_token_types", None)
+        rotary_compress = with_keywords(self.rotary_emb_compress, attn_kwargs)
         for block in self.layers.values():
             if block is None:  # trimmed from this pipeline stage
                 continue
@@ -179,7 +178,7 @@ class ContextParallelModel(DeepseekV4Model):
                 position_embeddings=rope,
                 position_ids=position_ids,
                 position_embeddings_compress=rope_compress,
-                rotary_compress=self.rotary_emb_compress,
+                rotary_compress=rotary_compress,
                 padding_mask=padding_mask,
                 input_ids=routed_ids,
                 **attn_kwargs,
@@ -190,17 +189,6 @@ class ContextParallelModel(DeepseekV4Model):
         if self.norm is not None:
             hidden = self.norm(hidden)
         return (hidden, streams_BLME) if return_hc_hidden else hidden
-
-    def _hand_group_to_attention(self, layout: PackedLayout | None) -> None:
-        """Do what a block does not, whose attention would take its shard for the whole row."""
-        if layout is not None:
-            raise NotImplementedError(
-                "packed rows need an AutoModel whose blocks pass keywords on to attention; install "
-                "nemo_automodel 0.6.0 or later, or set packed_sequence.packed_sequence_size: 0"
-            )
-        for module in self.modules():
-            if isinstance(module, ContextParallelAttention):
-                module._cp_group = self._cp_group
 
     def update_moe_gate_bias(self) -> None:
         """Balance the experts by the tokens of the whole batch, not of this rank's shard.
@@ -240,7 +228,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        contracts.install(self)
+        batch_contract().install(self)
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)

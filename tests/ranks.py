@@ -1,8 +1,8 @@
 """A pool of worker processes that stay alive for the whole test run, joined by gloo.
 
-Importing the host takes seconds, so each worker does it once. A job is a module-level function
-``job(group, rank, *args)`` that runs on the first n workers; what it returns comes back in rank
-order, and the first error any rank raises is raised here.
+Importing the host takes seconds, so one server does it and the workers are its forks. A job is a
+module-level function ``job(group, rank, *args)`` that runs on the first n workers; what it returns
+comes back in rank order, and the first error any rank raises is raised here.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ TIMEOUT = timedelta(seconds=90)
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")  # the host compiles anew for every length
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
@@ -54,7 +55,8 @@ class RankPool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["tests.packed_parity"])
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)

@@ -1,20 +1,163 @@
-"""Chooses the adapter by what the host has: its sharder contract, or its batch function."""
+"""What we build on in the host, and which of its contracts for batches a host has.
+
+The adapter is chosen by what is there, not by the release.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Protocol
 
-from nemo_dsv4_cp.host.sharding import HAS_SHARDER
+TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
+_V4 = "nemo_automodel.components.models.deepseek_v4"
 
 
-def install(model: Any) -> None:
-    """Make the host's recipes cut batches as a model of ours asks; again changes nothing."""
-    if HAS_SHARDER:
-        from nemo_dsv4_cp.host import distillation, token_verbs
+class UnknownHost(ImportError):
+    """The installed AutoModel lacks something that we build on."""
 
-        token_verbs.install()
-        distillation.install()
-    else:
-        from nemo_dsv4_cp.host import cp_utils_hook
+    def __init__(self, lacks: str) -> None:
+        try:
+            installed = f"nemo_automodel {version('nemo_automodel')}"
+        except PackageNotFoundError:
+            installed = "nemo_automodel"
+        super().__init__(
+            f"{installed}: {lacks}. nemo_dsv4_cp is tested with nemo_automodel "
+            f"{', '.join(TESTED_RELEASES)}; install one of these"
+        )
 
-        cp_utils_hook.install(model)
+
+@dataclass(frozen=True)
+class Signature:
+    """A function of the host, and arguments that we pass to it or take from it.
+
+    Attributes:
+        module: Where it is.
+        name: Its name there, a method's with its class.
+        arguments: Those that we count on, by name.
+        in_order: Whether they must also be its first ones, in this order, since we stand in for it.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[str, ...] = ()
+    in_order: bool = False
+
+    def check(self) -> None:
+        """Raise :class:`UnknownHost` if the function is gone or takes other arguments."""
+        try:
+            found = importlib.import_module(self.module)
+            for part in self.name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise UnknownHost(f"there is no {self.module}.{self.name} ({error})") from error
+        known = inspect.signature(found).parameters  # type: ignore[arg-type]
+        if missing := [name for name in self.arguments if name not in known]:
+            raise UnknownHost(
+                f"{self.module}.{self.name} takes ({', '.join(known)}), without "
+                f"{', '.join(missing)}"
+            )
+        if self.in_order and tuple(known)[: len(self.arguments)] != self.arguments:
+            raise UnknownHost(
+                f"{self.module}.{self.name} takes ({', '.join(known)}), not "
+                f"({', '.join(self.arguments)}) in this order"
+            )
+
+
+class BatchContract(Protocol):
+    """How a host's recipes come to cut batches as a model of ours asks."""
+
+    NAME: str
+    SIGNATURES: tuple[Signature, ...]
+
+    def install(self, model: Any) -> None:
+        """Make recipes cut the batches of ``model`` as it asks; again changes nothing."""
+
+
+_PLACES = {
+    "nemo_automodel.components.distributed.context_parallel": "sharder_contract",
+    "nemo_automodel.components.distributed.cp_utils": "cp_utils_contract",
+}
+
+
+def batch_contract() -> BatchContract:
+    """Return the adapter for what the host has.
+
+    Raises:
+        UnknownHost: If it has none that we know.
+    """
+    for place, adapter in _PLACES.items():
+        if find_spec(place) is not None:
+            found: Any = importlib.import_module(f"nemo_dsv4_cp.host.{adapter}")
+            return found  # type: ignore[no-any-return]
+    raise UnknownHost(f"it cuts batches in neither {' nor '.join(_PLACES)}")
+
+
+def signatures() -> Iterator[Signature]:
+    """All that we count on, the parts of every release first, then those of this host's."""
+    yield from _ALWAYS
+    yield from batch_contract().SIGNATURES
+
+
+def check_v4() -> None:
+    """Raise :class:`UnknownHost` for a host without DeepSeek-V4."""
+    try:
+        importlib.import_module(f"{_V4}.config")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nemo_automodel"):
+            raise
+        raise UnknownHost(f"there is no {error.name}") from error
+
+
+def check() -> None:
+    """Raise :class:`UnknownHost` for the first signature that the host has not."""
+    for signature in signatures():
+        signature.check()
+
+
+_ALWAYS = (
+    Signature(f"{_V4}.layers", "DeepseekV4Attention.__init__", ("config", "layer_idx", "backend")),
+    Signature(
+        f"{_V4}.layers",
+        "DeepseekV4Attention.forward",
+        (
+            "hidden_states",
+            "position_embeddings",
+            "attention_mask",
+            "position_embeddings_compress",
+            "rotary_compress",
+            "start_pos",
+        ),
+    ),
+    Signature(f"{_V4}.layers", "_apply_partial_rope"),
+    Signature(f"{_V4}.layers", "_dsv4_kernel_backend"),
+    Signature(
+        f"{_V4}.optimized_kernels",
+        "dsv4_indexer_scores",
+        ("q", "pooled_kv", "weights", "compress_ratio", "softmax_scale", "backend"),
+    ),
+    Signature(f"{_V4}.optimized_kernels", "dsv4_sparse_attention", ("backend",)),
+    Signature(
+        f"{_V4}.model",
+        "DeepseekV4Block.forward",
+        (
+            "x",
+            "position_embeddings",
+            "position_embeddings_compress",
+            "rotary_compress",
+            "padding_mask",
+            "input_ids",
+            "attn_kwargs",
+        ),
+    ),
+    Signature(
+        f"{_V4}.model",
+        "DeepseekV4ForCausalLM.initialize_weights",
+        ("buffer_device", "dtype"),
+    ),
+    Signature(f"{_V4}.model", "compute_lm_head_logits", ("is_thd", "fp32_lm_head")),
+)

@@ -1,21 +1,44 @@
-"""AutoModel 0.5's ``make_cp_batch_and_ctx`` for hosts that have ``ContextParallelSharder`` instead.
+"""``make_cp_batch_and_ctx`` of AutoModel 0.5's ``cp_utils``, on every host.
 
-Training loops written for ``components/distributed/cp_utils`` keep working: a function found in the
-batch under ``_cp_make_batch_fn`` cuts it, as in the nightlies after 0.5, else the model's own
-sharder does.
+Training loops written for it keep working: a function found in the batch under
+``_cp_make_batch_fn`` cuts it, as in the nightlies after 0.5, else the model's own sharder does.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.host.sharding import ContextParallelSharder
+from nemo_dsv4_cp.host.sharding import HAS_SHARDER, ContextParallelSharder
 
 BATCH_FN_KEY = "_cp_make_batch_fn"
 """Batch key of a function ``(cp_mesh, tp_mesh, batch, *, loss_mask, padding_token_id)``."""
+
+
+def submeshes(device_mesh: Any) -> tuple[Any, Any]:
+    """Return a job's CP and TP meshes, None for dimensions that it has not."""
+    names = getattr(device_mesh, "mesh_dim_names", None) or ()
+    cp_mesh, tp_mesh = (device_mesh[name] if name in names else None for name in ("cp", "tp"))
+    return cp_mesh, tp_mesh
+
+
+def cut_with(
+    batch_fn: Callable[..., Any],
+    device_mesh: Any,
+    batch: dict[str, Any],
+    *,
+    loss_mask: torch.Tensor | None,
+    padding_token_id: int,
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Call a batch function as the host does; return a context factory and the cut batch."""
+    context, batch, *_ = batch_fn(
+        *submeshes(device_mesh), batch, loss_mask=loss_mask, padding_token_id=padding_token_id
+    )
+    return context or contextlib.nullcontext, batch
 
 
 def make_cp_batch_and_ctx(
@@ -48,14 +71,26 @@ def make_cp_batch_and_ctx(
     Raises:
         ValueError: For ``use_te``, or another ``seq_lens_padding_value``.
     """
+    batch_fn = batch.pop(BATCH_FN_KEY, None)
+    if batch_fn is None and not HAS_SHARDER and model is None:
+        host = importlib.import_module("nemo_automodel.components.distributed.cp_utils")
+        cut: tuple[Callable[..., Any], dict[str, Any]] = host.make_cp_batch_and_ctx(
+            device_mesh,
+            batch,
+            loss_mask,
+            use_te,
+            padding_token_id,
+            num_chunks,
+            seq_lens_padding_value,
+        )
+        return cut
     if use_te or seq_lens_padding_value != -1000:
         raise ValueError(
             f"make_cp_batch_and_ctx(use_te={use_te}, seq_lens_padding_value="
             f"{seq_lens_padding_value}) is not supported; leave both out, and pass model= for "
             "models of Transformer Engine"
         )
-    batch_fn = batch.pop(BATCH_FN_KEY, None)
-    if batch_fn is None:
+    if batch_fn is None and HAS_SHARDER:
         sharder = ContextParallelSharder(
             model,
             device_mesh,
@@ -64,11 +99,10 @@ def make_cp_batch_and_ctx(
             num_chunks=num_chunks,
             loss_mask=loss_mask,
         )
-        cut: tuple[Callable[..., Any], dict[str, Any]] = sharder.shard(batch)
+        cut = sharder.shard(batch)
         return cut
-    names = getattr(device_mesh, "mesh_dim_names", None) or ()
-    cp_mesh, tp_mesh = (device_mesh[name] if name in names else None for name in ("cp", "tp"))
-    context, batch, *_ = batch_fn(
-        cp_mesh, tp_mesh, batch, loss_mask=loss_mask, padding_token_id=padding_token_id
+    if batch_fn is None:
+        batch_fn = model.prepare_model_inputs_for_cp(batch)["cp_sharder"].shard_batch
+    return cut_with(
+        batch_fn, device_mesh, batch, loss_mask=loss_mask, padding_token_id=padding_token_id
     )
-    return context, batch

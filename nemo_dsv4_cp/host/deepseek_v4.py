@@ -1,8 +1,9 @@
-"""The host's V4 pieces that we call, by the private names it gives them (0.7.0)."""
+"""The host's V4 pieces that we call, by the private names it gives them, and their repairs."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,27 +21,53 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Block, 
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_indexer_scores
 
 __all__ = [
-    "BLOCKS_PASS_KEYWORDS",
     "apply_partial_rope",
     "index_scores",
     "kernel_backend",
+    "keywords_of",
     "make_norms_uniform",
     "reset_uninitialised_norms",
     "reset_what_checkpoints_bring",
+    "with_keywords",
 ]
 
 
 _KERNEL_KNOWS_PLACES = "query_start" in inspect.signature(dsv4_indexer_scores).parameters
 """Whether the host's kernel can score queries that do not start the row (since 0.6)."""
 
-
-BLOCKS_PASS_KEYWORDS = inspect.getsource(DeepseekV4Block.forward).count("**attn_kwargs") > 1
+_BLOCKS_PASS_KEYWORDS = inspect.getsource(DeepseekV4Block.forward).count("**attn_kwargs") > 1
 """Whether blocks hand a forward's keywords to attention (since 0.6)."""
 
 _HASH_GATES_ARE_FORGOTTEN = (
     "buffer_device" in inspect.signature(DeepseekV4HashGate.init_weights).parameters
 )
 """Whether the host initialises no hash gates (0.5, told by the arguments of the time)."""
+
+
+@dataclass(frozen=True)
+class _WithKeywords:
+    """A rotary embedding that carries a forward's keywords past blocks that drop them."""
+
+    rotary: Any
+    keywords: dict[str, Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rotary(*args, **kwargs)
+
+
+def with_keywords(rotary: Any, keywords: dict[str, Any]) -> Any:
+    """Return what a block gets as ``rotary_compress``, which every host hands on to attention.
+
+    Args:
+        rotary: The model's rotary embedding of compressed entries.
+        keywords: What attention needs of this forward.
+    """
+    return rotary if _BLOCKS_PASS_KEYWORDS else _WithKeywords(rotary, keywords)
+
+
+def keywords_of(rotary: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return an attention's keywords, those that came with ``rotary_compress`` included."""
+    return keywords | rotary.keywords if isinstance(rotary, _WithKeywords) else keywords
 
 
 def index_scores(

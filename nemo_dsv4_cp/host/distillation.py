@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from nemo_dsv4_cp.host import patches
+from nemo_dsv4_cp.host.contracts import UnknownHost
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 
 _RECIPE = "nemo_automodel.recipes.llm.kd"
@@ -44,21 +46,21 @@ def install() -> None:
     """Give the recipe our sharder, if it is the one that runs; again does nothing.
 
     Raises:
-        RuntimeError: If the recipe is not as we know it.
+        UnknownHost: If the recipe is not as we know it.
     """
     kd: Any = sys.modules.get(_RECIPE)
-    if kd is None or kd.ContextParallelSharder is DistillationSharder:
+    if kd is None or patches.is_replaced(kd, "ContextParallelSharder"):
         return
     source = inspect.getsource(kd)
     if kd.ContextParallelSharder is not ContextParallelSharder or (
         source.count("invoke_pre_embed=False") != 2
     ):
-        raise RuntimeError(
-            f"{_RECIPE} no longer cuts batches as in nemo_automodel 0.7.0, for which nemo_dsv4_cp "
-            "adapts it; install that release, or set distributed.cp_size: 1"
+        raise UnknownHost(
+            f"{_RECIPE} cuts batches in a way of its own, and distillation under CP would train on "
+            "rows in another order"
         )
-    kd.ContextParallelSharder = DistillationSharder
-    kd._build_teacher_model = _checking_teacher(kd._build_teacher_model)
+    patches.replace(kd, "ContextParallelSharder", DistillationSharder)
+    patches.replace(kd, "_build_teacher_model", _checking_teacher(kd._build_teacher_model))
 
 
 def _checking_teacher(build: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 from nemo_automodel._transformers import capabilities
 from nemo_automodel._transformers.registry import ModelRegistry
 
+from nemo_dsv4_cp.host import patches
+
 
 def register(architecture: str) -> None:
     """Register our model class under a name and let it bring its own CP; again does nothing.
@@ -27,7 +29,9 @@ def register(architecture: str) -> None:
         registry.register(architecture, DeepseekV4ContextParallelForCausalLM, exist_ok=True)
     host_supports_cp = capabilities.ModelSupports.supports_cp
     if "_owns_cp_attention" not in inspect.getsource(host_supports_cp.fget):
-        capabilities.ModelSupports.supports_cp = property(_supports_cp(host_supports_cp))
+        patches.replace(
+            capabilities.ModelSupports, "supports_cp", property(_supports_cp(host_supports_cp))
+        )
 
 
 def _supports_cp(host_supports_cp: Any) -> Any:

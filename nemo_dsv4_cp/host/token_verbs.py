@@ -9,39 +9,23 @@ other goes to the host's.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
 
+from nemo_dsv4_cp.host import patches
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.packing import PackedShardLayout, place_tokens
 
-_CONTRACT = {
-    "shard_token_tensor": ["self", "tensor", "seq_dim", "fill"],
-    "gather_token_tensor": ["self", "tensor", "seq_dim", "trim", "fill"],
-}
 _host_shard = ContextParallelSharder.shard_token_tensor
 _host_gather = ContextParallelSharder.gather_token_tensor
 
 
 def install() -> None:
-    """Wrap the host's verbs; once is enough, again does nothing.
-
-    Raises:
-        RuntimeError: If the host's verbs have other arguments than those we wrap.
-    """
-    if ContextParallelSharder.shard_token_tensor is _shard_token_tensor:
-        return
-    for name, expected in _CONTRACT.items():
-        found = list(inspect.signature(getattr(ContextParallelSharder, name)).parameters)
-        if found != expected:
-            raise RuntimeError(
-                f"nemo_automodel's ContextParallelSharder.{name} takes {found}, and "
-                f"nemo_dsv4_cp knows it with {expected}; install a tested nemo_automodel (0.7.0)"
-            )
-    ContextParallelSharder.shard_token_tensor = _shard_token_tensor
-    ContextParallelSharder.gather_token_tensor = _gather_token_tensor
+    """Wrap the host's verbs; again does nothing."""
+    if not patches.is_replaced(ContextParallelSharder, "shard_token_tensor"):
+        patches.replace(ContextParallelSharder, "shard_token_tensor", _shard_token_tensor)
+        patches.replace(ContextParallelSharder, "gather_token_tensor", _gather_token_tensor)
 
 
 @functools.wraps(_host_shard)

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from nemo_dsv4_cp.host import cp_utils_hook
+from nemo_dsv4_cp.host import cp_utils_hook, patches
 
 NAME = "nemo_automodel.components.distributed.cp_utils"
 
@@ -13,51 +13,98 @@ NAME = "nemo_automodel.components.distributed.cp_utils"
 class Mesh:
     mesh_dim_names = ("cp", "tp")
 
+    def __init__(self, size=2):
+        self._size = size
+
     def __getitem__(self, name):
-        return f"{name} mesh"
+        return Mesh(self._size)
+
+    def size(self):
+        return self._size
 
 
 class Model:
     """What the hook asks of a model."""
 
+    _owns_cp_attention = True
+
     def prepare_model_inputs_for_cp(self, batch):
         def shard_batch(cp_mesh, tp_mesh, batch, *, loss_mask, padding_token_id):
-            return "context", {"cut by": "ours", "for": (cp_mesh, tp_mesh, padding_token_id)}, None
+            cut = {"cut by": "ours", "meshes": (cp_mesh.size(), tp_mesh.size())}
+            return "context", cut | {"padding": padding_token_id}, None
 
         return {"cp_sharder": types.SimpleNamespace(shard_batch=shard_batch)}
 
 
+class Recipe:
+    """A recipe of the host, in a module that imported the function before we came."""
+
+    def __init__(self, make_cp_batch_and_ctx, *model_parts):
+        self.make, self.model_parts = make_cp_batch_and_ctx, list(model_parts)
+
+    def cut(self, batch, size=2):
+        return self.make(Mesh(size), batch, padding_token_id=7)[1]
+
+
 @pytest.fixture
 def host(monkeypatch):
-    """The host's module, and a recipe that imported the name before we came."""
+    """The host's module, and a recipe's that imported the name before we came."""
 
     def make_cp_batch_and_ctx(
         device_mesh, batch, loss_mask=None, use_te=False, padding_token_id=0, num_chunks=1
     ):
-        return "context", {"cut by": "host"}
+        return "context", {"cut by": "host", "chunks": num_chunks}
 
+    patches.undo()
     module = types.ModuleType(NAME)
     recipe = types.ModuleType("recipe")
     module.make_cp_batch_and_ctx = recipe.make_cp_batch_and_ctx = make_cp_batch_and_ctx
     monkeypatch.setitem(sys.modules, NAME, module)
     monkeypatch.setitem(sys.modules, "recipe", recipe)
     yield recipe
-    cp_utils_hook.uninstall()
+    patches.undo()
+
+
+LABELS = {"labels": "some"}
 
 
 def test_our_models_batches_are_ours_whichever_module_imported_the_name_first(host):
     model = Model()
     cp_utils_hook.install(model)
-    _, cut = host.make_cp_batch_and_ctx(Mesh(), {}, padding_token_id=7)
-    assert cut == {"cut by": "ours", "for": ("cp mesh", "tp mesh", 7)}
+    cut = Recipe(host.make_cp_batch_and_ctx, model).cut(dict(LABELS))
+    assert cut == {"cut by": "ours", "meshes": (2, 2), "padding": 7}
     assert sys.modules[NAME].make_cp_batch_and_ctx is host.make_cp_batch_and_ctx
 
 
-def test_any_other_models_batches_are_the_hosts(host):
+def test_any_other_models_batches_are_the_hosts_though_ours_lives_beside_it(host):
+    ours, other = Model(), object()
+    cp_utils_hook.install(ours)
+    assert Recipe(host.make_cp_batch_and_ctx, other).cut({})["cut by"] == "host"
+    assert Recipe(host.make_cp_batch_and_ctx, ours).cut(dict(LABELS))["cut by"] == "ours"
+
+
+def test_a_model_inside_a_data_parallel_wrapper_is_found(host):
+    ours = Model()
+    cp_utils_hook.install(ours)
+    wrapped = types.SimpleNamespace(module=ours)
+    assert Recipe(host.make_cp_batch_and_ctx, wrapped).cut(dict(LABELS))["cut by"] == "ours"
+
+
+def test_a_loop_without_a_recipe_trains_the_model_of_ours_that_lives(host):
     model = Model()
     cp_utils_hook.install(model)
-    del model  # only other models are left
-    assert host.make_cp_batch_and_ctx(Mesh(), {})[1] == {"cut by": "host"}
+    assert host.make_cp_batch_and_ctx(Mesh(), dict(LABELS))[1]["cut by"] == "ours"
+    del model
+    assert host.make_cp_batch_and_ctx(Mesh(), {}, None, False, 0, 4)[1]["chunks"] == 4
+
+
+def test_a_recipe_that_keeps_its_labels_to_itself_is_refused_under_cp(host):
+    ours = Model()
+    cp_utils_hook.install(ours)
+    recipe = Recipe(host.make_cp_batch_and_ctx, ours)
+    with pytest.raises(NotImplementedError, match=r"without labels.*cp_size: 1"):
+        recipe.cut({})
+    assert recipe.cut({}, size=1)["cut by"] == "ours"
 
 
 def test_a_function_in_the_batch_comes_first(host):
@@ -71,17 +118,16 @@ def test_a_function_in_the_batch_comes_first(host):
     assert cut == {"cut by": "the batch's", "mask": "mask"}
 
 
-def test_installing_again_changes_nothing_and_uninstalling_gives_the_hosts_back(host):
+def test_installing_again_changes_nothing_and_undoing_gives_the_hosts_back(host):
     original, models = host.make_cp_batch_and_ctx, [Model(), Model()]
     for model in models:
         cp_utils_hook.install(model)
     wrapped = host.make_cp_batch_and_ctx
     assert wrapped.__wrapped__ is original
-    cp_utils_hook.uninstall()
-    assert host.make_cp_batch_and_ctx is original
-
-
-def test_a_host_that_takes_other_arguments_is_refused_by_name(host):
-    sys.modules[NAME].make_cp_batch_and_ctx = lambda batch: None
-    with pytest.raises(RuntimeError, match=r"cp_utils.make_cp_batch_and_ctx takes \['batch'\]"):
-        cp_utils_hook.install(Model())
+    late = types.ModuleType("late")
+    late.make_cp_batch_and_ctx = sys.modules[NAME].make_cp_batch_and_ctx
+    sys.modules["late"] = late
+    patches.undo()
+    del sys.modules["late"]
+    for module in (host, late, sys.modules[NAME]):
+        assert module.make_cp_batch_and_ctx is original

@@ -1,0 +1,37 @@
+"""Names of the host that were replaced: each once, and each can be given back."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_replaced: list[tuple[Any, str, Any, Any]] = []
+
+
+def replace(owner: Any, name: str, new: Any) -> None:
+    """Put ``new`` in the place of an attribute of a module or class."""
+    _replaced.append((owner, name, getattr(owner, name), new))
+    setattr(owner, name, new)
+
+
+def replace_everywhere(name: str, original: Any, new: Any) -> None:
+    """Put ``new`` in the place of a function in every module that has imported it by its name."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is original:
+            replace(module, name, new)
+
+
+def is_replaced(owner: Any, name: str) -> bool:
+    """Whether the attribute is one that was put there."""
+    found = getattr(owner, name)
+    return any(new is found for _, known, _, new in _replaced if known == name)
+
+
+def undo() -> None:
+    """Give everything back, to modules too that imported a replacement since."""
+    while _replaced:
+        owner, name, original, new = _replaced.pop()
+        setattr(owner, name, original)
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is new:
+                setattr(module, name, original)

@@ -1,0 +1,60 @@
+"""The contract of hosts with ``ContextParallelSharder`` (since 0.6): recipes ask the model.
+
+Only what that contract leaves out is patched: token verbs for re-laid rows, and the distillation
+recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_automodel.components.models.common import mtp
+
+from nemo_dsv4_cp.host import distillation, token_verbs
+from nemo_dsv4_cp.host.contracts import Signature
+
+NAME = "ContextParallelSharder"
+HAS_MTP = hasattr(mtp, "prepare_mtp_context_parallel_inputs")
+"""Whether recipes ask a model for the inputs of multi-token prediction under CP (since 0.7)."""
+
+_SHARDER = "nemo_automodel.components.distributed.context_parallel.sharder"
+SIGNATURES: tuple[Signature, ...] = (
+    Signature(
+        _SHARDER,
+        "ContextParallelSharder.__init__",
+        ("shard_batch", "local_token_global_indices", "loss_mask", "padding_token_id"),
+    ),
+    Signature(
+        _SHARDER,
+        "ContextParallelSharder.shard_token_tensor",
+        ("self", "tensor", "seq_dim", "fill"),
+        in_order=True,
+    ),
+    Signature(
+        _SHARDER,
+        "ContextParallelSharder.gather_token_tensor",
+        ("self", "tensor", "seq_dim", "trim", "fill"),
+        in_order=True,
+    ),
+)
+if HAS_MTP:
+    SIGNATURES += (
+        Signature(
+            mtp.__name__,
+            "prepare_mtp_context_parallel_inputs",
+            ("batch", "num_depths", "ignore_index"),
+        ),
+    )
+
+
+def install(model: Any) -> None:
+    """Patch what the contract leaves out; again changes nothing.
+
+    Args:
+        model: Not used: recipes ask the model themselves.
+
+    Raises:
+        UnknownHost: If the distillation recipe runs and is not as we know it.
+    """
+    token_verbs.install()
+    distillation.install()

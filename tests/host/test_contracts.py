@@ -1,0 +1,116 @@
+"""What we count on in the host, by its signatures: who changed is named, by test and by error."""
+
+import importlib
+import json
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import pytest
+
+from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
+from nemo_dsv4_cp.host import contracts
+from nemo_dsv4_cp.host.contracts import Signature, UnknownHost
+
+
+@pytest.mark.parametrize(
+    "signature", list(contracts.signatures()), ids=lambda signature: signature.name
+)
+def test_the_host_takes_what_we_pass(signature):
+    signature.check()
+
+
+def test_the_adapter_is_that_of_the_contract_which_the_host_has():
+    sharder = find_spec("nemo_automodel.components.distributed.context_parallel")
+    expected = "ContextParallelSharder" if sharder else "cp_utils.make_cp_batch_and_ctx"
+    assert expected == contracts.batch_contract().NAME
+
+
+TESTED = r"tested with nemo_automodel 0\.7\.0, 0\.6\.0, 0\.5\.0; install one of these"
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        (Signature("textwrap", "gone"), r"there is no textwrap\.gone"),
+        (Signature("no_such_module", "gone"), r"there is no no_such_module\.gone"),
+        (Signature("textwrap", "indent", ("text", "colour")), r"indent takes \(.*without colour"),
+        (
+            Signature("textwrap", "indent", ("prefix", "text"), in_order=True),
+            r"indent takes \(text, prefix, .*not \(prefix, text\)",
+        ),
+    ],
+)
+def test_what_a_host_lacks_is_named_with_the_tested_releases(signature, message):
+    with pytest.raises(UnknownHost, match=f"{message}.*{TESTED}"):
+        signature.check()
+
+
+def test_a_host_that_changed_is_refused_when_the_config_is_named(monkeypatch):
+    layers = importlib.import_module("nemo_automodel.components.models.deepseek_v4.layers")
+    monkeypatch.delattr(layers, "_apply_partial_rope")
+    with pytest.raises(UnknownHost, match=r"no .*layers\._apply_partial_rope"):
+        DeepseekV4ContextParallelConfig()
+    DeepseekV4ContextParallelConfig(context_parallel={"enabled": False})
+
+
+def test_a_host_without_any_contract_for_batches_is_refused(monkeypatch):
+    monkeypatch.setattr(contracts, "find_spec", lambda place: None)
+    with pytest.raises(UnknownHost, match=rf"neither .*context_parallel nor .*cp_utils.*{TESTED}"):
+        contracts.batch_contract()
+
+
+def test_a_host_without_deepseek_v4_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nemo_automodel.components.models.deepseek_v4.config", None)
+    with pytest.raises(UnknownHost, match=rf"deepseek_v4\.config.*{TESTED}"):
+        contracts.check_v4()
+
+
+# Every name in the host's modules and classes, before and after a config and a model are made.
+PATCHED = textwrap.dedent("""
+    import json, sys, types
+    import torch
+    from nemo_automodel.components.models.deepseek_v4 import model as host
+    from nemo_automodel.recipes.llm import kd, train_ft
+    from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
+    from nemo_dsv4_cp.host import patches
+    from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+    from tests.parity import cpu_backend, tiny_config
+
+    def names():
+        found = {}
+        for path, module in list(sys.modules.items()):
+            if path.startswith("nemo_automodel") and isinstance(module, types.ModuleType):
+                for name, value in list(vars(module).items()):
+                    found[path, name] = value
+                    if isinstance(value, type) and value.__module__ == path:
+                        found |= {(path, name, key): v for key, v in vars(value).items()}
+        return found
+
+    def changed(before):
+        after = names()
+        return sorted(
+            ".".join(key) for key, value in before.items() if after.get(key) is not value
+        )
+
+    enabled = sys.argv[1] == "enabled"
+    before = names()
+    config = tiny_config([4], context_parallel={"enabled": enabled})
+    ours = DeepseekV4ContextParallelForCausalLM if enabled else host.DeepseekV4ForCausalLM
+    ours(config, backend=cpu_backend())
+    installed = changed(before)
+    patches.undo()
+    print(json.dumps([installed, changed(before)]))
+""")
+
+
+@pytest.mark.parametrize("switch", ["enabled", "disabled"])
+def test_nothing_is_patched_when_disabled_and_all_is_given_back(switch):
+    done = subprocess.run(
+        [sys.executable, "-c", PATCHED, switch], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    installed, left = json.loads(done.stdout.splitlines()[-1])
+    assert bool(installed) is (switch == "enabled"), installed
+    assert left == []
