@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -19,10 +20,17 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
         num_samples: How many samples to serve; all that the files hold when None.
         shortest: Samples are of every length from this to ``seq_length``, for packing; all of
             ``seq_length`` when None.
+        tokenizer: Not used; AutoModel 0.5 hands it to any dataset.
+        split: Not used; AutoModel 0.5 asks for it when it packs.
     """
 
     def __init__(
-        self, seq_length: int, num_samples: int | None = None, shortest: int | None = None
+        self,
+        seq_length: int,
+        num_samples: int | None = None,
+        shortest: int | None = None,
+        tokenizer: Any = None,
+        split: str = "train",
     ) -> None:
         if seq_length < 1:
             raise ValueError(f"dataset.seq_length={seq_length} must be at least 1")

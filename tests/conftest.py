@@ -1,6 +1,11 @@
 import pytest
+import torch
 
 from tests.ranks import RankPool
+
+pytest_plugins = ["tests.capabilities"]
+
+torch.compiler.set_stance("force_eager")  # the host compiles anew for every length
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from tests.meshes import FakeMesh
 from tests.parity import assert_parity, attention_job, cpu_backend, randomise, tiny_config
 from tests.ranks import RankError
 
+pytestmark = pytest.mark.capability("attention layers, 1 to 8 ranks")
 ALL_GATHER = {"transport": "all_gather"}
 # AutoModel 0.5 chooses among entries of the future too, and then drops those.
 HOST_CHOOSES_AMONG_ALL = "valid_end" not in inspect.getsource(DeepseekV4Indexer.forward)
@@ -24,7 +25,9 @@ TRANSPORTS = ["all_gather", "boundary"]
 
 def skip_where_the_host_chooses_otherwise(ratio):
     if ratio == 4 and HOST_CHOOSES_AMONG_ALL:
-        pytest.skip("this release's indexer spends its choice on the future; later ones do not")
+        pytest.skip(
+            "ratio 4: its indexer spends its choice on the future, later releases' does not"
+        )
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

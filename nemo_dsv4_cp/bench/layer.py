@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
-from nemo_automodel.components.models.deepseek_v4.cp import build_dsv4_cp_causal_padding_mask
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
@@ -31,6 +30,7 @@ class Case:
         cp_size: R, number of CP ranks.
         rank: Which of them is measured.
         batch: B, rows.
+        workspace_mib: ``context_parallel.workspace_mib`` of a transport.
     """
 
     path: str
@@ -39,6 +39,7 @@ class Case:
     cp_size: int
     rank: int
     batch: int = 1
+    workspace_mib: int = 256
 
     @property
     def layout(self) -> SequenceLayout:
@@ -72,9 +73,11 @@ def build(
         A function that runs the forward as the host's model would, its dense mask included, and
         returns [B, L, E]. The input and all parameters but the indexer's take gradients.
     """
-    transport = {} if case.path == HOST else {"transport": case.path}
+    options: dict[str, Any] = {"workspace_mib": case.workspace_mib}
+    if case.path != HOST:
+        options["transport"] = case.path
     config = DeepseekV4ContextParallelConfig(
-        compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=transport, **sizes
+        compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=options, **sizes
     )
     cls = host_layers.DeepseekV4Attention if case.path == HOST else ContextParallelAttention
     backend = BackendConfig(attn=attn, linear="torch", rms_norm="torch_fp32")
@@ -97,6 +100,10 @@ def build(
     def forward() -> torch.Tensor:
         mask = None
         if case.path == HOST:
+            from nemo_automodel.components.models.deepseek_v4.cp import (
+                build_dsv4_cp_causal_padding_mask,
+            )
+
             mask = build_dsv4_cp_causal_padding_mask(
                 position_ids=positions,
                 key_len=case.seq_len,

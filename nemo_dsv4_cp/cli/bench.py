@@ -34,12 +34,16 @@ GPU_GB = (80, 141)
 SeqLen = Annotated[int, typer.Option(help="Tokens in the whole row.")]
 CpSize = Annotated[int, typer.Option(help="Number of CP ranks.", min=1)]
 Ratios = Annotated[list[int], typer.Option("--ratio", help="Compress ratio; may be repeated.")]
+Workspace = Annotated[int, typer.Option(help="context_parallel.workspace_mib.", min=1)]
 Json = Annotated[Path | None, typer.Option("--json", help='Write the figures here; "-" prints.')]
 Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
 
 
 def _paths() -> list[str]:
-    return [HOST, *plugins.names(plugins.TRANSPORTS)]
+    """The host's path, where the installed release has one (since 0.6), and every transport."""
+    with quiet():
+        hosted = find_spec("nemo_automodel.components.models.deepseek_v4.cp") is not None
+    return [*([HOST] if hosted else []), *plugins.names(plugins.TRANSPORTS)]
 
 
 def _check(seq_len: int, cp_size: int, ratios: Sequence[int]) -> None:
@@ -66,12 +70,18 @@ def _check_outputs(*outputs: Path | None, plot: Path | None = None) -> None:
         raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
 
 
-def _weigh_all(seq_len: int, cp_size: int, ratios: Sequence[int], rank: int) -> list[Weight]:
+def _weigh_all(
+    seq_len: int, cp_size: int, ratios: Sequence[int], rank: int, **options: int
+) -> list[Weight]:
     with quiet():
         from nemo_dsv4_cp.bench.layer import Case
         from nemo_dsv4_cp.bench.weigh import weigh
 
-    cases = [Case(path, ratio, seq_len, cp_size, rank) for ratio in ratios for path in _paths()]
+    cases = [
+        Case(path, ratio, seq_len, cp_size, rank, **options)
+        for ratio in ratios
+        for path in _paths()
+    ]
     shown = console if sys.stdout.isatty() else Console(stderr=True)
     with quiet():
         return [weigh(case) for case in track(cases, "Weighing", console=shown, transient=True)]
@@ -149,6 +159,7 @@ def memory(
     seq_len: SeqLen = 131072,
     cp_size: CpSize = 8,
     ratio: Ratios = [0, 4, 128],  # noqa: B006
+    workspace_mib: Workspace = 256,
     json_: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -159,7 +170,7 @@ def memory(
     _check(seq_len, cp_size, ratio)
     _check_outputs(json_, plot=plot)
     # The last rank sees the most entries.
-    weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1)
+    weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1, workspace_mib=workspace_mib)
     title = _WEIGHED.format(rows=1, seq_len=seq_len, cp_size=cp_size, rank=cp_size - 1)
     _emit(_weight_table(title, weights), _figures(weights), json_)
     if json_ is None or str(json_) != "-":

@@ -1,4 +1,4 @@
-"""Expert parallelism beside CP, where the host takes every attention for Transformer Engine's (0.5).
+"""Experts beside CP, where the host takes every attention for Transformer Engine's (0.5).
 
 With ``ep_size`` > 1 its ``apply_cp`` sets a CP group on each ``attn_module``, which V4's attention
 has none of. Later hosts ask for ``setup_cp_attention`` first.

@@ -27,20 +27,31 @@ def register(architecture: str) -> None:
         from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 
         registry.register(architecture, DeepseekV4ContextParallelForCausalLM, exist_ok=True)
-    host_supports_cp = capabilities.ModelSupports.supports_cp
-    if "_owns_cp_attention" not in inspect.getsource(host_supports_cp.fget):
-        patches.replace(
-            capabilities.ModelSupports, "supports_cp", property(_supports_cp(host_supports_cp))
-        )
+    for name, owns in _OWNED.items():
+        found = getattr(capabilities.ModelSupports, name)
+        if not patches.is_replaced(capabilities.ModelSupports, name) and (
+            owns not in inspect.getsource(found.fget)
+        ):
+            patches.replace(capabilities.ModelSupports, name, _asking_the_model(found, owns))
 
 
-def _supports_cp(host_supports_cp: Any) -> Any:
-    """AutoModel 0.6 goes by the attention backend alone and wants TileLang's of any V4."""
+_OWNED = {
+    "supports_cp": "_owns_cp_attention",
+    "supports_cp_with_sequence_packing": "_owns_packed_attention",
+}
+"""What the host decides, and the attribute by which a model says that it brings it along."""
 
-    def supports_cp(self: Any) -> bool:
-        """Whether the model supports context parallelism (``_owns_cp_attention``, or the host)."""
-        return bool(
-            getattr(self._model, "_owns_cp_attention", False) or host_supports_cp.fget(self)
-        )
 
-    return supports_cp
+def _asking_the_model(host_decision: property, owns: str) -> property:
+    """AutoModel 0.6 and 0.5 go by the attention backend alone: TileLang's, or Transformer Engine's.
+
+    Args:
+        host_decision: The host's property.
+        owns: The model's attribute.
+    """
+    decide: Any = host_decision.fget
+
+    def supports(self: Any) -> bool:
+        return bool(getattr(self._model, owns, False) or decide(self))
+
+    return property(supports)

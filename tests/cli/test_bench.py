@@ -33,6 +33,19 @@ def test_memory_names_the_largest_tensors_and_draws(tmp_path):
     assert all(len(figure["largest"]) == 5 for figure in json.loads(figures.read_text()))
 
 
+def peak_with(workspace_mib):
+    done = run("memory", *SMALL, "--workspace-mib", str(workspace_mib), "--json", "-")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout[done.stdout.index("[") :])
+    return {figure["case"]["path"]: figure["peak_bytes"] for figure in figures}
+
+
+def test_memory_goes_by_the_workspace():
+    small, large = peak_with(16), peak_with(128)
+    assert small["host"] == large["host"]
+    assert small["boundary"] < large["boundary"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
