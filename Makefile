@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-NEEDED_GIB := 4
+NEEDED_GIB := 5
 
 .PHONY: help demo test test-hosts lint clean
 
@@ -72,11 +72,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 1; }
 	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	test -d $(VENV) || test $$free -ge $(NEEDED_GIB) || { \
-		echo "$$free GiB are free in $(CURDIR), and .venv needs about $(NEEDED_GIB)."; \
+		echo "$$free GiB are free in $(CURDIR), and $(VENV) and .hosts need about $(NEEDED_GIB)."; \
 		echo "Free some space, or clone the repository to a larger disk."; \
 		echo "A torch without CUDA is the smallest: set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; \
 		exit 1; }
-	@echo "Installing into $(VENV): some minutes, and about $(NEEDED_GIB) GiB."
+	@echo "Installing into $(VENV): some minutes, and about 3 GiB."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

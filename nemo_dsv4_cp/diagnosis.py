@@ -103,7 +103,7 @@ def _host_contracts() -> Iterator[Finding]:
     try:
         from nemo_automodel.components.models.deepseek_v4 import model as host
 
-        from nemo_dsv4_cp.host import contracts, registration
+        from nemo_dsv4_cp.host import contracts, mtp_contract, registration
 
         contract = contracts.batch_contract()
         contracts.check()
@@ -112,7 +112,7 @@ def _host_contracts() -> Iterator[Finding]:
         return
     yield Finding("AutoModel's V4 model", host.__name__)
     yield Finding("contract for batches", contract.NAME)
-    mtp = "prepare_mtp_inputs_for_cp" if getattr(contract, "HAS_MTP", False) else "none"
+    mtp = "prepare_mtp_inputs_for_cp" if mtp_contract.ASKS_MODELS else "none"
     yield Finding("contract for MTP under CP", mtp)
     from nemo_automodel._transformers.registry import ModelRegistry
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -59,6 +60,7 @@ def _rank(
 ) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    sys.stdout = sys.stderr  # AutoModel 0.6 prints on import; stdout is for the command's answer
     torch.set_num_threads(1)
     # Imported here, since the host already warns while it is imported.
     job = getattr(importlib.import_module(name[0]), name[1])

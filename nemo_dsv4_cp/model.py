@@ -35,6 +35,7 @@ from nemo_dsv4_cp.host.deepseek_v4 import (
     reset_what_checkpoints_bring,
     with_keywords,
 )
+from nemo_dsv4_cp.host.mtp_contract import shifted_inputs
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.layout import validate_cp_size
 from nemo_dsv4_cp.packed_layout import PackedLayout
@@ -286,12 +287,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
         Returns:
             Ids, positions and targets [B, S] a depth. None crosses from a document into the next.
-        """
-        # Hosts without this contract (0.6) have no such function either, and refuse MTP under CP.
-        from nemo_automodel.components.models.common.mtp import prepare_mtp_context_parallel_inputs
 
+        Raises:
+            NotImplementedError: If the host's recipes do not ask for it (before 0.7).
+        """
         documents = {"seq_idx": token_documents(batch)} if is_packed(batch) else {}
-        return prepare_mtp_context_parallel_inputs(
+        return shifted_inputs(
             batch | documents, num_depths=self.mtp_config.num_layers, ignore_index=ignore_index
         )
 

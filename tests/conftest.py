@@ -3,7 +3,7 @@ import torch
 
 from tests.ranks import RankPool
 
-pytest_plugins = ["tests.capabilities"]
+pytest_plugins = ["pytester", "tests.capabilities"]
 
 torch.compiler.set_stance("force_eager")  # the host compiles anew for every length
 

@@ -15,10 +15,10 @@ import yaml
 from nemo_automodel.components.moe import experts
 from nemo_automodel.recipes.llm import kd
 
-from nemo_dsv4_cp.host import contracts
+from nemo_dsv4_cp.host import contracts, mtp_contract
 from nemo_dsv4_cp.recipes import compose
 
-ASKS_FOR_MTP = getattr(contracts.batch_contract(), "HAS_MTP", False)
+ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
 ASKS_FOR_SHARDER = contracts.batch_contract().NAME == "ContextParallelSharder"
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
 MOVES_ALL = "v.to(self.dist_env.device, non_blocking=True) for k, v in batch.items()"

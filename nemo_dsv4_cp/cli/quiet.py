@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop warnings and log records up to level WARNING; errors still come through."""
+    """Drop warnings and log records up to level WARNING; errors still come through.
+
+    What others print, as AutoModel 0.6 does on import, goes to stderr: stdout is for the answer.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         try:
             yield

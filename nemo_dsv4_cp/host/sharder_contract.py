@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_automodel.components.models.common import mtp
-
-from nemo_dsv4_cp.host import distillation, token_verbs
+from nemo_dsv4_cp.host import distillation, mtp_contract, token_verbs
 from nemo_dsv4_cp.host.contracts import Signature
 
 NAME = "ContextParallelSharder"
-HAS_MTP = hasattr(mtp, "prepare_mtp_context_parallel_inputs")
-"""Whether recipes ask a model for the inputs of multi-token prediction under CP (since 0.7)."""
-
 _SHARDER = "nemo_automodel.components.distributed.context_parallel.sharder"
 SIGNATURES: tuple[Signature, ...] = (
     Signature(
@@ -36,15 +31,8 @@ SIGNATURES: tuple[Signature, ...] = (
         ("self", "tensor", "seq_dim", "trim", "fill"),
         in_order=True,
     ),
+    *mtp_contract.SIGNATURES,
 )
-if HAS_MTP:
-    SIGNATURES += (
-        Signature(
-            mtp.__name__,
-            "prepare_mtp_context_parallel_inputs",
-            ("batch", "num_depths", "ignore_index"),
-        ),
-    )
 
 
 def install(model: Any) -> None:
