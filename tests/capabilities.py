@@ -81,5 +81,5 @@ def _summary(outcomes: list[str]) -> str:
     skipped = sorted({outcome for outcome in outcomes if outcome.startswith("not tested")})
     tested = sorted({outcome for outcome in outcomes if outcome.startswith("tested")})
     if tested and skipped:
-        return f"{tested[0]}; not {skipped[0].removeprefix('not tested: ')}"
-    return "; ".join(tested or skipped) or "not tested: no test ran"
+        return f"{tested[-1]}; not {skipped[0].removeprefix('not tested: ')}"
+    return (tested[-1] if tested else "; ".join(skipped)) or "not tested: no test ran"
