@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEEDED_GIB := 5
 
+# Bytecode is written on first use, which is sooner than for all that pip installs.
+PIP_INSTALL := -m pip install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo test test-hosts lint clean
 
 help:
@@ -56,7 +60,7 @@ test-briefly-%: .hosts/%/.installed
 	beneath=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	own=$$(.hosts/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$beneath')" > $$own/beneath.pth
-	.hosts/$*/bin/python -m pip install --quiet -c .hosts/$*/constraints.txt nemo_automodel
+	.hosts/$*/bin/python $(PIP_INSTALL) -c .hosts/$*/constraints.txt nemo_automodel
 	@touch $@
 
 lint: $(INSTALLED)
@@ -78,8 +82,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 1; }
 	@echo "Installing into $(VENV): some minutes, and about 3 GiB."
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt torch
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:
