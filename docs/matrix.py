@@ -19,6 +19,7 @@ def matrix(results: list[dict[str, dict[str, str]]]) -> str:
 
     def cell(outcome: str) -> str:
         short, _, why = outcome.replace("; ", ": ", 1).partition(": ")
+        why = why.removeprefix("but ")
         if not why:
             return short
         if why not in notes:

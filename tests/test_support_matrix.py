@@ -73,7 +73,10 @@ def test_a_capability_that_the_matrix_does_not_have_is_refused(pytester):
 def test_cells_are_short_and_notes_hold_the_rest():
     results = [
         {"packages": {"nemo_automodel": release, "transformers": "1"}, "capabilities": {"X": cell}}
-        for release, cell in [("2.0", "tested; not ratio 4"), ("1.0", "not tested: no test ran")]
+        for release, cell in [
+            ("2.0", "tested; but not ratio 4"),
+            ("1.0", "not tested: no test ran"),
+        ]
     ]
     assert matrix.matrix(results).splitlines() == [
         "|  | AutoModel 2.0 | AutoModel 1.0 |",
