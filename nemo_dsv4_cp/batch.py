@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.collectives import Group, max_over_ranks, mesh_rank, same_on_all_ranks
+from nemo_dsv4_cp.exchange.collectives import Group, max_over_ranks, mesh_rank, same_on_all_ranks
 from nemo_dsv4_cp.host.sharding import ShardLayout
-from nemo_dsv4_cp.layout import SequenceLayout, padded_seq_len
-from nemo_dsv4_cp.packing import (
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, padded_seq_len
+from nemo_dsv4_cp.sequence.packing import (
     PackedShardLayout,
     check_tokens,
     documents_of,
@@ -180,9 +180,10 @@ def contiguous_shard(
 ) -> tuple[Callable[..., Any], dict[str, Any], ShardLayout | None]:
     """Pad the rows and keep this rank's contiguous slice of every per-token tensor.
 
-    Packed rows (:func:`nemo_dsv4_cp.packing.documents_of`) are laid out anew first: documents end
-    to end, padding at the row's end. They gain ``packed_seq_ids`` [B, L] (documents counted from 1,
-    0 for padding) and hold ``seq_lens`` and ``seq_lens_padded`` [B, D] of the new rows.
+    Packed rows (:func:`nemo_dsv4_cp.sequence.packing.documents_of`) are laid out anew first:
+    documents end to end, padding at the row's end. They gain ``packed_seq_ids`` [B, L] (documents
+    counted from 1, 0 for padding) and hold ``seq_lens`` and ``seq_lens_padded`` [B, D] of the new
+    rows.
 
     Args:
         cp_mesh: One-dimensional CP mesh; None or size 1 leaves the tokens as they are.

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.host import contracts, registration
-from nemo_dsv4_cp.layout import local_seq_multiple
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 
 HOST_ARCHITECTURE = "DeepseekV4ForCausalLM"
 ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp import layout
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.batch import pad_position_ids as _pad_position_ids_seq_dim_
 from nemo_dsv4_cp.batch import pad_tensor as _pad_tensor_seq_dim_
-from nemo_dsv4_cp.collectives import Group, all_gather, all_gather_metadata
-from nemo_dsv4_cp.collectives import cp_enabled as dsv4_cp_enabled
-from nemo_dsv4_cp.collectives import cp_rank as dsv4_cp_rank
-from nemo_dsv4_cp.collectives import cp_size as dsv4_cp_size
-from nemo_dsv4_cp.masks import (
+from nemo_dsv4_cp.exchange.collectives import Group, all_gather, all_gather_metadata
+from nemo_dsv4_cp.exchange.collectives import cp_enabled as dsv4_cp_enabled
+from nemo_dsv4_cp.exchange.collectives import cp_rank as dsv4_cp_rank
+from nemo_dsv4_cp.exchange.collectives import cp_size as dsv4_cp_size
+from nemo_dsv4_cp.sequence import layout
+from nemo_dsv4_cp.sequence.masks import (
     build_dsv4_cp_causal_padding_mask,
     build_dsv4_cp_packed_causal_padding_mask,
 )
-from nemo_dsv4_cp.packing import build_packed_seq_ids
+from nemo_dsv4_cp.sequence.packing import build_packed_seq_ids
 
 __all__ = [
     "_lcm",

@@ -20,15 +20,15 @@ from nemo_automodel.components.models.deepseek_v4.model import (
 from torch.distributed.tensor import DTensor
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.attention import LAYOUT_KEY, ContextParallelAttention
+from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.batch import (
     CP_GROUP_KEY,
     local_token_indices,
     padding_of,
     refuse_left_padding,
 )
-from nemo_dsv4_cp.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.config import ContextParallelOptions
+from nemo_dsv4_cp.exchange.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
     reset_uninitialised_norms,
@@ -37,9 +37,9 @@ from nemo_dsv4_cp.host.deepseek_v4 import (
 )
 from nemo_dsv4_cp.host.mtp_contract import shifted_inputs
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
-from nemo_dsv4_cp.layout import validate_cp_size
-from nemo_dsv4_cp.packed_layout import PackedLayout
-from nemo_dsv4_cp.packing import document_starts, is_packed, token_documents, tokens_ahead
+from nemo_dsv4_cp.sequence.layout import validate_cp_size
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.packing import document_starts, is_packed, token_documents, tokens_ahead
 
 
 def packed_layout_of(kwargs: dict[str, Any], rows: int, length: int) -> PackedLayout | None:

@@ -15,10 +15,10 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCaus
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from nemo_dsv4_cp.attention import LAYOUT_KEY, ContextParallelAttention
+from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.packed_layout import PackedLayout
-from nemo_dsv4_cp.verification import packed_batch
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.parity import (
     GroupMesh,
     compare_gradients,

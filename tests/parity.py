@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.verification import draw_weights as randomise
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.tools.verification import draw_weights as randomise
 
 SIZES = dict(
     vocab_size=97,

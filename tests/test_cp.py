@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4 import cp as host
 
 from nemo_dsv4_cp import cp
-from nemo_dsv4_cp.verification import packed_batch
+from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.meshes import FakeMesh
 
 SEED_API = [

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.verification import packed_batch
+from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.packed_parity import packed_attention_job, packed_model_job
 from tests.parity import GroupMesh, assert_parity, cpu_backend, randomise, tiny_config
 

@@ -5,8 +5,8 @@ from nemo_automodel._transformers.registry import ModelRegistry
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.batch import contiguous_shard
+from nemo_dsv4_cp.exchange.all_gather import AllGatherTransport
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.transport.all_gather import AllGatherTransport
 
 NAME = "DeepseekV4ContextParallelForCausalLM"
 

@@ -16,7 +16,7 @@ from nemo_automodel.components.moe import experts
 from nemo_automodel.recipes.llm import kd
 
 from nemo_dsv4_cp.host import contracts, mtp_contract
-from nemo_dsv4_cp.recipes import compose
+from nemo_dsv4_cp.tools.recipes import compose
 
 ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
 ASKS_FOR_SHARDER = contracts.batch_contract().NAME == "ContextParallelSharder"

@@ -17,12 +17,12 @@ from rich.progress import track
 from rich.table import Table
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.bench import HOST
 from nemo_dsv4_cp.cli.quiet import quiet
-from nemo_dsv4_cp.layout import local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.tools import HOST
 
 if TYPE_CHECKING:  # the host takes seconds to import, and every command would wait for it
-    from nemo_dsv4_cp.bench.weigh import Weight
+    from nemo_dsv4_cp.tools.weighing import Weight
 
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
 console = Console()
@@ -74,8 +74,8 @@ def _weigh_all(
     seq_len: int, cp_size: int, ratios: Sequence[int], rank: int, **options: int
 ) -> list[Weight]:
     with quiet():
-        from nemo_dsv4_cp.bench.layer import Case
-        from nemo_dsv4_cp.bench.weigh import weigh
+        from nemo_dsv4_cp.tools.layer import Case
+        from nemo_dsv4_cp.tools.weighing import weigh
 
     cases = [
         Case(path, ratio, seq_len, cp_size, rank, **options)
@@ -211,7 +211,7 @@ def time_(
     _check(seq_len, cp_size, ratio)
     _check_outputs(json_)
     with quiet():
-        from nemo_dsv4_cp.bench.timing import (
+        from nemo_dsv4_cp.tools.timing import (
             CPU_SIZES,
             describe_machine,
             host_kernels,

@@ -13,8 +13,8 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_dsv4_cp import recipes
-from nemo_dsv4_cp.recipes import Recipe
+from nemo_dsv4_cp.tools import recipes
+from nemo_dsv4_cp.tools.recipes import Recipe
 
 
 def _complete_name(incomplete: str) -> list[str]:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nemo_dsv4_cp.cli.compose import recipe_text
-from nemo_dsv4_cp.recipes import compose
+from nemo_dsv4_cp.tools.recipes import compose
 
 # The runs start from the same weights, so before the first update only rounding can differ. Later,
 # rounding may flip a near-tied choice of expert or of index entry. (Seen so far: 1e-6 at any step.)

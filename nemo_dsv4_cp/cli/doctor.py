@@ -24,7 +24,7 @@ def doctor(
     """
     console, errors = Console(), Console(stderr=True)
     with quiet(), errors.status("Looking around"):
-        from nemo_dsv4_cp.diagnosis import diagnose
+        from nemo_dsv4_cp.tools.diagnosis import diagnose
 
         findings = diagnose()
     if json_:

@@ -16,8 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from nemo_dsv4_cp import planning
-from nemo_dsv4_cp.planning import GIB, HOST, PATHS, TRANSPORTS, ModelSizes, Request, Row
+from nemo_dsv4_cp.tools import planning
+from nemo_dsv4_cp.tools.planning import GIB, HOST, PATHS, TRANSPORTS, ModelSizes, Request, Row
 
 _DRAWN_AS = (".png", ".pdf", ".svg")
 # The table fits a terminal of 80 columns.

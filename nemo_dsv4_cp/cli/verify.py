@@ -42,8 +42,8 @@ def verify(
     if ranks is None:
         ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
     with quiet():
-        from nemo_dsv4_cp.local_ranks import RankFailed
-        from nemo_dsv4_cp.verification import verify as run
+        from nemo_dsv4_cp.tools.local_ranks import RankFailed
+        from nemo_dsv4_cp.tools.verification import verify as run
 
     console, errors = Console(), Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -101,7 +101,7 @@ def _read(recipe: Path) -> tuple[dict[str, Any], int, bool]:
             "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained"
         )
     if not config.get("compress_ratios") and config.get("pretrained_model_name_or_path"):
-        from nemo_dsv4_cp.recipes import published_fields
+        from nemo_dsv4_cp.tools.recipes import published_fields
 
         try:
             config = published_fields(config["pretrained_model_name_or_path"]) | config

@@ -15,7 +15,7 @@ import torch
 
 from nemo_dsv4_cp.host import patches
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
-from nemo_dsv4_cp.packing import PackedShardLayout, place_tokens
+from nemo_dsv4_cp.sequence.packing import PackedShardLayout, place_tokens
 
 _host_shard = ContextParallelSharder.shard_token_tensor
 _host_gather = ContextParallelSharder.gather_token_tensor

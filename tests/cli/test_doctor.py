@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nemo_dsv4_cp import diagnosis
 from nemo_dsv4_cp.cli.app import app
+from nemo_dsv4_cp.tools import diagnosis
 
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 

@@ -10,14 +10,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nemo_dsv4_cp import recipes
 from nemo_dsv4_cp.cli.app import app
+from nemo_dsv4_cp.tools import recipes
 
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
 BROKEN = """
 import torch
-from nemo_dsv4_cp.transport.boundary import BoundaryTransport
+from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
 
 
 class NoWindowBeforeTheCut(BoundaryTransport):

@@ -8,7 +8,7 @@ from nemo_automodel.components.distributed.context_parallel.sharder import Conte
 
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.host import token_verbs
-from nemo_dsv4_cp.verification import packed_batch
+from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.parity import GroupMesh
 
 

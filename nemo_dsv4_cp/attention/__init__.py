@@ -1,0 +1,5 @@
+"""A layer that attends across the cuts."""
+
+from nemo_dsv4_cp.attention.layer import ContextParallelAttention
+
+__all__ = ["ContextParallelAttention"]

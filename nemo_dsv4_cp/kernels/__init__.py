@@ -1,0 +1,1 @@
+"""What the device runs: index choice, attention, norm and rotary, behind one protocol."""

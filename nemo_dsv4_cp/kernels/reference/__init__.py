@@ -1,0 +1,1 @@
+"""The torch path: any device, and what every other kernel is compared with."""

@@ -1,0 +1,301 @@
+"""Attention over a sliding window and compressed entries, addressed by position, with a sink.
+
+Query i sees raw keys i-W+1 .. i and, of the entries that are complete, all (HCA) or the indexer's
+choice (CSA); keys are values. There is no mask and no score matrix of L x S: queries go in chunks,
+and backward recomputes a chunk's probabilities from its log-sum-exp.
+"""
+
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   W sliding window
+# P entries   K chosen entries   C queries of a chunk
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_sparse_attention
+
+from nemo_dsv4_cp.attention.indexer import NOTHING
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+
+_SCORES_ALIVE = 4
+"""Tensors of a chunk's scores' size that backward holds at a time."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which keys each local query sees; positions only.
+
+    Attributes:
+        layout: Positions of this rank's queries.
+        raw_first: Global position of raw key 0.
+        window: W, sliding window in tokens, the query's own included.
+        ratio: Compress ratio of the entries, 0 without entries.
+        scale: Score multiplier.
+        workspace_bytes: How much the scores of one chunk of queries, and what is computed from
+            them, may take.
+    """
+
+    layout: SequenceLayout
+    raw_first: int
+    window: int
+    ratio: int
+    scale: float
+    workspace_bytes: int
+
+    def raw_span(self, chunk: slice) -> slice:
+        """Return the raw keys that the queries of ``chunk`` see between them."""
+        begin = self.layout.start + chunk.start - self.window + 1
+        end = self.layout.start + chunk.stop
+        return slice(max(begin, 0) - self.raw_first, end - self.raw_first)
+
+    def raw_hidden(self, chunk: slice, device: torch.device) -> torch.Tensor:
+        """Return which of :meth:`raw_span` each query must not see, bool [B, C, keys]."""
+        span = self.raw_span(chunk)
+        queries = self.layout.positions(device)[chunk, None] - self.raw_first
+        keys = torch.arange(span.start, span.stop, device=device)
+        hidden = ((keys > queries) | (keys <= queries - self.window))[None]
+        first = self.layout.first_keys(chunk, device)
+        return hidden if first is None else hidden | (keys < first[..., None] - self.raw_first)
+
+    def entry_span(self, chunk: slice) -> range:
+        """Return the entries that the queries of ``chunk`` see between them."""
+        return self.layout.entry_span(chunk, self.ratio) if self.ratio else range(0)
+
+    def entries_hidden(self, chunk: slice, device: torch.device) -> torch.Tensor:
+        """Return which of :meth:`entry_span` each query must not see, bool [B, C, entries]."""
+        span = self.entry_span(chunk)
+        if not len(span):
+            return torch.zeros(1, 1, 0, dtype=torch.bool, device=device)
+        first, stop = self.layout.visible_entries(chunk, self.ratio, device)
+        entries = torch.arange(span.start, span.stop, device=device)
+        return (entries < first[..., None]) | (entries >= stop[..., None])
+
+    def chunks(self, rows_by_heads: int, entry_keys: int) -> Iterator[slice]:
+        """Cut the local queries so that a chunk's scores fit the workspace.
+
+        Args:
+            rows_by_heads: B * N.
+            entry_keys: Entries that one query may see at the most.
+        """
+        length = self.layout.local_len
+        # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
+        scores = 4 * rows_by_heads * (2 * self.window + entry_keys)
+        rows = self.workspace_bytes // (_SCORES_ALIVE * scores)
+        rows = max(1, min(rows, self.window))
+        for begin in range(0, length, rows):
+            yield slice(begin, min(begin + rows, length))
+
+
+class _ChunkKeys:
+    """The keys of one chunk of queries, in both storages, and the scores against them."""
+
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        chunk: slice,
+        raw_BTD: torch.Tensor,
+        entries_BPD: torch.Tensor,
+        chosen_BLK: torch.Tensor | None,
+    ) -> None:
+        device = raw_BTD.device
+        self.span = plan.raw_span(chunk)
+        self.raw = raw_BTD[:, self.span]
+        self.raw_hidden = plan.raw_hidden(chunk, device)[:, :, None]
+        self.chosen = None
+        if chosen_BLK is not None:
+            self.chosen = chosen_BLK[:, chunk].long()
+            rows = torch.arange(raw_BTD.shape[0], device=device)[:, None, None]
+            self.entries = entries_BPD[rows, self.chosen.clamp(min=0)]
+            self.entries_hidden = (self.chosen == NOTHING)[:, :, None]
+        else:
+            span = plan.entry_span(chunk)
+            self.entry_rows = slice(span.start, span.stop)
+            self.entries = entries_BPD[:, self.entry_rows]
+            self.entries_hidden = plan.entries_hidden(chunk, device)[:, :, None]
+
+    def scores(self, q: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return float32 [B, C, N, raw + entries], -inf where hidden."""
+        raw, entries = self.dot(q)
+        return torch.cat(
+            (
+                (raw.float() * scale).masked_fill_(self.raw_hidden, -torch.inf),
+                (entries.float() * scale).masked_fill_(self.entries_hidden, -torch.inf),
+            ),
+            dim=-1,
+        )
+
+    def dot(self, x_BCND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the products of vectors with the chunk's raw keys and entries."""
+        pattern = "bcnd,bckd->bcnk" if self.chosen is not None else "bcnd,bkd->bcnk"
+        return (
+            torch.einsum("bcnd,bkd->bcnk", x_BCND, self.raw),
+            torch.einsum(pattern, x_BCND, self.entries),
+        )
+
+    def weighted_sum(self, weights_BCNK: torch.Tensor) -> torch.Tensor:
+        """Return the keys summed with weights of their own dtype, float32 [B, C, N, D]."""
+        raw, entries = weights_BCNK.to(self.raw.dtype).split(self._sizes(), dim=-1)
+        pattern = "bcnk,bckd->bcnd" if self.chosen is not None else "bcnk,bkd->bcnd"
+        return (
+            torch.einsum("bcnk,bkd->bcnd", raw, self.raw).float()
+            + torch.einsum(pattern, entries, self.entries).float()
+        )
+
+    def add_grad(
+        self,
+        weights_BCNK: torch.Tensor,
+        x_BCND: torch.Tensor,
+        grad_raw: torch.Tensor,
+        grad_entries: torch.Tensor,
+    ) -> None:
+        """Add sum over queries of weight * x to the gradients of the keys that were weighted."""
+        raw, entries = weights_BCNK.to(x_BCND.dtype).split(self._sizes(), dim=-1)
+        grad_raw[:, self.span] += torch.einsum("bcnk,bcnd->bkd", raw, x_BCND)
+        if self.chosen is None:
+            grad_entries[:, self.entry_rows] += torch.einsum("bcnk,bcnd->bkd", entries, x_BCND)
+            return
+        per_query = torch.einsum("bcnk,bcnd->bckd", entries, x_BCND).to(grad_entries.dtype)
+        for row, where in enumerate(self.chosen.clamp(min=0)):  # hidden slots carry weight 0
+            grad_entries[row].index_add_(0, where.flatten(), per_query[row].flatten(0, 1))
+
+    def _sizes(self) -> list[int]:
+        return [self.raw.shape[1], self.entries.shape[-2]]
+
+
+class _SparseAttention(torch.autograd.Function):
+    # With s_j = scale q.k_j, Z = exp(sink) + sum_j exp(s_j), p_j = exp(s_j) / Z:
+    # forward:   o = sum_j p_j k_j
+    # backward:  delta = sum_j p_j do.k_j, ds_j = p_j (do.k_j - delta);
+    #            dq = scale sum_j ds_j k_j, dk_j = scale ds_j q + p_j do,
+    #            dsink = -exp(sink) / Z * delta
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        raw: torch.Tensor,
+        entries: torch.Tensor,
+        sinks: torch.Tensor,
+        chosen: torch.Tensor | None,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        for chunk in _chunks(plan, q, chosen):
+            keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
+            scores = keys.scores(q[:, chunk], plan.scale)
+            sink_column = sinks.float().expand(*scores.shape[:3])
+            lse[:, chunk] = torch.logaddexp(scores.logsumexp(dim=-1), sink_column)
+            probs = scores.sub_(lse[:, chunk, :, None]).exp_()
+            out[:, chunk] = keys.weighted_sum(probs).to(out.dtype)
+        ctx.save_for_backward(q, raw, entries, sinks, chosen, lse)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, raw, entries, sinks, chosen, lse = ctx.saved_tensors
+        plan: AttentionPlan = ctx.plan
+        grad_q = torch.empty_like(q)
+        # Many chunks add to the same key, more than bfloat16 could count.
+        grad_raw = torch.zeros_like(raw, dtype=torch.float32)
+        grad_entries = torch.zeros_like(entries, dtype=torch.float32)
+        grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
+        for chunk in _chunks(plan, q, chosen):
+            keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
+            q_c, grad_c, lse_c = q[:, chunk], grad_out[:, chunk], lse[:, chunk]
+            probs = keys.scores(q_c, plan.scale).sub_(lse_c[..., None]).exp_()
+            grad_probs = torch.cat(keys.dot(grad_c), dim=-1).float()
+            delta = (probs * grad_probs).sum(dim=-1)
+            grad_sinks -= ((sinks.float() - lse_c).exp() * delta).sum(dim=(0, 1))
+            keys.add_grad(probs, grad_c, grad_raw, grad_entries)
+            grad_scores = grad_probs.sub_(delta[..., None]).mul_(probs).mul_(plan.scale)
+            grad_q[:, chunk] = keys.weighted_sum(grad_scores).to(grad_q.dtype)
+            keys.add_grad(grad_scores, q_c, grad_raw, grad_entries)
+        return (
+            grad_q,
+            grad_raw.to(raw.dtype),
+            grad_entries.to(entries.dtype),
+            grad_sinks.to(sinks.dtype),
+            None,
+            None,
+        )
+
+
+def _chunks(plan: AttentionPlan, q: torch.Tensor, chosen: torch.Tensor | None) -> Iterator[slice]:
+    seen = plan.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
+    if chosen is not None:
+        # Chosen entries are copied out for each query: D numbers a key beside its N scores.
+        seen = chosen.shape[-1] * (1 + q.shape[-1] // q.shape[2])
+    return plan.chunks(q.shape[0] * q.shape[2], seen)
+
+
+def sparse_attention(
+    q_BLND: torch.Tensor,
+    raw_BTD: torch.Tensor,
+    entries_BPD: torch.Tensor,
+    sinks_N: torch.Tensor,
+    chosen_BLK: torch.Tensor | None,
+    plan: AttentionPlan,
+    *,
+    kernel: str = "torch",
+) -> torch.Tensor:
+    """Attend from local queries to their window and entries.
+
+    Args:
+        q_BLND: Queries, after norm and rotary.
+        raw_BTD: Raw keys (= values) that a transport fetched, ``plan.raw_first`` the first.
+        entries_BPD: All ranks' entries in window order; P = 0 without compression.
+        sinks_N: Logit per head of the sink, which takes probability and adds nothing.
+        chosen_BLK: The indexer's choice, int32, -1 for none; None means every past entry.
+        plan: Which keys each query sees.
+        kernel: ``"torch"``, or ``"tilelang"`` for the host's kernels (CUDA, bfloat16).
+
+    Returns:
+        [B, L, N, D] of the queries' dtype.
+    """
+    if kernel == "torch":
+        out: torch.Tensor = _SparseAttention.apply(  # type: ignore[no-untyped-call]
+            q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan
+        )
+        return out
+    keys = torch.cat((raw_BTD, entries_BPD), dim=1)
+    indices = key_indices(plan, raw_BTD, entries_BPD, chosen_BLK)
+    attended: torch.Tensor = dsv4_sparse_attention(
+        q_BLND, keys, sinks_N, indices, plan.scale, backend=kernel
+    )
+    return attended
+
+
+def key_indices(
+    plan: AttentionPlan,
+    raw_BTD: torch.Tensor,
+    entries_BPD: torch.Tensor,
+    chosen_BLK: torch.Tensor | None,
+) -> torch.Tensor:
+    """Spell the plan out as the host's kernels want it: a list of keys per query.
+
+    Returns:
+        Int32 [B, L, W + K] into the raw keys followed by the entries, -1 for none. K is for HCA the
+        number of entries that the queries see between them.
+    """
+    batch, raw_count = raw_BTD.shape[:2]
+    device, layout = raw_BTD.device, plan.layout
+    queries = layout.positions(device)[:, None]
+    window = queries - torch.arange(plan.window - 1, -1, -1, device=device)
+    first = layout.first_keys(slice(0, layout.local_len), device)
+    earliest = 0 if first is None else first[..., None]
+    raw = torch.where(window < earliest, NOTHING, window - plan.raw_first)
+    if chosen_BLK is not None:
+        entries = torch.where(chosen_BLK == NOTHING, NOTHING, chosen_BLK + raw_count)
+    else:
+        whole = slice(0, layout.local_len)
+        span = plan.entry_span(whole)
+        every = torch.arange(span.start, span.stop, device=device) + raw_count
+        hidden = plan.entries_hidden(whole, device)
+        entries = torch.where(hidden, NOTHING, every).expand(batch, layout.local_len, -1)
+    return torch.cat((raw.expand(batch, -1, -1), entries), dim=-1).to(torch.int32)

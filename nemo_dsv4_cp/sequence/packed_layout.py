@@ -1,0 +1,120 @@
+"""Where tokens and windows live when rows hold several documents, cut anywhere.
+
+Windows restart with each document. A rank pools the windows whose last token it owns, which may
+begin before its shard. In C slots, slot c is for the window that contains the token c * r after the
+rank's first: windows do not overlap, so no two share one, whatever the documents. C depends on the
+shard length alone, which keeps shapes static; slots without a window hold one that nobody looks at.
+"""
+
+# B batch rows   D documents a row   S global tokens   L local tokens   r compress ratio
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, Windows
+
+
+@dataclass(frozen=True)
+class PackedLayout(SequenceLayout):
+    """One rank's view of packed rows.
+
+    Attributes:
+        document_starts: Int64 [B, D]: where each document starts, ascending from 0; S fills up
+            rows of fewer documents. Padding at a row's end is a document of its own.
+        bounds: The same numbers for Python, S appended.
+    """
+
+    document_starts: torch.Tensor = None  # type: ignore[assignment]
+    bounds: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of_documents(
+        cls, document_starts: torch.Tensor, local_len: int, *, cp_rank: int, cp_size: int
+    ) -> PackedLayout:
+        """Lay documents out over shards of ``local_len`` tokens; copies the starts to the host."""
+        seq_len = local_len * cp_size
+        bounds = tuple((*row, seq_len) for row in document_starts.tolist())
+        return cls(local_len, cp_rank, cp_size, document_starts, bounds)
+
+    def _documents_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the start and end of the document that holds each position [..], int64 [B, ..]."""
+        starts = self.document_starts
+        ends = torch.cat((starts[:, 1:], starts.new_full((len(starts), 1), self.seq_len)), dim=1)
+        asked = positions.expand(len(starts), -1).contiguous()
+        document = torch.searchsorted(starts.contiguous(), asked, right=True) - 1
+        return starts.gather(1, document), ends.gather(1, document)
+
+    def document_positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the position of each local token in its document, int64 [B, L]."""
+        positions = self.positions(device)
+        return positions - self._documents_at(positions)[0]
+
+    def windows(self, ratio: int, device: torch.device | None = None) -> Windows:
+        """Return C = (L - 1) // r + 1 windows, whatever the documents.
+
+        Slots without a window hold the shard's last r tokens as if they began a document.
+        """
+        inside = torch.arange(self.start, self.end, ratio, device=device)
+        begin, end = self._documents_at(inside)
+        places = (inside - begin) // ratio * ratio
+        starts = begin + places
+        complete = starts + ratio <= end.clamp(max=self.end)
+        return Windows(
+            ratio,
+            torch.where(complete, starts, self.end - ratio),
+            torch.where(complete, places, 0),
+            gapless_from=None,
+        )
+
+    def straddling(self, ratio: int) -> int:
+        """Return r - 1: a window that ends with the shard's first token."""
+        return ratio - 1
+
+    def first_keys(self, rows: slice, device: torch.device | None = None) -> torch.Tensor:
+        """Return where each local query's document starts, int64 [B, rows]."""
+        return self._documents_at(self.positions(device)[rows])[0]
+
+    def entries_in_order(self, gathered_BPD: torch.Tensor, ratio: int) -> torch.Tensor:
+        """Return entry g as the one whose window contains token g * r: [B, ceil(S / r), D].
+
+        A document that starts at s then has its windows at ceil(s / r), ceil(s / r) + 1, ...
+        """
+        if self.local_len % ratio == 0:  # every rank's slots are in this order already
+            return gathered_BPD
+        inside = torch.arange(0, self.seq_len, ratio, device=gathered_BPD.device)
+        begin, _ = self._documents_at(inside)
+        last = begin + (inside - begin) // ratio * ratio + ratio - 1
+        owner = (last // self.local_len).clamp(max=self.cp_size - 1)
+        capacity = gathered_BPD.shape[1] // self.cp_size
+        slot = owner * capacity + (last - owner * self.local_len) // ratio
+        slot = slot.clamp(max=gathered_BPD.shape[1] - 1)  # an incomplete window's: nobody looks
+        return gathered_BPD.gather(1, slot[..., None].expand(-1, -1, gathered_BPD.shape[2]))
+
+    def entry_span(self, rows: slice, ratio: int) -> range:
+        """Return which entries the local queries in ``rows`` see between them."""
+        first, last = self.start + rows.start, self.start + rows.stop - 1
+        spans = []
+        for bounds in self.bounds:
+            begin = bounds[bisect_right(bounds, first) - 1]
+            latest = bounds[bisect_right(bounds, last) - 1]
+            spans.append((-(-begin // ratio), -(-latest // ratio) + (last - latest + 1) // ratio))
+        return range(min(span[0] for span in spans), max(span[1] for span in spans))
+
+    def most_entries(self, rows: int, ratio: int) -> int:
+        """Return how many entries ``rows`` neighbouring queries may see between them at most."""
+        longest = max(b - a for row in self.bounds for a, b in pairwise(row))
+        return min(-(-self.seq_len // ratio), (longest + rows) // ratio + 1)
+
+    def visible_entries(
+        self, rows: slice, ratio: int, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first entry that each local query sees and the one after its last."""
+        positions = self.positions(device)[rows]
+        begin, _ = self._documents_at(positions)
+        first = (begin + ratio - 1) // ratio
+        return first, first + (positions - begin + 1) // ratio

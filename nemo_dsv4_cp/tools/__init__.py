@@ -1,0 +1,4 @@
+"""What the commands stand on."""
+
+HOST = "host"
+"""Name of the host's own path in tables."""

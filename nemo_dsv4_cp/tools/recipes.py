@@ -1,0 +1,139 @@
+"""Complete AutoModel recipes composed from the Hydra tree in ``nemo_dsv4_cp.configs``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+
+_CONFIGS = "nemo_dsv4_cp.configs"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A composed recipe.
+
+    Attributes:
+        fields: What the host's CLI loads, everything resolved.
+        nodes: Machines that it is made for.
+        processes_per_node: Processes on each, a GPU or a CPU rank each.
+    """
+
+    fields: dict[str, Any]
+    nodes: int
+    processes_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of ranks."""
+        return self.nodes * self.processes_per_node
+
+    @property
+    def on_cpu(self) -> bool:
+        """Return whether the ranks are CPU processes."""
+        return bool(self.fields["dist_env"]["backend"] == "gloo")
+
+
+def names() -> list[str]:
+    """Return the recipes that can be composed."""
+    return sorted(Path(f.name).stem for f in files(_CONFIGS).iterdir() if f.name.endswith(".yaml"))
+
+
+def choices() -> dict[str, list[str]]:
+    """Return the options of every config group."""
+    groups = {
+        group.name: sorted(Path(f.name).stem for f in group.iterdir() if f.name.endswith(".yaml"))
+        for group in files(_CONFIGS).iterdir()
+        if group.is_dir()
+    }
+    return {name: options for name, options in sorted(groups.items()) if options}
+
+
+def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Compose a recipe and resolve everything in it.
+
+    Args:
+        name: One of :func:`names`.
+        overrides: In Hydra's grammar, such as ``data=packed`` or ``distributed.cp_size=16``.
+
+    Raises:
+        hydra.errors.HydraException: For a name, group or override that does not exist or parse.
+        omegaconf.errors.OmegaConfBaseException: For a value that cannot be resolved.
+    """
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_module(_CONFIGS, version_base="1.3"):
+        config = hydra.compose(name, list(overrides))
+    fields: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    variables = fields.pop("vars")
+    return Recipe(fields, variables["nodes"], variables["processes_per_node"])
+
+
+def register_resolvers() -> None:
+    """Make two resolvers known to OmegaConf.
+
+    ``${dsv4_cp.compress_ratios:SOURCE}`` is :func:`compress_ratios`, and without a source those of
+    the composed model. ``${dsv4_cp.local_seq_multiple:RATIOS}`` is what a shard's length must be a
+    multiple of.
+    """
+
+    def of_composed_or_named(source: str | None = None, *, _root_: DictConfig) -> list[int]:
+        config = _root_.model.config
+        if source is None and config.get("compress_ratios") is not None:
+            return [int(ratio) for ratio in config.compress_ratios]
+        return compress_ratios(source or config.pretrained_model_name_or_path)
+
+    OmegaConf.register_new_resolver("dsv4_cp.compress_ratios", of_composed_or_named, replace=True)
+    OmegaConf.register_new_resolver("dsv4_cp.local_seq_multiple", local_seq_multiple, replace=True)
+
+
+def compress_ratios(source: str) -> list[int]:
+    """Return the compress ratios of a published model, one a layer.
+
+    Args:
+        source: Path of a ``config.json`` or of the directory that holds it, or the id of a model on
+            the hub whose config is cached.
+
+    Raises:
+        ValueError: If there is no such config, or it has no compress ratios.
+    """
+    ratios = published_fields(source).get("compress_ratios")
+    if ratios is None:
+        raise ValueError(f"{source} has no compress_ratios; is it a DeepSeek-V4 config?")
+    return [int(ratio) for ratio in ratios]
+
+
+def published_fields(source: str) -> dict[str, Any]:
+    """Return the fields of a published model's config; the source as in :func:`compress_ratios`.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    fields: dict[str, Any] = json.loads(_config_file(source).read_text())
+    return fields
+
+
+def _config_file(source: str) -> Path:
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        return path
+    from huggingface_hub import try_to_load_from_cache  # half a second that few need
+
+    cached = try_to_load_from_cache(source, "config.json") if source.count("/") == 1 else None
+    if not isinstance(cached, str):
+        raise ValueError(
+            f"{source!r} is neither a config.json, nor a directory with one, nor a model of the "
+            "hub whose config is cached; download it with: hf download "
+            f"{source} config.json"
+        )
+    return Path(cached)

@@ -1,1 +1,0 @@
-"""What a rank's queries see of the other ranks' tokens: one file a transport."""

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
+
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.attention.indexer import NOTHING, _best, select_entries
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from tests.parity import cpu_backend, randomise, tiny_config
+
+
+def choose(workspace_bytes, layout, index_topk=8, rows=2):
+    config = tiny_config([4], index_topk=index_topk)
+    attention = ContextParallelAttention(config, 0, cpu_backend())
+    randomise(attention, 0)
+    indexer = attention.compressor.indexer
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(rows, layout.local_len, config.hidden_size, generator=generator)
+    residual = torch.randn(rows, layout.local_len, config.q_lora_rank, generator=generator)
+    keys = torch.randn(rows, layout.seq_len // 4, config.index_head_dim, generator=generator)
+    rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
+    embeddings = rope(hidden, layout.positions().expand(rows, -1))
+    with torch.no_grad():
+        return select_entries(
+            indexer, hidden, residual, embeddings, keys, layout, workspace_bytes=workspace_bytes
+        )
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 50_000, 300_000])
+def test_cutting_the_rows_into_chunks_changes_no_choice(workspace_bytes):
+    layout = SequenceLayout(96, 1, 2)
+    assert torch.equal(choose(workspace_bytes, layout), choose(1 << 30, layout))
+
+
+def test_only_complete_past_entries_are_chosen_each_once():
+    layout = SequenceLayout(96, 1, 2)
+    for row in choose(1 << 20, layout, index_topk=40):
+        for position, chosen in zip(layout.positions().tolist(), row.tolist(), strict=True):
+            real = [entry for entry in chosen if entry != NOTHING]
+            assert len(set(real)) == len(real) == min(40, (position + 1) // 4)
+            assert all((entry + 1) * 4 - 1 <= position for entry in real)
+
+
+def test_a_row_too_short_for_an_entry_chooses_nothing():
+    assert choose(1 << 20, SequenceLayout(3)).shape == (2, 3, 0)
+
+
+@given(
+    st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 3.0]), min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
+def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, first, stop):
+    seen = range(first, min(stop, len(scores)))
+    expected = sorted(seen, key=lambda entry: (-scores[entry], entry))
+    bounds = (torch.tensor([[[bound]]]) for bound in (first, stop))
+    best = _best(torch.tensor([[scores]]), *bounds, len(scores))
+    assert best[0, 0].tolist()[: len(seen)] == expected

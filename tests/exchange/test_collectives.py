@@ -1,0 +1,53 @@
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_dsv4_cp.exchange.collectives import (
+    all_gather,
+    all_gather_metadata,
+    cp_enabled,
+    cp_rank,
+    cp_size,
+)
+
+
+def gather_job(group, rank, dim, dtype):
+    size = dist.get_world_size(group)
+    shards = torch.randn(size, 2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weights = torch.randn(size, *torch.cat(list(shards), dim).shape).to(dtype)
+    dist.broadcast(weights, 0, group=group)
+    mine = shards[rank].clone().requires_grad_()
+    gathered = all_gather(mine, dim=dim, cp_group=group)
+    (gathered * weights[rank]).sum().backward()
+
+    every = shards.clone().requires_grad_()
+    whole = torch.cat(list(every), dim)
+    (whole * weights.sum(0)).sum().backward()
+    flags = all_gather_metadata(torch.tensor([rank > 0]), dim=0, cp_group=group)
+    return {
+        "values": torch.equal(gathered, whole),
+        "gradient": torch.allclose(
+            mine.grad, every.grad[rank], atol=0.05 if dtype.itemsize < 4 else 1e-6
+        ),
+        "metadata": flags.tolist() == [other > 0 for other in range(size)],
+        "identity": (cp_enabled(group), cp_rank(group), cp_size(group)) == (size > 1, rank, size),
+    }
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_gather_concatenates_in_rank_order_and_returns_gradients_to_owners(
+    ranks, size, dim, dtype
+):
+    for answers in ranks.run(gather_job, size, dim, dtype):
+        assert all(answers.values()), answers
+
+
+def no_communication_job(group, rank):
+    tensor = torch.ones(2)
+    return all_gather(tensor, dim=0, cp_group=group) is tensor
+
+
+def test_a_group_of_one_communicates_nothing(ranks):
+    assert ranks.run(no_communication_job, 1) == [True]

@@ -1,0 +1,153 @@
+"""The torch path against the host's plain reference of the same index contract."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
+    build_dsv4_sparse_topk_indices,
+    sparse_attention_torch,
+)
+
+from nemo_dsv4_cp.kernels.reference.attention import AttentionPlan, key_indices, sparse_attention
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+
+
+@st.composite
+def cases(draw):
+    """Draw a rank's queries and keys, as any transport may answer them."""
+    ratio = draw(st.sampled_from([0, 4, 8]))
+    local_len = 8 * draw(st.integers(1, 4))
+    cp_size = draw(st.integers(1, 3))
+    layout = SequenceLayout(local_len, draw(st.integers(0, cp_size - 1)), cp_size)
+    window = draw(st.integers(1, 20))
+    first = draw(st.sampled_from([1 - window, layout.start - window + 1]))
+    rows = draw(st.integers(1, 2))
+    seed = draw(st.integers(0, 1000))
+    generator = torch.Generator().manual_seed(seed)
+    heads, width, entries = 3, 6, layout.seq_len // ratio if ratio else 0
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    chosen = None
+    if ratio == 4:
+        scores = torch.rand(rows, local_len, entries, generator=generator)
+        visible = layout.visible_entries(slice(0, local_len), ratio)[1][0][:, None]
+        hidden = torch.arange(entries) >= visible
+        chosen = scores.masked_fill(hidden, -1).topk(min(5, entries)).indices
+        chosen = chosen.masked_fill(chosen >= visible, -1).int()
+    plan = AttentionPlan(
+        layout,
+        first,
+        window,
+        ratio,
+        scale=width**-0.5,
+        workspace_bytes=draw(st.sampled_from([1, 2000, 1 << 20])),
+    )
+    raw = random(rows, layout.end - first, width)
+    raw[:, : max(0, -first)] = 0  # what a transport puts before token 0
+    tensors = [
+        random(rows, local_len, heads, width),
+        raw,
+        random(rows, entries, width),
+        random(heads),
+    ]
+    return plan, tensors, chosen, random(rows, local_len, heads, width)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_outputs_and_gradients_are_those_of_the_plain_reference(case):
+    plan, tensors, chosen, weight = case
+    mine = [t.clone().requires_grad_() for t in tensors]
+    theirs = [t.clone().requires_grad_() for t in tensors]
+    out = sparse_attention(*mine, chosen, plan)
+    q, raw, entries, sinks = theirs
+    indices = key_indices(plan, raw, entries, chosen).long()
+    expected = sparse_attention_torch(q, torch.cat((raw, entries), 1), sinks, indices, plan.scale)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    (out * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for gradient, reference in zip(mine, theirs, strict=True):
+        if reference.grad is not None and reference.numel():
+            torch.testing.assert_close(gradient.grad, reference.grad, atol=2e-5, rtol=1e-5)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_the_indices_for_the_hosts_kernels_are_the_hosts(case):
+    plan, (_, raw, entries, _), chosen, _ = case
+    layout = plan.layout
+    rows, count = raw.shape[0], entries.shape[1]
+    mine = key_indices(plan, raw, entries, chosen).long()
+    # The host addresses all S raw keys from position 0.
+    theirs = build_dsv4_sparse_topk_indices(
+        batch_size=rows,
+        seq_len=layout.local_len,
+        key_len=layout.seq_len + count,
+        window_size=plan.window,
+        device=raw.device,
+        compress_ratio=plan.ratio,
+        compressed_topk=None if chosen is None else chosen.long(),
+        n_pooled=count,
+        vanilla_key_len=layout.seq_len,
+        q_positions=layout.positions().expand(rows, -1),
+    )
+    in_mine = raw.shape[1]
+    as_theirs = torch.where(mine >= in_mine, mine - in_mine + layout.seq_len, mine + plan.raw_first)
+    as_theirs = torch.where(mine < 0, -1, as_theirs)
+    for row in range(rows):
+        for query in range(layout.local_len):
+            expected = {i for i in theirs[row, query].tolist() if i >= 0}
+            assert {i for i in as_theirs[row, query].tolist() if i >= 0} == expected
+
+
+def test_bfloat16_stays_close_to_float32():
+    generator = torch.Generator().manual_seed(0)
+    layout = SequenceLayout(256, 1, 2)
+    plan = AttentionPlan(layout, 0, 128, 128, scale=0.25, workspace_bytes=1 << 20)
+    shapes = [(1, 256, 4, 16), (1, 512, 16), (1, 4, 16), (4,)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    exact = [t.clone().requires_grad_() for t in tensors]
+    rough = [t.bfloat16().requires_grad_() for t in tensors[:3]] + [
+        tensors[3].clone().requires_grad_()
+    ]
+    sparse_attention(*exact, None, plan).sum().backward()
+    out = sparse_attention(*rough, None, plan)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    for a, b in zip(rough, exact, strict=True):
+        assert a.grad.dtype == a.dtype
+        assert (a.grad - b.grad).abs().max() <= 0.03 * b.grad.abs().max()
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_no_tensor_grows_with_local_times_global_length(ratio):
+    def largest(seq_len):
+        cp_size = seq_len // 1024
+        layout = SequenceLayout(1024, cp_size - 1, cp_size)
+        plan = AttentionPlan(layout, layout.start - 127, 128, ratio, 0.25, workspace_bytes=1 << 20)
+        count = seq_len // ratio if ratio else 0
+        chosen = torch.zeros(1, 1024, 64, dtype=torch.int32) if ratio == 4 else None
+        shapes = [(1, 1024, 2, 16), (1, 1024 + 127, 16), (1, count, 16), (2,)]
+        tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
+        with Largest() as seen:
+            sparse_attention(*tensors, chosen, plan).sum().backward()
+        return seen.elements
+
+    # What the chunk's workspace allows, or the keys themselves: never 1024 x seq_len.
+    assert largest(16384) <= max(largest(2048), (1 << 20) // 4 * 2, 16384 // max(ratio, 1) * 16)
