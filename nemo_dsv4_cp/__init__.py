@@ -3,18 +3,23 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_dsv4_cp.config import ContextParallelOptions, DeepseekV4ContextParallelConfig
+    from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
+    from nemo_dsv4_cp.options import ContextParallelOptions
 
 __all__ = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
 
 
 def __getattr__(name: str) -> Any:
     # On first use: importing the host takes seconds, which commands without a model do not have.
-    if name in __all__:
+    if name == "ContextParallelOptions":
+        from nemo_dsv4_cp.options import ContextParallelOptions
+
+        return ContextParallelOptions
+    if name == "DeepseekV4ContextParallelConfig":
         from nemo_dsv4_cp.host.contracts import check_v4
 
         check_v4()
-        from nemo_dsv4_cp import config
+        from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 
-        return getattr(config, name)
+        return DeepseekV4ContextParallelConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group, max_over_ranks, mesh_rank, same_on_all_ranks
-from nemo_dsv4_cp.host.sharding import ShardLayout
+from nemo_dsv4_cp.exchange.collectives import (
+    CP_GROUP_KEY,
+    Group,
+    max_over_ranks,
+    mesh_rank,
+    same_on_all_ranks,
+)
+from nemo_dsv4_cp.host.sharding import PackedShardLayout, ShardLayout
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, padded_seq_len
 from nemo_dsv4_cp.sequence.packing import (
-    PackedShardLayout,
     check_tokens,
     documents_of,
     is_packed,
@@ -23,9 +28,6 @@ from nemo_dsv4_cp.sequence.packing import (
     repack,
     token_documents,
 )
-
-CP_GROUP_KEY = "_dsv4_cp_group"
-"""Batch key under which the CP process group travels to attention, as in the host."""
 
 _PAD_VALUES: dict[str, float] = {
     "inputs_embeds": 0,

@@ -1,8 +1,8 @@
 """The context-parallel API of DeepSeek-V4, name for name AutoModel's own ``deepseek_v4.cp``.
 
 Each CP rank owns a contiguous shard of every row; attention sees across the cuts. The functions
-here hold no logic of their own: sharding lives in ``batch``, documents in ``packing``, positions in
-``layout``, communication in ``collectives``, the dense reference masks in ``masks``.
+here hold no logic of their own: sharding lives in ``batch``, documents, positions and the dense
+reference masks in ``sequence``, communication in ``exchange``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from nemo_dsv4_cp.exchange.collectives import Group, all_gather, all_gather_meta
 from nemo_dsv4_cp.exchange.collectives import cp_enabled as dsv4_cp_enabled
 from nemo_dsv4_cp.exchange.collectives import cp_rank as dsv4_cp_rank
 from nemo_dsv4_cp.exchange.collectives import cp_size as dsv4_cp_size
-from nemo_dsv4_cp.sequence import layout
-from nemo_dsv4_cp.sequence.masks import (
-    build_dsv4_cp_causal_padding_mask,
-    build_dsv4_cp_packed_causal_padding_mask,
-)
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+from nemo_dsv4_cp.sequence.masks import causal_padding_mask, packed_causal_padding_mask
 from nemo_dsv4_cp.sequence.packing import build_packed_seq_ids
 
 __all__ = [
@@ -61,7 +58,7 @@ def dsv4_cp_local_seq_multiple(model_or_config: Any) -> int:
         overlap); 1 when no layer compresses.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    return layout.local_seq_multiple(getattr(config, "compress_ratios", None))
+    return local_seq_multiple(getattr(config, "compress_ratios", None))
 
 
 def dsv4_cp_all_gather(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:
@@ -85,6 +82,76 @@ def dsv4_cp_all_gather_metadata(
     if tensor is None:
         return None
     return all_gather_metadata(tensor, dim=dim, cp_group=cp_group)
+
+
+def build_dsv4_cp_causal_padding_mask(
+    *,
+    position_ids: torch.Tensor,
+    key_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cp_group: Group | None,
+    padding_mask: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Build the additive mask of local queries against global keys in sequence order.
+
+    Args:
+        position_ids: Global positions of the local queries, int [B, L] or [L].
+        key_len: S, number of global keys.
+        dtype: Floating dtype of the mask.
+        device: Device of the mask.
+        cp_group: CP group that ``padding_mask`` is gathered over; None without CP.
+        padding_mask: This rank's bool [B, L], True = pad; pad keys are masked out.
+        sliding_window: W; a query sees the W keys that end with its own. None: all before it.
+
+    Returns:
+        [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
+    """
+    return causal_padding_mask(
+        torch.atleast_2d(position_ids).to(device),
+        key_len,
+        dsv4_cp_all_gather_metadata(padding_mask, dim=1, cp_group=cp_group),
+        dtype=dtype,
+        sliding_window=sliding_window,
+    )
+
+
+def build_dsv4_cp_packed_causal_padding_mask(
+    *,
+    position_ids: torch.Tensor,
+    packed_seq_ids: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    cp_group: Group | None,
+    padding_mask: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """Build the additive mask of packed rows: queries see their own document's past.
+
+    Args:
+        position_ids: Document positions of the local queries, int [B, L] or [L].
+        packed_seq_ids: This rank's document numbers, int [B, L] or [L]; 0 sees nothing.
+        dtype: Floating dtype of the mask.
+        device: Device of the mask.
+        cp_group: CP group that the three tensors are gathered over; None without CP.
+        padding_mask: This rank's bool [B, L], True = pad; pad keys are masked out.
+        sliding_window: W; a query sees the W keys that end with its own. None: all before it.
+
+    Returns:
+        [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
+    """
+    positions = torch.atleast_2d(position_ids).to(device=device, dtype=torch.long)
+    documents = torch.atleast_2d(packed_seq_ids).to(device=device, dtype=torch.long)
+    return packed_causal_padding_mask(
+        positions,
+        documents,
+        all_gather_metadata(positions, dim=1, cp_group=cp_group),
+        all_gather_metadata(documents, dim=1, cp_group=cp_group),
+        dsv4_cp_all_gather_metadata(padding_mask, dim=1, cp_group=cp_group),
+        dtype=dtype,
+        sliding_window=sliding_window,
+    )
 
 
 def make_dsv4_contiguous_shard_cp_batch_and_ctx(

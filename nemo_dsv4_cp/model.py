@@ -22,24 +22,34 @@ from torch.distributed.tensor import DTensor
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.batch import (
-    CP_GROUP_KEY,
     local_token_indices,
     padding_of,
     refuse_left_padding,
 )
-from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.exchange.collectives import Group, all_reduce_sum, cp_enabled, cp_rank, cp_size
+from nemo_dsv4_cp.exchange.collectives import (
+    CP_GROUP_KEY,
+    Group,
+    all_reduce_sum,
+    cp_enabled,
+    cp_rank,
+    cp_size,
+)
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
     reset_uninitialised_norms,
     reset_what_checkpoints_bring,
+    sees_images,
     with_keywords,
 )
 from nemo_dsv4_cp.host.mtp_contract import shifted_inputs
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
+from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import validate_cp_size
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.packing import document_starts, is_packed, token_documents, tokens_ahead
+
+if TYPE_CHECKING:
+    from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
 
 
 def packed_layout_of(kwargs: dict[str, Any], rows: int, length: int) -> PackedLayout | None:
@@ -84,10 +94,6 @@ _PACKING_KEYS = (
 )
 
 
-if TYPE_CHECKING:
-    from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
-
-
 class ContextParallelModel(DeepseekV4Model):
     """The host's V4 backbone without its dense [L, S] attention mask."""
 
@@ -124,9 +130,7 @@ class ContextParallelModel(DeepseekV4Model):
             ValueError: For left padding, or when there is no input.
         """
         self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
-        if getattr(
-            self, "vision_enabled", False
-        ):  # at CP size 1 only, where the host serves images
+        if sees_images(self):  # at CP size 1 only, where the host serves images
             hosted: torch.Tensor = super().forward(
                 input_ids,
                 inputs_embeds=inputs_embeds,
@@ -331,12 +335,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 "TrainFinetuneRecipeForNextTokenPrediction, or set distributed.cp_size: 1"
             )
         stage = self._is_pipeline_parallel_stage()
-        hosted = (
-            self.mtp is None
-            or not self.training
-            or stage
-            or getattr(self.model, "vision_enabled", False)
-        )
+        hosted = self.mtp is None or not self.training or stage or sees_images(self.model)
         if hosted or input_ids is None:
             return super().forward(input_ids, *mtp_embed_inputs, **kwargs)
         return self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **kwargs)

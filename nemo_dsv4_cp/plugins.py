@@ -1,4 +1,4 @@
-"""Transports and batch functions by name, out of the installed distributions' entry points."""
+"""Transports, kernels and batch functions by name, out of installed distributions' entry points."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 TRANSPORTS = "nemo_dsv4_cp.transports"
 BATCH_FNS = "nemo_dsv4_cp.batch_fns"
+KERNELS = "nemo_dsv4_cp.kernels"
+ARCHITECTURES = "nemo_automodel.architectures"
 
 
 def names(group: str) -> list[str]:

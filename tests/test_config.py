@@ -44,6 +44,10 @@ def test_a_block_may_be_any_mapping(wrap):
             {"transport": "ring"},
             r"transport='ring' is not installed; use one of \['all_gather', 'boundary'",
         ),
+        (
+            {"kernels": "cutlass"},
+            r"kernels='cutlass' is not installed; use one of \['auto', 'tilelang', 'torch'\]",
+        ),
         ({"batch_fn": "zigzag"}, r"batch_fn='zigzag'.*contiguous_shard"),
         (
             {"pad_multiple": 96},

@@ -14,9 +14,7 @@ from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.compressor import overlap_half, pool_windows, window_features
 from nemo_dsv4_cp.attention.indexer import select_entries
 from nemo_dsv4_cp.attention.recompute import KeptChoices, unseen_by_checkpointing
-from nemo_dsv4_cp.batch import CP_GROUP_KEY
-from nemo_dsv4_cp.config import ContextParallelOptions
-from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled, cp_rank, cp_size
+from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.exchange.transport import LeftContext, Transport
 from nemo_dsv4_cp.host.deepseek_v4 import (
     apply_partial_rope,
@@ -24,9 +22,10 @@ from nemo_dsv4_cp.host.deepseek_v4 import (
     keywords_of,
     make_norms_uniform,
 )
-from nemo_dsv4_cp.kernels.reference.attention import AttentionPlan, sparse_attention
-from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_back_
+from nemo_dsv4_cp.kernels.protocol import Kernels
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
 
 LAYOUT_KEY = "cp_layout"
 """Keyword under which the model hands a step's layout to attention."""
@@ -66,7 +65,10 @@ class ContextParallelAttention(DeepseekV4Attention):
         make_norms_uniform(self)
         options = getattr(self.config, "context_parallel", None) or ContextParallelOptions()
         self._transport_cls = plugins.load(plugins.TRANSPORTS, options.transport)
-        self._workspace_bytes = options.workspace_mib << 20
+        named = kernel_backend(self.backend) if options.kernels == AUTO else options.kernels
+        self._kernels: Kernels = plugins.load(plugins.KERNELS, named)(
+            workspace_bytes=options.workspace_mib << 20
+        )
         self._kept = KeptChoices() if options.keep_index_choice else None
 
     def forward(
@@ -127,12 +129,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         q_residual = self.q_norm(self.wq_a(hidden_states))
         q_BLND = self.wq_b(q_residual).view(batch, length, self.num_heads, self.head_dim)
         # Per-head norm without weight: DeepSeek's inference code has it, transformers' port not.
-        q_BLND = norm_and_rotate(
-            q_BLND,
-            *rope,
-            eps=self.config.rms_norm_eps,
-            workspace_bytes=self._workspace_bytes,
-        )
+        q_BLND = self._kernels.norm_and_rotate(q_BLND, *rope, eps=self.config.rms_norm_eps)
         kv_BLD = self.kv_norm(self.wkv(hidden_states))
         kv_BLD = apply_partial_rope(kv_BLD, *rope, self.rope_head_dim)
 
@@ -149,19 +146,17 @@ class ContextParallelAttention(DeepseekV4Attention):
             raw_first=raw.first,
             window=self.sliding_window,
             ratio=self.compress_ratio,
-            scale=self.scaling,
-            workspace_bytes=self._workspace_bytes,
         )
-        out_BLND = sparse_attention(
+        out_BLND = self._kernels.attend(
             q_BLND,
             raw.tensor,
             entries_BPD,
             self.sinks_param(q_BLND),
             chosen_BLK,
-            plan,
-            kernel=kernel_backend(self.backend),
+            plan=plan,
+            scale=self.scaling,
         )
-        out_BLND = rotate_back_(out_BLND, *rope, workspace_bytes=self._workspace_bytes)
+        out_BLND = self._kernels.rotate_back_(out_BLND, *rope)
         grouped = out_BLND.reshape(batch, length, self.config.o_groups, -1)
         return self.wo_b(self.wo_a(grouped).flatten(2)), None
 
@@ -206,7 +201,7 @@ class ContextParallelAttention(DeepseekV4Attention):
                     rope,
                     self._gather(index_keys, layout, transport),
                     layout,
-                    workspace_bytes=self._workspace_bytes,
+                    self._kernels,
                 )
             if self._kept:
                 self._kept.keep(rope[0], chosen)

@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 Group = dist.ProcessGroup
 
+CP_GROUP_KEY = "_dsv4_cp_group"
+"""Batch key under which the CP process group travels to attention, as in the host."""
+
 
 def cp_enabled(cp_group: Group | None) -> bool:
     """Return whether ``cp_group`` is a live process group of two ranks or more."""

@@ -5,6 +5,7 @@ The adapter is chosen by what is there, not by the release.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, Protocol
+
+from nemo_dsv4_cp.host import sharding
 
 TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
 _V4 = "nemo_automodel.components.models.deepseek_v4"
@@ -78,10 +81,7 @@ class BatchContract(Protocol):
         """Make recipes cut the batches of ``model`` as it asks; again changes nothing."""
 
 
-_PLACES = {
-    "nemo_automodel.components.distributed.context_parallel": "sharder_contract",
-    "nemo_automodel.components.distributed.cp_utils": "cp_utils_contract",
-}
+_CP_UTILS = "nemo_automodel.components.distributed.cp_utils"
 
 
 def batch_contract() -> BatchContract:
@@ -90,11 +90,11 @@ def batch_contract() -> BatchContract:
     Raises:
         UnknownHost: If it has none that we know.
     """
-    for place, adapter in _PLACES.items():
-        if find_spec(place) is not None:
-            found: Any = importlib.import_module(f"nemo_dsv4_cp.host.{adapter}")
-            return found  # type: ignore[no-any-return]
-    raise UnknownHost(f"it cuts batches in neither {' nor '.join(_PLACES)}")
+    adapter = "sharder_contract" if sharding.HAS_SHARDER else "cp_utils_contract"
+    if not sharding.HAS_SHARDER and find_spec(_CP_UTILS) is None:
+        raise UnknownHost(f"it cuts batches in neither {sharding.PLACE} nor {_CP_UTILS}")
+    found: Any = importlib.import_module(f"nemo_dsv4_cp.host.{adapter}")
+    return found  # type: ignore[no-any-return]
 
 
 def signatures() -> Iterator[Signature]:
@@ -113,8 +113,12 @@ def check_v4() -> None:
         raise UnknownHost(f"there is no {error.name}") from error
 
 
+@functools.cache
 def check() -> None:
-    """Raise :class:`UnknownHost` for the first signature that the host has not."""
+    """Raise :class:`UnknownHost` for the first signature that the host has not.
+
+    A host that was found to have all is not looked at again.
+    """
     for signature in signatures():
         signature.check()
 

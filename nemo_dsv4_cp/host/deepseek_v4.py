@@ -18,22 +18,18 @@ from nemo_automodel.components.models.deepseek_v4.layers import (
     _dsv4_kernel_backend as kernel_backend,
 )
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Block, DeepseekV4HashGate
-from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_indexer_scores
 
 __all__ = [
     "apply_partial_rope",
-    "index_scores",
     "kernel_backend",
     "keywords_of",
     "make_norms_uniform",
     "reset_uninitialised_norms",
     "reset_what_checkpoints_bring",
+    "sees_images",
     "with_keywords",
 ]
 
-
-_KERNEL_KNOWS_PLACES = "query_start" in inspect.signature(dsv4_indexer_scores).parameters
-"""Whether the host's kernel can score queries that do not start the row (since 0.6)."""
 
 _BLOCKS_PASS_KEYWORDS = inspect.getsource(DeepseekV4Block.forward).count("**attn_kwargs") > 1
 """Whether blocks hand a forward's keywords to attention (since 0.6)."""
@@ -70,30 +66,9 @@ def keywords_of(rotary: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     return keywords | rotary.keywords if isinstance(rotary, _WithKeywords) else keywords
 
 
-def index_scores(
-    indexer: Any, q_BCID: torch.Tensor, keys_BPD: torch.Tensor, weights_BCI: torch.Tensor
-) -> torch.Tensor:
-    """Score every query against every index key; what a query may not see is the caller's to hide.
-
-    Returns:
-        Float32 [B, C, P], with the kernel that the host's ``backend.attn`` asks for.
-    """
-    kernel = kernel_backend(indexer.backend)
-    places = {}
-    if _KERNEL_KNOWS_PLACES:
-        # The kernel leaves out what lies ahead of a query: put all queries behind the last key.
-        queries, ahead = q_BCID.shape[1], keys_BPD.shape[1] * indexer.compress_ratio
-        places = {"query_start": ahead, "query_total_len": ahead + queries}
-    scores: torch.Tensor = dsv4_indexer_scores(
-        q_BCID,
-        keys_BPD,
-        weights_BCI,
-        compress_ratio=indexer.compress_ratio,
-        softmax_scale=indexer.softmax_scale,
-        backend=kernel if places else "torch",
-        **places,
-    )
-    return scores
+def sees_images(backbone: Any) -> bool:
+    """Return whether the host's backbone has a vision tower (AutoModel 0.5's has none)."""
+    return bool(getattr(backbone, "vision_enabled", False))
 
 
 def make_norms_uniform(attention: Any) -> None:

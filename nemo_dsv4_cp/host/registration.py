@@ -12,6 +12,7 @@ from typing import Any
 from nemo_automodel._transformers import capabilities
 from nemo_automodel._transformers.registry import ModelRegistry
 
+from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.host import patches
 
 
@@ -24,9 +25,8 @@ def register(architecture: str) -> None:
     registry: Any = ModelRegistry
     discovers = hasattr(type(registry), "_discover_entry_points")
     if not discovers and not registry.has_custom_model(architecture):
-        from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-
-        registry.register(architecture, DeepseekV4ContextParallelForCausalLM, exist_ok=True)
+        model = plugins.load(plugins.ARCHITECTURES, architecture)
+        registry.register(architecture, model, exist_ok=True)
     for name, owns in _OWNED.items():
         found = getattr(capabilities.ModelSupports, name)
         if not patches.is_replaced(capabilities.ModelSupports, name) and (

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-HAS_SHARDER = find_spec("nemo_automodel.components.distributed.context_parallel") is not None
+PLACE = "nemo_automodel.components.distributed.context_parallel"
+HAS_SHARDER = find_spec(PLACE) is not None
 """Whether recipes ask a model for its ``ContextParallelSharder`` (since 0.6)."""
 
 if HAS_SHARDER:
@@ -38,4 +39,13 @@ else:
         shard_layout: ShardLayout | None = None
 
 
-__all__ = ["HAS_SHARDER", "ContextParallelSharder", "ShardLayout"]
+@dataclass(frozen=True)
+class PackedShardLayout(ShardLayout):
+    """The layout of rows whose documents were laid out anew.
+
+    Only ``padded_seq_len`` and ``input_token_stream_positions``
+    (:attr:`nemo_dsv4_cp.sequence.packing.Repacked.target`) are set.
+    """
+
+
+__all__ = ["HAS_SHARDER", "ContextParallelSharder", "PackedShardLayout", "ShardLayout"]

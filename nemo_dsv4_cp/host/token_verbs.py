@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.host import patches
-from nemo_dsv4_cp.host.sharding import ContextParallelSharder
-from nemo_dsv4_cp.sequence.packing import PackedShardLayout, place_tokens
+from nemo_dsv4_cp.host.sharding import ContextParallelSharder, PackedShardLayout
+from nemo_dsv4_cp.sequence.packing import place_tokens
 
 _host_shard = ContextParallelSharder.shard_token_tensor
 _host_gather = ContextParallelSharder.gather_token_tensor

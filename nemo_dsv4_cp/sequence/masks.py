@@ -1,4 +1,4 @@
-"""The seed's dense masks: a reference for tests and for callers of the seed's API.
+"""Dense masks of the seed's API: a reference for tests, and for callers of that API.
 
 Training never builds them: at S = 1M on 64 ranks one alone would take 160 GiB a GPU.
 """
@@ -9,86 +9,71 @@ from __future__ import annotations
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group, all_gather_metadata
 
-
-def build_dsv4_cp_causal_padding_mask(
-    *,
-    position_ids: torch.Tensor,
+def causal_padding_mask(
+    queries_BL: torch.Tensor,
     key_len: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    cp_group: Group | None,
-    padding_mask: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-) -> torch.Tensor:
-    """Build the additive mask of local queries against global keys in sequence order.
-
-    Args:
-        position_ids: Global positions of the local queries, int [B, L] or [L].
-        key_len: S, number of global keys.
-        dtype: Floating dtype of the mask.
-        device: Device of the mask.
-        cp_group: CP group that ``padding_mask`` is gathered over; None without CP.
-        padding_mask: This rank's bool [B, L], True = pad; pad keys are masked out.
-        sliding_window: W; a query sees the W keys that end with its own. None or 0: all before it.
-
-    Returns:
-        [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
-    """
-    queries = torch.atleast_2d(position_ids).to(device=device, dtype=torch.long)[:, :, None]
-    keys = torch.arange(key_len, device=device)
-    allowed = keys <= queries
-    if sliding_window is not None:
-        allowed = allowed & (queries - keys < sliding_window)
-    return _additive(_without_padding(allowed, padding_mask, cp_group), dtype, device)
-
-
-def build_dsv4_cp_packed_causal_padding_mask(
+    pad_keys_BS: torch.Tensor | None,
     *,
-    position_ids: torch.Tensor,
-    packed_seq_ids: torch.Tensor,
     dtype: torch.dtype,
-    device: torch.device,
-    cp_group: Group | None,
-    padding_mask: torch.Tensor | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None,
 ) -> torch.Tensor:
-    """Build the additive mask of packed rows: queries see their own document's past.
+    """Return the additive mask of local queries against global keys in sequence order.
 
     Args:
-        position_ids: Document positions of the local queries, int [B, L] or [L].
-        packed_seq_ids: This rank's document numbers, int [B, L] or [L]; 0 sees nothing.
+        queries_BL: Global positions of the local queries, int.
+        key_len: S.
+        pad_keys_BS: Bool, True = pad; pad keys are masked out.
         dtype: Floating dtype of the mask.
-        device: Device of the mask.
-        cp_group: CP group that the three tensors are gathered over; None without CP.
-        padding_mask: This rank's bool [B, L], True = pad; pad keys are masked out.
         sliding_window: W; a query sees the W keys that end with its own. None: all before it.
 
     Returns:
         [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
     """
-    positions = torch.atleast_2d(position_ids).to(device=device, dtype=torch.long)
-    documents = torch.atleast_2d(packed_seq_ids).to(device=device, dtype=torch.long)
-    back = positions[:, :, None] - all_gather_metadata(positions, dim=1, cp_group=cp_group)[:, None]
-    same = (
-        documents[:, :, None] == all_gather_metadata(documents, dim=1, cp_group=cp_group)[:, None]
-    )
-    allowed = same & (documents > 0)[:, :, None] & (back >= 0)
+    queries = queries_BL.long()[:, :, None]
+    keys = torch.arange(key_len, device=queries.device)
+    allowed = keys <= queries
+    if sliding_window is not None:
+        allowed = allowed & (queries - keys < sliding_window)
+    return _additive(allowed, pad_keys_BS, dtype)
+
+
+def packed_causal_padding_mask(
+    query_positions_BL: torch.Tensor,
+    query_documents_BL: torch.Tensor,
+    key_positions_BS: torch.Tensor,
+    key_documents_BS: torch.Tensor,
+    pad_keys_BS: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Return the additive mask of packed rows: queries see their own document's past.
+
+    Args:
+        query_positions_BL: Document positions of the local queries, int64.
+        query_documents_BL: Their document numbers, int64; 0 sees nothing.
+        key_positions_BS: Document positions of all keys.
+        key_documents_BS: Their document numbers.
+        pad_keys_BS: Bool, True = pad; pad keys are masked out.
+        dtype: Floating dtype of the mask.
+        sliding_window: W; a query sees the W keys that end with its own. None: all before it.
+
+    Returns:
+        [B, 1, L, S] as :func:`causal_padding_mask` does.
+    """
+    back = query_positions_BL[:, :, None] - key_positions_BS[:, None]
+    same = query_documents_BL[:, :, None] == key_documents_BS[:, None]
+    allowed = same & (query_documents_BL > 0)[:, :, None] & (back >= 0)
     if sliding_window is not None:
         allowed = allowed & (back < sliding_window)
-    return _additive(_without_padding(allowed, padding_mask, cp_group), dtype, device)
+    return _additive(allowed, pad_keys_BS, dtype)
 
 
-def _without_padding(
-    allowed: torch.Tensor, padding_mask: torch.Tensor | None, cp_group: Group | None
+def _additive(
+    allowed_BLS: torch.Tensor, pad_keys_BS: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    if padding_mask is None:
-        return allowed
-    pad_keys = all_gather_metadata(padding_mask, dim=1, cp_group=cp_group)
-    return allowed & ~pad_keys.to(device=allowed.device, dtype=torch.bool)[:, None]
-
-
-def _additive(allowed: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=device)
-    return torch.where(allowed[:, None], torch.zeros_like(blocked), blocked)
+    if pad_keys_BS is not None:
+        allowed_BLS = allowed_BLS & ~pad_keys_BS.to(allowed_BLS.device).bool()[:, None]
+    blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed_BLS.device)
+    return torch.where(allowed_BLS[:, None], torch.zeros_like(blocked), blocked)

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.host.sharding import ShardLayout
-
 NO_DOCUMENT = -1000
 """Fills up rows of fewer documents, as in the host's packed collater."""
 
@@ -237,14 +235,6 @@ def place_tokens(
     placed = tokens[batch, source.clamp(min=0)]
     absent = (source < 0).view(*source.shape, *[1] * (tokens.dim() - 2))
     return placed.masked_fill(absent, fill).movedim(1, seq_dim)
-
-
-@dataclass(frozen=True)
-class PackedShardLayout(ShardLayout):
-    """The host's ``ShardLayout`` of rows whose documents were laid out anew.
-
-    Only ``padded_seq_len`` and ``input_token_stream_positions`` (:attr:`Repacked.target`) are set.
-    """
 
 
 def repack(

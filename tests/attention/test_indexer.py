@@ -1,12 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention.indexer import NOTHING, _best, select_entries
+from nemo_dsv4_cp.attention.indexer import select_entries
+from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING
 from tests.parity import cpu_backend, randomise, tiny_config
 
 
@@ -22,9 +22,8 @@ def choose(workspace_bytes, layout, index_topk=8, rows=2):
     rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
     embeddings = rope(hidden, layout.positions().expand(rows, -1))
     with torch.no_grad():
-        return select_entries(
-            indexer, hidden, residual, embeddings, keys, layout, workspace_bytes=workspace_bytes
-        )
+        kernels = TorchKernels(workspace_bytes=workspace_bytes)
+        return select_entries(indexer, hidden, residual, embeddings, keys, layout, kernels)
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 50_000, 300_000])
@@ -44,16 +43,3 @@ def test_only_complete_past_entries_are_chosen_each_once():
 
 def test_a_row_too_short_for_an_entry_chooses_nothing():
     assert choose(1 << 20, SequenceLayout(3)).shape == (2, 3, 0)
-
-
-@given(
-    st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 3.0]), min_size=1, max_size=9),
-    st.integers(0, 9),
-    st.integers(0, 9),
-)
-def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, first, stop):
-    seen = range(first, min(stop, len(scores)))
-    expected = sorted(seen, key=lambda entry: (-scores[entry], entry))
-    bounds = (torch.tensor([[[bound]]]) for bound in (first, stop))
-    best = _best(torch.tensor([[scores]]), *bounds, len(scores))
-    assert best[0, 0].tolist()[: len(seen)] == expected

@@ -50,13 +50,21 @@ def test_what_a_host_lacks_is_named_with_the_tested_releases(signature, message)
 def test_a_host_that_changed_is_refused_when_the_config_is_named(monkeypatch):
     layers = importlib.import_module("nemo_automodel.components.models.deepseek_v4.layers")
     monkeypatch.delattr(layers, "_apply_partial_rope")
+    contracts.check.cache_clear()  # it was found good before
     with pytest.raises(UnknownHost, match=r"no .*layers\._apply_partial_rope"):
         DeepseekV4ContextParallelConfig()
     DeepseekV4ContextParallelConfig(context_parallel={"enabled": False})
 
 
+def test_a_host_is_looked_at_once(monkeypatch):
+    DeepseekV4ContextParallelConfig()
+    monkeypatch.setattr(contracts, "signatures", lambda: pytest.fail("looked at again"))
+    DeepseekV4ContextParallelConfig()
+
+
 def test_a_host_without_any_contract_for_batches_is_refused(monkeypatch):
     monkeypatch.setattr(contracts, "find_spec", lambda place: None)
+    monkeypatch.setattr(contracts.sharding, "HAS_SHARDER", False)
     with pytest.raises(UnknownHost, match=rf"neither .*context_parallel nor .*cp_utils.*{TESTED}"):
         contracts.batch_contract()
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
-    build_dsv4_sparse_topk_indices,
-    sparse_attention_torch,
-)
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import sparse_attention_torch
 
-from nemo_dsv4_cp.kernels.reference.attention import AttentionPlan, key_indices, sparse_attention
+from nemo_dsv4_cp.host.tilelang import key_indices
+from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+
+OPTIONS = {"scale": 0.25, "workspace_bytes": 1 << 20}
 
 
 @st.composite
@@ -37,14 +38,11 @@ def cases(draw):
         hidden = torch.arange(entries) >= visible
         chosen = scores.masked_fill(hidden, -1).topk(min(5, entries)).indices
         chosen = chosen.masked_fill(chosen >= visible, -1).int()
-    plan = AttentionPlan(
-        layout,
-        first,
-        window,
-        ratio,
-        scale=width**-0.5,
-        workspace_bytes=draw(st.sampled_from([1, 2000, 1 << 20])),
-    )
+    plan = AttentionPlan(layout, first, window, ratio)
+    options = {
+        "scale": width**-0.5,
+        "workspace_bytes": draw(st.sampled_from([1, 2000, 1 << 20])),
+    }
     raw = random(rows, layout.end - first, width)
     raw[:, : max(0, -first)] = 0  # what a transport puts before token 0
     tensors = [
@@ -53,19 +51,20 @@ def cases(draw):
         random(rows, entries, width),
         random(heads),
     ]
-    return plan, tensors, chosen, random(rows, local_len, heads, width)
+    return plan, options, tensors, chosen, random(rows, local_len, heads, width)
 
 
 @settings(deadline=None)
 @given(cases())
 def test_outputs_and_gradients_are_those_of_the_plain_reference(case):
-    plan, tensors, chosen, weight = case
+    plan, options, tensors, chosen, weight = case
     mine = [t.clone().requires_grad_() for t in tensors]
     theirs = [t.clone().requires_grad_() for t in tensors]
-    out = sparse_attention(*mine, chosen, plan)
+    out = sparse_attention(*mine, chosen, plan, **options)
     q, raw, entries, sinks = theirs
     indices = key_indices(plan, raw, entries, chosen).long()
-    expected = sparse_attention_torch(q, torch.cat((raw, entries), 1), sinks, indices, plan.scale)
+    keys = torch.cat((raw, entries), 1)
+    expected = sparse_attention_torch(q, keys, sinks, indices, options["scale"])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -74,47 +73,18 @@ def test_outputs_and_gradients_are_those_of_the_plain_reference(case):
             torch.testing.assert_close(gradient.grad, reference.grad, atol=2e-5, rtol=1e-5)
 
 
-@settings(deadline=None)
-@given(cases())
-def test_the_indices_for_the_hosts_kernels_are_the_hosts(case):
-    plan, (_, raw, entries, _), chosen, _ = case
-    layout = plan.layout
-    rows, count = raw.shape[0], entries.shape[1]
-    mine = key_indices(plan, raw, entries, chosen).long()
-    # The host addresses all S raw keys from position 0.
-    theirs = build_dsv4_sparse_topk_indices(
-        batch_size=rows,
-        seq_len=layout.local_len,
-        key_len=layout.seq_len + count,
-        window_size=plan.window,
-        device=raw.device,
-        compress_ratio=plan.ratio,
-        compressed_topk=None if chosen is None else chosen.long(),
-        n_pooled=count,
-        vanilla_key_len=layout.seq_len,
-        q_positions=layout.positions().expand(rows, -1),
-    )
-    in_mine = raw.shape[1]
-    as_theirs = torch.where(mine >= in_mine, mine - in_mine + layout.seq_len, mine + plan.raw_first)
-    as_theirs = torch.where(mine < 0, -1, as_theirs)
-    for row in range(rows):
-        for query in range(layout.local_len):
-            expected = {i for i in theirs[row, query].tolist() if i >= 0}
-            assert {i for i in as_theirs[row, query].tolist() if i >= 0} == expected
-
-
 def test_bfloat16_stays_close_to_float32():
     generator = torch.Generator().manual_seed(0)
     layout = SequenceLayout(256, 1, 2)
-    plan = AttentionPlan(layout, 0, 128, 128, scale=0.25, workspace_bytes=1 << 20)
+    plan = AttentionPlan(layout, 0, 128, 128)
     shapes = [(1, 256, 4, 16), (1, 512, 16), (1, 4, 16), (4,)]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     exact = [t.clone().requires_grad_() for t in tensors]
     rough = [t.bfloat16().requires_grad_() for t in tensors[:3]] + [
         tensors[3].clone().requires_grad_()
     ]
-    sparse_attention(*exact, None, plan).sum().backward()
-    out = sparse_attention(*rough, None, plan)
+    sparse_attention(*exact, None, plan, **OPTIONS).sum().backward()
+    out = sparse_attention(*rough, None, plan, **OPTIONS)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     for a, b in zip(rough, exact, strict=True):
@@ -140,13 +110,13 @@ def test_no_tensor_grows_with_local_times_global_length(ratio):
     def largest(seq_len):
         cp_size = seq_len // 1024
         layout = SequenceLayout(1024, cp_size - 1, cp_size)
-        plan = AttentionPlan(layout, layout.start - 127, 128, ratio, 0.25, workspace_bytes=1 << 20)
+        plan = AttentionPlan(layout, layout.start - 127, 128, ratio)
         count = seq_len // ratio if ratio else 0
         chosen = torch.zeros(1, 1024, 64, dtype=torch.int32) if ratio == 4 else None
         shapes = [(1, 1024, 2, 16), (1, 1024 + 127, 16), (1, count, 16), (2,)]
         tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
         with Largest() as seen:
-            sparse_attention(*tensors, chosen, plan).sum().backward()
+            sparse_attention(*tensors, chosen, plan, **OPTIONS).sum().backward()
         return seen.elements
 
     # What the chunk's workspace allows, or the keys themselves: never 1024 x seq_len.

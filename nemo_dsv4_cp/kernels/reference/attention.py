@@ -11,82 +11,14 @@ and backward recomputes a chunk's probabilities from its log-sum-exp.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nemo_automodel.components.models.deepseek_v4.optimized_kernels import dsv4_sparse_attention
 
-from nemo_dsv4_cp.attention.indexer import NOTHING
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 
 _SCORES_ALIVE = 4
 """Tensors of a chunk's scores' size that backward holds at a time."""
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """Which keys each local query sees; positions only.
-
-    Attributes:
-        layout: Positions of this rank's queries.
-        raw_first: Global position of raw key 0.
-        window: W, sliding window in tokens, the query's own included.
-        ratio: Compress ratio of the entries, 0 without entries.
-        scale: Score multiplier.
-        workspace_bytes: How much the scores of one chunk of queries, and what is computed from
-            them, may take.
-    """
-
-    layout: SequenceLayout
-    raw_first: int
-    window: int
-    ratio: int
-    scale: float
-    workspace_bytes: int
-
-    def raw_span(self, chunk: slice) -> slice:
-        """Return the raw keys that the queries of ``chunk`` see between them."""
-        begin = self.layout.start + chunk.start - self.window + 1
-        end = self.layout.start + chunk.stop
-        return slice(max(begin, 0) - self.raw_first, end - self.raw_first)
-
-    def raw_hidden(self, chunk: slice, device: torch.device) -> torch.Tensor:
-        """Return which of :meth:`raw_span` each query must not see, bool [B, C, keys]."""
-        span = self.raw_span(chunk)
-        queries = self.layout.positions(device)[chunk, None] - self.raw_first
-        keys = torch.arange(span.start, span.stop, device=device)
-        hidden = ((keys > queries) | (keys <= queries - self.window))[None]
-        first = self.layout.first_keys(chunk, device)
-        return hidden if first is None else hidden | (keys < first[..., None] - self.raw_first)
-
-    def entry_span(self, chunk: slice) -> range:
-        """Return the entries that the queries of ``chunk`` see between them."""
-        return self.layout.entry_span(chunk, self.ratio) if self.ratio else range(0)
-
-    def entries_hidden(self, chunk: slice, device: torch.device) -> torch.Tensor:
-        """Return which of :meth:`entry_span` each query must not see, bool [B, C, entries]."""
-        span = self.entry_span(chunk)
-        if not len(span):
-            return torch.zeros(1, 1, 0, dtype=torch.bool, device=device)
-        first, stop = self.layout.visible_entries(chunk, self.ratio, device)
-        entries = torch.arange(span.start, span.stop, device=device)
-        return (entries < first[..., None]) | (entries >= stop[..., None])
-
-    def chunks(self, rows_by_heads: int, entry_keys: int) -> Iterator[slice]:
-        """Cut the local queries so that a chunk's scores fit the workspace.
-
-        Args:
-            rows_by_heads: B * N.
-            entry_keys: Entries that one query may see at the most.
-        """
-        length = self.layout.local_len
-        # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
-        scores = 4 * rows_by_heads * (2 * self.window + entry_keys)
-        rows = self.workspace_bytes // (_SCORES_ALIVE * scores)
-        rows = max(1, min(rows, self.window))
-        for begin in range(0, length, rows):
-            yield slice(begin, min(begin + rows, length))
 
 
 class _ChunkKeys:
@@ -181,18 +113,20 @@ class _SparseAttention(torch.autograd.Function):
         sinks: torch.Tensor,
         chosen: torch.Tensor | None,
         plan: AttentionPlan,
+        scale: float,
+        workspace_bytes: int,
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        for chunk in _chunks(plan, q, chosen):
+        for chunk in _chunks(plan, q, chosen, workspace_bytes):
             keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
-            scores = keys.scores(q[:, chunk], plan.scale)
+            scores = keys.scores(q[:, chunk], scale)
             sink_column = sinks.float().expand(*scores.shape[:3])
             lse[:, chunk] = torch.logaddexp(scores.logsumexp(dim=-1), sink_column)
             probs = scores.sub_(lse[:, chunk, :, None]).exp_()
             out[:, chunk] = keys.weighted_sum(probs).to(out.dtype)
         ctx.save_for_backward(q, raw, entries, sinks, chosen, lse)
-        ctx.plan = plan
+        ctx.plan, ctx.scale, ctx.workspace_bytes = plan, scale, workspace_bytes
         return out
 
     @staticmethod
@@ -200,20 +134,21 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, raw, entries, sinks, chosen, lse = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
+        scale: float = ctx.scale
         grad_q = torch.empty_like(q)
         # Many chunks add to the same key, more than bfloat16 could count.
         grad_raw = torch.zeros_like(raw, dtype=torch.float32)
         grad_entries = torch.zeros_like(entries, dtype=torch.float32)
         grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
-        for chunk in _chunks(plan, q, chosen):
+        for chunk in _chunks(plan, q, chosen, ctx.workspace_bytes):
             keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
             q_c, grad_c, lse_c = q[:, chunk], grad_out[:, chunk], lse[:, chunk]
-            probs = keys.scores(q_c, plan.scale).sub_(lse_c[..., None]).exp_()
+            probs = keys.scores(q_c, scale).sub_(lse_c[..., None]).exp_()
             grad_probs = torch.cat(keys.dot(grad_c), dim=-1).float()
             delta = (probs * grad_probs).sum(dim=-1)
             grad_sinks -= ((sinks.float() - lse_c).exp() * delta).sum(dim=(0, 1))
             keys.add_grad(probs, grad_c, grad_raw, grad_entries)
-            grad_scores = grad_probs.sub_(delta[..., None]).mul_(probs).mul_(plan.scale)
+            grad_scores = grad_probs.sub_(delta[..., None]).mul_(probs).mul_(scale)
             grad_q[:, chunk] = keys.weighted_sum(grad_scores).to(grad_q.dtype)
             keys.add_grad(grad_scores, q_c, grad_raw, grad_entries)
         return (
@@ -221,17 +156,25 @@ class _SparseAttention(torch.autograd.Function):
             grad_raw.to(raw.dtype),
             grad_entries.to(entries.dtype),
             grad_sinks.to(sinks.dtype),
-            None,
-            None,
+            *[None] * 4,
         )
 
 
-def _chunks(plan: AttentionPlan, q: torch.Tensor, chosen: torch.Tensor | None) -> Iterator[slice]:
+def _chunks(
+    plan: AttentionPlan, q: torch.Tensor, chosen: torch.Tensor | None, workspace_bytes: int
+) -> Iterator[slice]:
+    """Cut the local queries so that a chunk's scores fit the workspace."""
+    batch, length, heads, width = q.shape
     seen = plan.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
     if chosen is not None:
         # Chosen entries are copied out for each query: D numbers a key beside its N scores.
-        seen = chosen.shape[-1] * (1 + q.shape[-1] // q.shape[2])
-    return plan.chunks(q.shape[0] * q.shape[2], seen)
+        seen = chosen.shape[-1] * (1 + width // heads)
+    # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
+    scores = 4 * batch * heads * (2 * plan.window + seen)
+    rows = workspace_bytes // (_SCORES_ALIVE * scores)
+    rows = max(1, min(rows, plan.window))
+    for begin in range(0, length, rows):
+        yield slice(begin, min(begin + rows, length))
 
 
 def sparse_attention(
@@ -242,7 +185,8 @@ def sparse_attention(
     chosen_BLK: torch.Tensor | None,
     plan: AttentionPlan,
     *,
-    kernel: str = "torch",
+    scale: float,
+    workspace_bytes: int,
 ) -> torch.Tensor:
     """Attend from local queries to their window and entries.
 
@@ -253,49 +197,14 @@ def sparse_attention(
         sinks_N: Logit per head of the sink, which takes probability and adds nothing.
         chosen_BLK: The indexer's choice, int32, -1 for none; None means every past entry.
         plan: Which keys each query sees.
-        kernel: ``"torch"``, or ``"tilelang"`` for the host's kernels (CUDA, bfloat16).
+        scale: Score multiplier.
+        workspace_bytes: How much the scores of one chunk of queries, and what is computed from
+            them, may take.
 
     Returns:
         [B, L, N, D] of the queries' dtype.
     """
-    if kernel == "torch":
-        out: torch.Tensor = _SparseAttention.apply(  # type: ignore[no-untyped-call]
-            q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan
-        )
-        return out
-    keys = torch.cat((raw_BTD, entries_BPD), dim=1)
-    indices = key_indices(plan, raw_BTD, entries_BPD, chosen_BLK)
-    attended: torch.Tensor = dsv4_sparse_attention(
-        q_BLND, keys, sinks_N, indices, plan.scale, backend=kernel
+    out: torch.Tensor = _SparseAttention.apply(  # type: ignore[no-untyped-call]
+        q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan, scale, workspace_bytes
     )
-    return attended
-
-
-def key_indices(
-    plan: AttentionPlan,
-    raw_BTD: torch.Tensor,
-    entries_BPD: torch.Tensor,
-    chosen_BLK: torch.Tensor | None,
-) -> torch.Tensor:
-    """Spell the plan out as the host's kernels want it: a list of keys per query.
-
-    Returns:
-        Int32 [B, L, W + K] into the raw keys followed by the entries, -1 for none. K is for HCA the
-        number of entries that the queries see between them.
-    """
-    batch, raw_count = raw_BTD.shape[:2]
-    device, layout = raw_BTD.device, plan.layout
-    queries = layout.positions(device)[:, None]
-    window = queries - torch.arange(plan.window - 1, -1, -1, device=device)
-    first = layout.first_keys(slice(0, layout.local_len), device)
-    earliest = 0 if first is None else first[..., None]
-    raw = torch.where(window < earliest, NOTHING, window - plan.raw_first)
-    if chosen_BLK is not None:
-        entries = torch.where(chosen_BLK == NOTHING, NOTHING, chosen_BLK + raw_count)
-    else:
-        whole = slice(0, layout.local_len)
-        span = plan.entry_span(whole)
-        every = torch.arange(span.start, span.stop, device=device) + raw_count
-        hidden = plan.entries_hidden(whole, device)
-        entries = torch.where(hidden, NOTHING, every).expand(batch, layout.local_len, -1)
-    return torch.cat((raw.expand(batch, -1, -1), entries), dim=-1).to(torch.int32)
+    return out

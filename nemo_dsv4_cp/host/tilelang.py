@@ -1,0 +1,131 @@
+"""The host's TileLang kernels as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`: CUDA, bfloat16.
+
+Index scores and attention are theirs; norm, rotary and the choice by score are the torch path's.
+"""
+
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   W sliding window
+# P entries   K chosen entries   C queries of a chunk   I index heads   F index width
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
+    HAS_TILELANG,
+    dsv4_indexer_scores,
+    dsv4_sparse_attention,
+)
+
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.reference.index_choice import choose_entries, index_scores
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+
+_SCORES_KNOW_PLACES = "query_start" in inspect.signature(dsv4_indexer_scores).parameters
+"""Whether the host's kernel can score queries that do not start the row (since 0.6)."""
+
+
+class TileLangKernels(TorchKernels):
+    """What the host runs for ``attn: tilelang``."""
+
+    def __init__(self, *, workspace_bytes: int) -> None:
+        """As the torch path; refuses an environment without TileLang.
+
+        Raises:
+            ValueError: If TileLang is not installed.
+        """
+        if not HAS_TILELANG:
+            raise ValueError(
+                "TileLang is not installed, and model.backend.attn: tilelang or "
+                "context_parallel.kernels: tilelang asks for it; install tilelang, or set "
+                "context_parallel.kernels: torch"
+            )
+        super().__init__(workspace_bytes=workspace_bytes)
+
+    def choose_entries(
+        self,
+        q_BLIF: torch.Tensor,
+        weights_BLI: torch.Tensor,
+        keys_BPF: torch.Tensor,
+        *,
+        layout: SequenceLayout,
+        ratio: int,
+        topk: int,
+    ) -> torch.Tensor:
+        """Return the ``topk`` best of the entries that each query may see."""
+
+        def score(q_BCIF: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            # The kernel leaves out what lies ahead of a query: put all behind the last key.
+            queries, ahead = q_BCIF.shape[1], keys.shape[1] * ratio
+            scores: torch.Tensor = dsv4_indexer_scores(
+                q_BCIF,
+                keys,
+                weights,
+                compress_ratio=ratio,
+                softmax_scale=1.0,
+                backend="tilelang",
+                query_start=ahead,
+                query_total_len=ahead + queries,
+            )
+            return scores
+
+        return choose_entries(
+            q_BLIF,
+            weights_BLI,
+            keys_BPF,
+            layout=layout,
+            ratio=ratio,
+            topk=topk,
+            workspace_bytes=self.workspace_bytes,
+            score=score if _SCORES_KNOW_PLACES else index_scores,
+        )
+
+    def attend(
+        self,
+        q_BLND: torch.Tensor,
+        raw_BTD: torch.Tensor,
+        entries_BPD: torch.Tensor,
+        sinks_N: torch.Tensor,
+        chosen_BLK: torch.Tensor | None,
+        *,
+        plan: AttentionPlan,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attend to the window and to entries, all that are past or the chosen."""
+        keys = torch.cat((raw_BTD, entries_BPD), dim=1)
+        indices = key_indices(plan, raw_BTD, entries_BPD, chosen_BLK)
+        attended: torch.Tensor = dsv4_sparse_attention(
+            q_BLND, keys, sinks_N, indices, scale, backend="tilelang"
+        )
+        return attended
+
+
+def key_indices(
+    plan: AttentionPlan,
+    raw_BTD: torch.Tensor,
+    entries_BPD: torch.Tensor,
+    chosen_BLK: torch.Tensor | None,
+) -> torch.Tensor:
+    """Spell the plan out as the host's kernels want it: a list of keys per query.
+
+    Returns:
+        Int32 [B, L, W + K] into the raw keys followed by the entries, -1 for none. K is for HCA the
+        number of entries that the queries see between them.
+    """
+    batch, raw_count = raw_BTD.shape[:2]
+    device, layout = raw_BTD.device, plan.layout
+    queries = layout.positions(device)[:, None]
+    window = queries - torch.arange(plan.window - 1, -1, -1, device=device)
+    first = layout.first_keys(slice(0, layout.local_len), device)
+    earliest = 0 if first is None else first[..., None]
+    raw = torch.where(window < earliest, NOTHING, window - plan.raw_first)
+    if chosen_BLK is not None:
+        entries = torch.where(chosen_BLK == NOTHING, NOTHING, chosen_BLK + raw_count)
+    else:
+        whole = slice(0, layout.local_len)
+        span = plan.entry_span(whole)
+        every = torch.arange(span.start, span.stop, device=device) + raw_count
+        hidden = plan.entries_hidden(whole, device)
+        entries = torch.where(hidden, NOTHING, every).expand(batch, layout.local_len, -1)
+    return torch.cat((raw.expand(batch, -1, -1), entries), dim=-1).to(torch.int32)

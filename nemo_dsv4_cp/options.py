@@ -1,0 +1,141 @@
+"""The ``context_parallel`` block of a model config, checked once when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+
+AUTO = "auto"
+_PLUGGED = {
+    "transport": plugins.TRANSPORTS,
+    "kernels": plugins.KERNELS,
+    "batch_fn": plugins.BATCH_FNS,
+}
+
+
+@dataclass(frozen=True)
+class ContextParallelOptions:
+    """The ``context_parallel`` block of a model config, checked when it is made.
+
+    The number of CP ranks is not here: the host's ``distributed.cp_size`` is its one source.
+
+    Attributes:
+        enabled: False gives the host's own model, untouched.
+        transport: How a rank sees other ranks' keys; a name in ``nemo_dsv4_cp.transports``.
+        kernels: What computes index choice, attention, norms and rotary: a name in
+            ``nemo_dsv4_cp.kernels``, or ``"auto"`` for what the host's ``backend.attn`` asks for,
+            its TileLang kernels or torch.
+        pad_multiple: What a shard's length is a multiple of: ``"auto"`` for the LCM that the
+            compress ratios need, or a multiple of that LCM.
+        pad_documents: Pad every document of packed rows to a multiple of ``pad_multiple``, as the
+            host does; else documents lie end to end and only the row's end is padded.
+        compare_ranks: When the ranks of a CP group compare the sizes and documents of their
+            batches: ``"first"`` step, ``"every"`` step or ``"never"``.
+        batch_fn: How a batch is cut; a name in ``nemo_dsv4_cp.batch_fns``.
+        workspace_mib: How much a chunk of scores or of float32 rows may take, in MiB: less is
+            slower. Memory beside it is linear in the shard and the entries.
+        keep_index_choice: Hand the indexer's choice to the recomputation of activation
+            checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice.
+    """
+
+    enabled: bool = True
+    transport: str = "boundary"
+    kernels: str = AUTO
+    pad_multiple: int | str = AUTO
+    pad_documents: bool = False
+    compare_ranks: str = "first"
+    batch_fn: str = "contiguous_shard"
+    workspace_mib: int = 256
+    keep_index_choice: bool = True
+
+    @classmethod
+    def from_block(cls, block: ContextParallelOptions | Mapping[str, Any] | None) -> Any:
+        """Make options of a YAML block (a mapping, OmegaConf's included); None gives the defaults.
+
+        Raises:
+            ValueError: For an unknown key or a value of the wrong type, naming both and the fix.
+        """
+        if isinstance(block, cls):
+            return block
+        if block is not None and not isinstance(block, Mapping):
+            raise ValueError(
+                f"context_parallel={block!r} is not a mapping; write a block such as "
+                "{enabled: true, transport: boundary}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key, value in (block or {}).items():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                raise ValueError(
+                    f"context_parallel.{key}={value!r} is not an option; "
+                    + (f"did you mean {near[0]!r}? " if near else "")
+                    + f"The options are {', '.join(known)}"
+                )
+            try:
+                OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+            except OmegaConfBaseException as error:
+                default = getattr(cls, key)
+                raise ValueError(
+                    f"context_parallel.{key}={value!r} has the wrong type "
+                    f"({str(error).splitlines()[0]}); a value that works is {default!r}"
+                ) from error
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(block or {})))
+
+    def __post_init__(self) -> None:
+        for key, group in _PLUGGED.items():
+            name, installed = getattr(self, key), plugins.names(group)
+            if key == "kernels":
+                installed = [AUTO, *installed]
+            if name not in installed:
+                raise ValueError(
+                    f"context_parallel.{key}={name!r} is not installed; use one of "
+                    f"{installed}, or install a distribution that offers it in the entry-point "
+                    f"group {group!r}"
+                )
+        multiple = self.pad_multiple
+        if multiple != AUTO and not (isinstance(multiple, int) and multiple > 0):
+            raise ValueError(
+                f'context_parallel.pad_multiple={multiple!r} is neither "auto" nor a positive '
+                'integer; use "auto"'
+            )
+        if self.compare_ranks not in ("first", "every", "never"):
+            raise ValueError(
+                f"context_parallel.compare_ranks={self.compare_ranks!r} is none of first, every "
+                "and never; use first"
+            )
+        if self.workspace_mib < 1:
+            raise ValueError(
+                f"context_parallel.workspace_mib={self.workspace_mib} is not a positive number of "
+                "MiB; use 256"
+            )
+
+    def resolve_pad_multiple(self, compress_ratios: Iterable[int] | None) -> int:
+        """Return the shard-length multiple that these options mean for a model.
+
+        Args:
+            compress_ratios: The model's ratios, one a layer.
+
+        Raises:
+            ValueError: If ``pad_multiple`` breaks the LCM rule.
+        """
+        ratios = sorted({int(ratio) for ratio in compress_ratios or () if int(ratio) > 0})
+        needed = local_seq_multiple(ratios)
+        if self.pad_multiple == AUTO:
+            return needed
+        multiple = int(self.pad_multiple)
+        if multiple % needed:
+            raise ValueError(
+                f"context_parallel.pad_multiple={multiple} is not a multiple of {needed}, the LCM "
+                f"that compress_ratios {ratios} need; use {-(-multiple // needed) * needed} "
+                'or "auto"'
+            )
+        return multiple

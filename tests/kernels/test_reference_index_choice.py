@@ -1,0 +1,27 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import indexer_scores_torch
+
+from nemo_dsv4_cp.kernels.reference.index_choice import _best, index_scores
+
+
+def test_scores_are_the_hosts():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 7, 3, 16), (2, 5, 16), (2, 7, 3)]
+    q, keys, weights = (torch.randn(shape, generator=generator) for shape in shapes)
+    expected = indexer_scores_torch(q, keys, weights, 0.25)
+    assert torch.equal(index_scores(q, keys, weights * 0.25), expected)
+
+
+@given(
+    st.lists(st.sampled_from([-2.5, -1.0, -0.0, 0.0, 1e-30, 3.0]), min_size=1, max_size=9),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
+def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, first, stop):
+    seen = range(first, min(stop, len(scores)))
+    expected = sorted(seen, key=lambda entry: (-scores[entry], entry))
+    bounds = (torch.tensor([[[bound]]]) for bound in (first, stop))
+    best = _best(torch.tensor([[scores]]), *bounds, len(scores))
+    assert best[0, 0].tolist()[: len(seen)] == expected
