@@ -17,7 +17,7 @@ help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and README's matrix of them"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make clean  remove .venv and all that was built"
 	@echo "PYTHON=/path/to/python picks the Python that .venv is made of."
 
@@ -67,6 +67,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # torch comes first: with the rest, pip could settle for another build of it.
 $(INSTALLED): pyproject.toml constraints.txt

@@ -17,7 +17,6 @@ from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4Model,
     compute_lm_head_logits,
 )
-from torch.distributed.tensor import DTensor
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
@@ -33,6 +32,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     cp_enabled,
     cp_rank,
     cp_size,
+    sharding_groups,
 )
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
@@ -203,11 +203,10 @@ class ContextParallelModel(DeepseekV4Model):
         """
         for gate in self.modules():
             load = getattr(gate, "_cumulative_expert_load", None)
-            if load is None or isinstance(gate.e_score_correction_bias, DTensor):
+            if load is None or sharding_groups(gate.e_score_correction_bias):
                 continue
-            groups: Sequence[Group | None] = [self._cp_group]
-            if isinstance(gate.weight, DTensor):  # FSDP2's mesh spans data and CP ranks
-                groups = gate.weight.device_mesh.get_all_groups()
+            # FSDP2's mesh, which shards the weight, spans data and CP ranks.
+            groups = sharding_groups(gate.weight) or [self._cp_group]
             gate._cumulative_expert_load = all_reduce_sum(load, groups)
         super().update_moe_gate_bias()
 

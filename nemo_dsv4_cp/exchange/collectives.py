@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 Group = dist.ProcessGroup
 
@@ -227,6 +228,11 @@ def all_reduce_sum(tensor: torch.Tensor, groups: Sequence[Group | None]) -> torc
         if cp_enabled(group):
             dist.all_reduce(total, group=group)
     return total
+
+
+def sharding_groups(tensor: torch.Tensor) -> Sequence[Group | None]:
+    """Return the groups of the mesh that shards a tensor; none for a tensor that is whole."""
+    return tensor.device_mesh.get_all_groups() if isinstance(tensor, DTensor) else []
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:
