@@ -10,8 +10,10 @@ from nemo_automodel.components.models.deepseek_v4.layers import (
     DeepseekV4Indexer,
     DeepseekV4RotaryEmbedding,
 )
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import HAS_TILELANG
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.kernels.reference import TorchKernels
 from tests.meshes import FakeMesh
 from tests.parity import assert_parity, attention_job, cpu_backend, randomise, tiny_config
 from tests.ranks import RankError
@@ -170,6 +172,25 @@ def test_the_group_of_setup_cp_attention_is_used():
     attention = make()
     attention.setup_cp_attention(FakeMesh(2, group="the CP group"))
     assert attention._cp_group == "the CP group"
+
+
+def named_kernels(attn, **options):
+    backend = cpu_backend()
+    backend.attn = attn
+    config = tiny_config([4], context_parallel=options)
+    return type(ContextParallelAttention(config, 0, backend)._kernels)
+
+
+def test_kernels_are_those_that_the_block_names_or_that_the_backend_asks_for():
+    assert named_kernels("sdpa") is TorchKernels
+    assert named_kernels("tilelang", kernels="torch") is TorchKernels
+
+
+@pytest.mark.skipif(HAS_TILELANG, reason="TileLang is installed here")
+@pytest.mark.parametrize(("attn", "kernels"), [("tilelang", "auto"), ("sdpa", "tilelang")])
+def test_kernels_that_are_not_installed_are_refused_before_the_first_step(attn, kernels):
+    with pytest.raises(ValueError, match=r"TileLang is not installed.*kernels: torch"):
+        named_kernels(attn, kernels=kernels)
 
 
 def test_what_training_cannot_do_is_refused():
