@@ -40,8 +40,8 @@ test-host-%: .hosts/%/.installed
 	@echo "nemo_automodel $*"
 	.hosts/$*/bin/python -m nemo_dsv4_cp.cli.demo
 	$(PYTEST_OF_HOST) --matrix .hosts/$*/matrix.json tests/host/test_contracts.py \
-		tests/host/test_cp_utils.py tests/transport tests/test_recipe.py tests/test_attention.py \
-		--deselect tests/test_attention.py::test_any_layer_equals_the_hosts
+		tests/host/test_cp_utils.py tests/exchange tests/test_recipe.py tests/attention/test_layer.py \
+		--deselect tests/attention/test_layer.py::test_any_layer_equals_the_hosts
 
 test-hosts: $(HOSTS:%=test-host-%)
 	$(BIN)/python docs/matrix.py $(HOSTS:%=.hosts/%/matrix.json)
