@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemo_dsv4_cp.tools import HOST, local_ranks
+from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.layer import Case, Forward, build
+from nemo_dsv4_cp.tools.paths import HOST
 
 CPU_SIZES: dict[str, Any] = {
     "hidden_size": 256,

@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_dsv4_cp.tools import HOST
 from nemo_dsv4_cp.tools.layer import Case, build
+from nemo_dsv4_cp.tools.paths import HOST
 
 _LARGEST = 5
 
