@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from nemo_dsv4_cp.tools import HOST
 from nemo_dsv4_cp.tools.layer import Case
+from nemo_dsv4_cp.tools.paths import HOST
 from nemo_dsv4_cp.tools.weighing import weigh
 
 HERE = Path(__file__).parent

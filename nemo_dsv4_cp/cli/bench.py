@@ -19,7 +19,8 @@ from rich.table import Table
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
-from nemo_dsv4_cp.tools import HOST
+from nemo_dsv4_cp.tools.paths import HOST
+from nemo_dsv4_cp.tools.sizes import GIB
 
 if TYPE_CHECKING:  # the host takes seconds to import, and every command would wait for it
     from nemo_dsv4_cp.tools.weighing import Weight
@@ -27,7 +28,6 @@ if TYPE_CHECKING:  # the host takes seconds to import, and every command would w
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
 console = Console()
 
-GIB = 1 << 30
 GPU_GB = (80, 141)
 """Memory of an H100 and an H200, in GB, drawn into plots."""
 

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.planning import GIB, HOST, PATHS, TRANSPORTS, ModelSizes, Request, Row
+from nemo_dsv4_cp.tools.paths import BOUNDARY, HOST, PATHS, TRANSPORTS
+from nemo_dsv4_cp.tools.planning import Request, Row
+from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
 
 _DRAWN_AS = (".png", ".pdf", ".svg")
 # The table fits a terminal of 80 columns.
@@ -31,7 +33,7 @@ def plan(
     seq_len: Annotated[int, typer.Option(help="Tokens in a row, before padding.", min=1)],
     ranks: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
     batch: Annotated[int, typer.Option(help="Rows in a rank's batch.", min=1)] = 1,
-    transport: Annotated[str, typer.Option(help="boundary or all_gather.")] = planning.BOUNDARY,
+    transport: Annotated[str, typer.Option(help="boundary or all_gather.")] = BOUNDARY,
     cp_size: Annotated[
         int | None, typer.Option(help="Plan this size alone, not all powers of two.", min=1)
     ] = None,
@@ -76,7 +78,7 @@ def plan(
         if find_spec("matplotlib") is None:
             raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
     try:
-        sizes = ModelSizes.of_fields(planning.read_model_fields(model))
+        sizes = ModelSizes.of_fields(read_model_fields(model))
     except ValueError as error:
         raise typer.BadParameter(f"MODEL: {error}") from error
 

@@ -1,8 +1,9 @@
-"""The CP group and the collectives over it; no other file calls ``torch.distributed``."""
+"""Process groups and the collectives over them; no other file calls ``torch.distributed``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,3 +253,36 @@ def same_on_all_ranks(
     gathered = all_gather_metadata(mine, dim=0, cp_group=cp_group)
     on_ranks: list[list[int]] = gathered.tolist()
     return on_ranks if any(row != on_ranks[0] for row in on_ranks) else None
+
+
+@contextmanager
+def process_group(backend: str, *, rank: int, size: int, port: int = 0) -> Iterator[Group]:
+    """Make the process group of a job on this machine, and take it down at the end.
+
+    Training never does: there the host makes the groups.
+
+    Args:
+        backend: ``"nccl"``, ``"gloo"``, or ``"fake"``: its collectives return at once, with
+            whatever memory held, so that one process can be any rank of any number.
+        rank: This process's place.
+        size: How many ranks there are.
+        port: Where they meet; a fake group meets nobody.
+    """
+    if backend == "fake":
+        from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+        dist.init_process_group(backend, rank=rank, world_size=size, store=FakeStore())
+    else:
+        address = f"tcp://127.0.0.1:{port}"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=size)
+    group = dist.group.WORLD
+    assert group is not None  # it was just made
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier(group: Group) -> None:
+    """Return when every rank of the group has come here."""
+    dist.barrier(group)

@@ -16,7 +16,7 @@ from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.tools import HOST
+from nemo_dsv4_cp.tools.paths import HOST
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessException, spawn
+
+from nemo_dsv4_cp.exchange.collectives import process_group
 
 
 class RankFailed(RuntimeError):
@@ -68,9 +69,7 @@ def _rank(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    address = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group(backend, init_method=address, rank=rank, world_size=ranks)
-    result = job(dist.group.WORLD, rank, *args)
-    if rank == 0:
-        results.put(result)
-    dist.destroy_process_group()
+    with process_group(backend, rank=rank, size=ranks, port=port) as group:
+        result = job(group, rank, *args)
+        if rank == 0:
+            results.put(result)

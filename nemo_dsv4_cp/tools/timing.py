@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nemo_dsv4_cp.tools import HOST, local_ranks
+from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
+from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.layer import Case, Forward, build
+from nemo_dsv4_cp.tools.paths import HOST
 
 CPU_SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -90,10 +90,10 @@ def time_gloo_ranks(
 def _gloo_rank(
     group: Any, rank: int, paths: list[str], ratio: int, seq_len: int, repeats: int
 ) -> dict[str, list[float]]:
-    cp_size = dist.get_world_size(group)
+    ranks = cp_size(group)
     forwards = {
         path: build(
-            Case(path, ratio, seq_len, cp_size, rank),
+            Case(path, ratio, seq_len, ranks, rank),
             group,
             dtype=torch.float32,
             device=torch.device("cpu"),
@@ -104,10 +104,10 @@ def _gloo_rank(
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     for repeat in range(repeats + 1):
         for path, forward in forwards.items():
-            dist.barrier()
+            barrier(group)
             begin = time.perf_counter()
             _step(forward)
-            dist.barrier()
+            barrier(group)
             if repeat:  # the first warms up
                 seconds[path].append(time.perf_counter() - begin)
     return seconds
@@ -121,16 +121,16 @@ def time_one_gpu_rank(
     The process group is a fake one: collectives return at once with whatever memory held, so only
     computing is timed. The arguments are those of :func:`time_gloo_ranks`.
     """
-    dist.init_process_group("fake", rank=cp_size - 1, world_size=cp_size, store=FakeStore())
-    try:
-        timings = []
+    rank = cp_size - 1
+    timings = []
+    with process_group("fake", rank=rank, size=cp_size) as group:
         for path in paths:
-            case = Case(path, ratio, seq_len, cp_size, cp_size - 1)
+            case = Case(path, ratio, seq_len, cp_size, rank)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             forward = build(
                 case,
-                dist.group.WORLD,
+                group,
                 dtype=torch.bfloat16,
                 device=torch.device("cuda"),
                 attn=host_kernels() if path == HOST else "sdpa",
@@ -138,9 +138,7 @@ def time_one_gpu_rank(
             seconds = tuple(_cuda_seconds(forward) for _ in range(repeats + 1))
             timings.append(Timing(case, seconds[1:], torch.cuda.max_memory_allocated()))
             del forward
-        return timings
-    finally:
-        dist.destroy_process_group()
+    return timings
 
 
 def _step(forward: Forward) -> None:

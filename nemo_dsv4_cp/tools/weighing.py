@@ -10,15 +10,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nemo_dsv4_cp.tools import HOST
+from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.tools.layer import Case, build
+from nemo_dsv4_cp.tools.paths import HOST
 
 _LARGEST = 5
 
@@ -124,26 +123,25 @@ def weigh(case: Case) -> Weight:
     The host's layer runs with its TileLang kernels, of which only the tensors they take, save and
     return exist here; ours runs its torch path.
     """
-    store = FakeStore()
-    dist.init_process_group("fake", rank=case.rank, world_size=case.cp_size, store=store)
-    try:
-        with FakeTensorMode(), _host_kernels():
-            forward = build(
-                case,
-                dist.group.WORLD,
-                dtype=torch.bfloat16,
-                device=torch.device("cpu"),
-                attn="tilelang" if case.path == HOST else "sdpa",
+    with (
+        process_group("fake", rank=case.rank, size=case.cp_size) as group,
+        FakeTensorMode(),
+        _host_kernels(),
+    ):
+        forward = build(
+            case,
+            group,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            attn="tilelang" if case.path == HOST else "sdpa",
+        )
+        with _Scale(case) as scale:
+            out = forward()
+            saved, received = scale.live, scale.received
+            out.backward(torch.empty_like(out))
+            return Weight(
+                case, scale.peak, saved, received, scale.received - received, scale.largest
             )
-            with _Scale(case) as scale:
-                out = forward()
-                saved, received = scale.live, scale.received
-                out.backward(torch.empty_like(out))
-                return Weight(
-                    case, scale.peak, saved, received, scale.received - received, scale.largest
-                )
-    finally:
-        dist.destroy_process_group()
 
 
 class _KernelShapes(torch.autograd.Function):

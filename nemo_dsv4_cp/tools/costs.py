@@ -1,0 +1,200 @@
+"""Bytes and memory of a layer, as sums of named tensors, by arithmetic alone.
+
+They are what ``bench bytes`` and ``bench memory`` weigh.
+"""
+
+# B batch rows   S global tokens, padded   L local tokens (S / R)   R CP ranks   W sliding window
+# N attention heads   D head_dim   E hidden size   r compress ratio
+# P compressed entries (S / r)   K selected entries   T raw keys that a rank addresses
+# A query rank (q_lora_rank)   G output groups times their rank   C queries of a chunk
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
+from nemo_dsv4_cp.tools.paths import ALL_GATHER, BOUNDARY, HOST
+from nemo_dsv4_cp.tools.sizes import ModelSizes
+
+_BF16, _FP32, _INT32 = 2, 4, 4
+_WORKSPACE_BYTES = 256 << 20
+"""``context_parallel.workspace_mib`` as the package sets it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch and how it is cut.
+
+    Attributes:
+        layout: Positions of the last rank, which sees the most.
+        batch: B, rows.
+    """
+
+    layout: SequenceLayout
+    batch: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """R, number of CP ranks."""
+        return self.layout.cp_size
+
+    @property
+    def halo(self) -> int:
+        """Tokens before the last rank's shard."""
+        return self.layout.start
+
+
+def received_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> tuple[int, int]:
+    """Return what other ranks send to one layer of a rank with neighbours on both sides.
+
+    Args:
+        sizes: The model's sizes; activations are bfloat16, compressor features float32.
+        shape: The batch and how it is cut.
+        ratio: The layer's compress ratio.
+        path: One of ``paths.PATHS``.
+
+    Returns:
+        Bytes in forward and in backward, whatever algorithm carries them. Backward carries
+        nothing of the indexer, which takes no gradient. A checkpointed layer's recomputation
+        repeats the forward's, less the indexer's.
+    """
+    width, index_width = sizes.head_dim, sizes.index_head_dim
+    if shape.ranks == 1:
+        return 0, 0
+    remote = shape.batch * (shape.layout.seq_len - shape.layout.local_len)  # tokens
+    overlaps = ratio == OVERLAP_RATIO
+    # Finished entries [P, D], and for CSA index keys, of the other ranks.
+    both = (remote // ratio) * width * _BF16 if ratio else 0
+    index_only = (remote // ratio) * index_width * _BF16 if overlaps else 0
+    if path == BOUNDARY:
+        window = shape.batch * min(sizes.sliding_window - 1, shape.halo)
+        both += window * width * _BF16
+        # A window's predecessor: values and gates of its half, [r, 2 D] float32.
+        before, halves = shape.batch * ratio, 2
+    else:
+        both += remote * width * _BF16  # every raw key
+        # The values and gates of every token: the overlapping half [S, 2 D] with all_gather,
+        # both halves [S, 4 D] on the host's path.
+        before, halves = remote, 2 if path == ALL_GATHER else 4
+    if overlaps:
+        both += before * halves * width * _FP32
+        index_only += before * halves * index_width * _FP32
+    return both + index_only, both
+
+
+def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> int:
+    """Return the peak memory of one attention layer's forward and backward on the last rank.
+
+    Its tensors at each of the moments where the peak may lie; parameters and input count where an
+    operation keeps a view of them, as ``bench memory`` counts them. The host's is of its TileLang
+    kernels.
+
+    Args:
+        sizes: The model's sizes; activations are bfloat16, compressor features float32.
+        shape: The batch and how it is cut.
+        ratio: The layer's compress ratio.
+        path: One of ``paths.PATHS``.
+
+    Returns:
+        Bytes.
+    """
+    s, tokens, rows = sizes, shape.batch * shape.layout.local_len, shape.batch
+    row_tokens = rows * shape.layout.seq_len
+    compresses, overlaps = ratio > 0, ratio == OVERLAP_RATIO
+    out_width = s.o_groups * s.o_lora_rank
+
+    per_head = tokens * s.num_attention_heads * s.head_dim * _BF16  # [L, N, D]
+    hidden = tokens * s.hidden_size * _BF16  # [L, E]
+    low_rank = tokens * s.q_lora_rank * _BF16  # [L, A]
+    key = tokens * s.head_dim * _BF16  # [L, D]
+    lse = tokens * s.num_attention_heads * _FP32  # [L, N]
+    grouped = tokens * out_width * _BF16  # [L, G], the output between its two projections
+
+    wq_b = s.q_lora_rank * s.num_attention_heads * s.head_dim * _BF16
+    wo_a = s.num_attention_heads * s.head_dim * s.o_lora_rank * _BF16
+    wo_b = out_width * s.hidden_size * _BF16
+    inward = s.hidden_size * (s.q_lora_rank + s.head_dim) * _BF16  # wq_a, wkv
+    weights = wq_b + wo_a + wo_b + inward
+
+    # Features of a token: values and gates, float32, D wide each, twice that where windows overlap.
+    feature_width = (4 if overlaps else 2) * s.head_dim
+    compressor = feature_width * s.hidden_size * _FP32 if compresses else 0  # wkv, wgate
+    entry_count = row_tokens // ratio if compresses else 0
+    entries = entry_count * s.head_dim  # [P, D]
+    selected = min(s.index_topk, shape.layout.seq_len // ratio) if overlaps else 0
+
+    if path == HOST:
+        # The mask before it is one: int64 positions' difference and two bools, [L, S] each. (At
+        # R = 1 the host builds it from [S, S] tensors of the same order.)
+        elements = tokens * shape.layout.seq_len
+        mask = elements * (8 + 1 + 1)
+        # Backward through the per-head norm: six float32 [N, L, D]; then what the layer holds.
+        held = 3 * hidden + 2 * low_rank + key + weights + wo_a + wo_b
+        norm = 6 * per_head * _FP32 // _BF16 + held + compressor * 2 + (hidden if compresses else 0)
+        # Forward at ratio 4: masks [L, S], [L, P] and both joined; four [L, N, D], one in float32.
+        masks = 2 * (elements + tokens * shape.layout.seq_len // ratio) * _BF16 if overlaps else 0
+        features = tokens * (s.hidden_size + 2 * feature_width) * _FP32
+        joined = masks + 6 * per_head + held + features if overlaps else 0
+        return max(mask, norm, joined)
+
+    if path == ALL_GATHER and shape.ranks > 1:
+        raw = rows * (shape.layout.seq_len + s.sliding_window - 1) * s.head_dim  # [T, D]
+    else:
+        raw = (tokens + rows * (s.sliding_window - 1)) * s.head_dim
+
+    # Between forward and backward: queries before their norm and after it, and the output.
+    saved = 3 * per_head + grouped + 2 * hidden + 2 * low_rank + 2 * key + lse
+    saved += weights + raw * _BF16
+    if compresses:
+        saved += compressor + tokens * s.hidden_size * _FP32  # the hidden states, in float32
+        # What pooling multiplies, values and softmax: [n, 2 r, D] each with overlap, else the
+        # features [L, 2 D] and [n, r, D].
+        saved += (4 if overlaps else 3) * tokens * s.head_dim * _FP32
+        saved += entries * _BF16 + tokens * selected * _INT32
+
+    # 1. Backward through the output's projections: its gradient beside it.
+    leaving = saved + per_head + hidden + wo_a + wo_b
+
+    # 2. Backward of the attention: the output is gone; its gradient turned back, the queries'
+    # gradient and the keys' in float32, then either a chunk's scores or the keys' in bfloat16.
+    chunk = _chunk_bytes(sizes, shape, ratio, selected)
+    grads = (raw + entries) * _FP32 + max(chunk, (raw + entries) * _BF16)
+    attending = saved - grouped + per_head + hidden + wo_a + wo_b + grads
+
+    # 3. Backward through the queries' norm: they and two gradients, four float32 chunks of rows;
+    # the compressor has been through, its weights' gradients are there.
+    norm_rows = min(per_head * _FP32 // _BF16, _WORKSPACE_BYTES)
+    held = 4 * hidden + 2 * low_rank + lse + weights + wo_a + wo_b + inward + compressor * 2
+    norming = 3 * per_head + 4 * norm_rows + held
+    peak = max(leaving, attending, norming)
+
+    # 4. Backward of a gather of the overlapping half's features [S, 2 D] float32: their gradient,
+    # the same cut by rank; the queries and their gradient and the raw keys' in bfloat16.
+    if path == ALL_GATHER and overlaps and shape.ranks > 1:
+        gathered = 2 * row_tokens * 2 * s.head_dim * _FP32
+        local = tokens * (s.hidden_size + feature_width) * _FP32
+        held = 3 * hidden + 2 * low_rank + lse + weights + wo_a + wo_b + compressor
+        peak = max(peak, gathered + raw * _BF16 + 2 * per_head + local + held)
+    return peak
+
+
+def _chunk_bytes(sizes: ModelSizes, shape: Shape, ratio: int, selected: int) -> int:
+    """Return what backward of the attention holds for one chunk of queries."""
+    heads, width = shape.batch * sizes.num_attention_heads, sizes.head_dim
+    if selected:  # sparse_attention.py counts the copied entries like scores
+        seen = selected * (1 + width // sizes.num_attention_heads)
+    else:
+        seen = shape.layout.seq_len // ratio if ratio else 0
+    window = 2 * sizes.sliding_window
+    rows = _WORKSPACE_BYTES // (4 * heads * (window + seen) * _FP32)
+    rows = max(1, min(rows, sizes.sliding_window, shape.layout.local_len))
+    # Scores, probabilities, their gradients: five [C, N, W + entries]; for CSA, chosen entries
+    # [C, K, D] and their gradient in bfloat16 and in float32.
+    scores = 5 * rows * heads * (window + (selected or seen)) * _FP32
+    return scores + rows * shape.batch * selected * width * (_BF16 + _BF16 + _FP32)
+
+
+def stream_bytes(sizes: ModelSizes, shape: Shape) -> int:
+    """Return the checkpointed inputs of all layers, [L, hc_mult, E] bfloat16 each."""
+    tokens = shape.batch * shape.layout.local_len
+    return tokens * sizes.hc_mult * sizes.hidden_size * _BF16 * sizes.num_hidden_layers

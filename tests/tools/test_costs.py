@@ -1,0 +1,87 @@
+import pytest
+
+from nemo_dsv4_cp.config import ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.tools import costs
+from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes
+from nemo_dsv4_cp.tools.layer import Case
+from nemo_dsv4_cp.tools.paths import HOST, PATHS
+from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
+from nemo_dsv4_cp.tools.weighing import weigh
+
+FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
+
+
+def last_rank(seq_len, cp_size, batch=1):
+    layout = SequenceLayout.of_padded(seq_len, cp_rank=cp_size - 1, cp_size=cp_size)
+    return Shape(layout, batch)
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+@pytest.mark.parametrize(
+    ("path", "seq_len", "cp_size", "batch"),
+    [("boundary", 8192, 4, 1), ("boundary", 16384, 8, 2), ("all_gather", 16384, 8, 1)],
+)
+def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, ratio):
+    weight = weigh(Case(path, ratio, seq_len, cp_size, cp_size - 1, batch))
+    shape = last_rank(seq_len, cp_size, batch)
+    peak = attention_bytes(FLASH, shape, ratio, path)
+    assert peak == pytest.approx(weight.peak_bytes, rel=0.03)
+    # The last rank gets no halo's gradient back: only a rank in the middle has both neighbours.
+    assert received_bytes(FLASH, shape, ratio, path)[0] == weight.received_forward
+
+
+@pytest.mark.parametrize(
+    ("path", "ratio"),
+    [("boundary", 0), ("boundary", 128), (HOST, 4)],
+)
+def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
+    weight = weigh(Case(path, ratio, 131072, 8, 4))
+    shape = last_rank(131072, 8)
+    peak = attention_bytes(FLASH, shape, ratio, path)
+    assert peak == pytest.approx(weight.peak_bytes, rel=0.03)
+    received = (weight.received_forward, weight.received_backward)
+    assert received_bytes(FLASH, shape, ratio, path) == received
+
+
+@pytest.mark.parametrize(
+    ("path", "seq_len", "cp_size", "peaks"),
+    [
+        ("boundary", 1 << 20, 64, (5.07, 6.32, 5.50)),
+        ("boundary", 1 << 19, 32, (5.07, 5.82, 5.42)),
+        ("all_gather", 1 << 20, 64, (8.82, 12.31, 9.24)),
+        (HOST, 1 << 20, 64, (160.01, 160.01, 160.01)),
+    ],
+)
+def test_memory_is_what_the_benchmarks_report(path, seq_len, cp_size, peaks):
+    for ratio, peak in zip((0, 4, 128), peaks, strict=True):
+        planned = attention_bytes(FLASH, last_rank(seq_len, cp_size), ratio, path)
+        assert planned / GIB == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("path", "ratio", "forward", "backward"),
+    [
+        (HOST, 4, 11584, 9472),
+        (HOST, 128, 1032, 1032),
+        (HOST, 0, 1024, 1024),
+        ("all_gather", 4, 6464, 5376),
+        ("all_gather", 128, 1032, 1032),
+        ("boundary", 4, 321.3, 257.3),
+        ("boundary", 128, 9.1, 9.1),
+        ("boundary", 0, 1.1, 1.1),
+    ],
+)
+def test_bytes_are_what_the_benchmarks_report(path, ratio, forward, backward):
+    planned = received_bytes(FLASH, last_rank(131072, 8), ratio, path)
+    per_token = [received / 16384 / 7 for received in planned]
+    assert per_token == pytest.approx([forward, backward], abs=0.05)
+
+
+def test_a_single_rank_receives_nothing():
+    for path in PATHS:
+        assert received_bytes(FLASH, last_rank(4096, 1), 4, path) == (0, 0)
+
+
+def test_the_workspace_is_the_packages_own():
+    assert ContextParallelOptions().workspace_mib << 20 == costs._WORKSPACE_BYTES
