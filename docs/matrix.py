@@ -1,4 +1,4 @@
-"""Writes the README's support matrix from what the tests showed: ``make test-hosts`` runs it.
+"""Writes docs/support.md's matrix from what the tests showed: ``make test-hosts`` runs it.
 
 Its arguments are the files of ``pytest --matrix``, one for each release of AutoModel.
 """
@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).with_name("support.md")
 START, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
 
 
@@ -40,12 +40,12 @@ def matrix(results: list[dict[str, dict[str, str]]]) -> str:
 
 
 def main(paths: list[str]) -> None:
-    """Put the matrix of these results, newest release first, into the README."""
+    """Put the matrix of these results, newest release first, into its page."""
     results = [json.loads(Path(path).read_text()) for path in paths]
     results.sort(key=lambda result: result["packages"]["nemo_automodel"], reverse=True)
-    text = README.read_text()
+    text = PAGE.read_text()
     start, end = text.index(START) + len(START), text.index(END)
-    README.write_text(f"{text[:start]}\n{matrix(results)}\n{text[end:]}")
+    PAGE.write_text(f"{text[:start]}\n{matrix(results)}\n{text[end:]}")
 
 
 if __name__ == "__main__":

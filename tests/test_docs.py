@@ -1,9 +1,12 @@
 """What the documents show is run, parsed or looked up."""
 
 import ast
+import dataclasses
 import functools
+import pkgutil
 import re
 import shlex
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,11 @@ PACKAGE = Path(nemo_dsv4_cp.__file__).parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+SOURCE = re.compile(r"[\w/.]+(\.py|/)")
+DOTTED = re.compile(r"nemo_dsv4_cp(\.\w+)+")
+FRONT_PAGE_LINES = 150
 ENTRANCES = ("python -m nemo_dsv4_cp ", "nemo-dsv4-cp ")
 PLACEHOLDER = "\0"
 # The errors of commands are the commands' own matter: typer shows them with the option.
@@ -66,6 +73,22 @@ def resolve(line):
     known = {"--help"}.union(*options)
     unknown = [word for word in words if word.startswith("-") and word.split("=")[0] not in known]
     return f"{command.name} has no {unknown}" if unknown else None
+
+
+def anchors(document):
+    """The names by which a link reaches the headings of a page, as GitHub makes them."""
+    headings = HEADING.findall(FENCE.sub("", document.read_text()))
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def is_there(name):
+    """Whether a dotted name is a module, what is in one, or a group of entry points."""
+    if entry_points(group=name):
+        return True
+    try:
+        return pkgutil.resolve_name(name) is not None
+    except (ImportError, AttributeError):
+        return False
 
 
 def excerpts():
@@ -158,10 +181,40 @@ def test_commands_that_do_not_exist_are_noticed(line, complaint):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_relative_links_lead_to_files(document):
+def test_relative_links_lead_to_files_and_headings(document):
     links = LINK.findall(FENCE.sub("", document.read_text()))
-    local = [link.split("#")[0] for link in links if "://" not in link]
-    assert [link for link in local if link and not (document.parent / link).exists()] == []
+    astray = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if "://" in link:
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            astray.append(link)
+    assert astray == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_modules_named_in_inline_code_exist(document):
+    named = [code for _, code in CODE.findall(FENCE.sub("", document.read_text()))]
+    files = [code for code in named if SOURCE.fullmatch(code)]
+    modules = [code for code in named if DOTTED.fullmatch(code)]
+    # From the root or the package; a table of how_it_works.md is about host/ alone.
+    places = (ROOT, PACKAGE, PACKAGE / "host")
+    assert [f for f in files if not any((place / f).exists() for place in places)] == []
+    assert [module for module in modules if not is_there(module)] == []
+
+
+def test_the_front_page_fits_its_lines():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= FRONT_PAGE_LINES
+
+
+def test_the_front_page_shows_every_yaml_key_and_its_default():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    options = dataclasses.fields(ContextParallelOptions)
+    assert {key: yaml.safe_load(default) for key, default in rows} == {
+        option.name: option.default for option in options
+    }
 
 
 @pytest.mark.parametrize("excerpt", excerpts())

@@ -1,4 +1,4 @@
-"""The README's support matrix: what the tests showed, and all of it."""
+"""The matrix of docs/support.md: what the tests showed, and all of it."""
 
 import importlib.util
 import json
@@ -89,8 +89,27 @@ def test_cells_are_short_and_notes_hold_the_rest():
     ]
 
 
-def test_the_readme_has_every_release_and_capability_and_none_fails():
-    text = matrix.README.read_text()
+def test_the_matrix_is_written_between_the_marks_of_its_page(tmp_path, monkeypatch):
+    page, found = tmp_path / "page.md", tmp_path / "found.json"
+    page.write_text(f"before\n{matrix.START}old\n{matrix.END}after\n")
+    found.write_text(
+        json.dumps(
+            {
+                "packages": {"nemo_automodel": "2.0", "transformers": "1"},
+                "capabilities": {"X": "tested"},
+            }
+        )
+    )
+    monkeypatch.setattr(matrix, "PAGE", page)
+    matrix.main([str(found)])
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["before", matrix.START.strip()]
+    assert lines[-2:] == [matrix.END.strip(), "after"]
+    assert "| X | tested |" in lines and "old" not in lines
+
+
+def test_the_page_has_every_release_and_capability_and_none_fails():
+    text = matrix.PAGE.read_text()
     block = text[text.index(matrix.START) : text.index(matrix.END)]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/how_it_works.md next to itself.
+"""Draws the figures of the README and docs/how_it_works.md next to itself.
 
 Run it with: python docs/figures/draw.py (it needs matplotlib, and weighs for some fifteen minutes)
 """
