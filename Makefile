@@ -16,7 +16,7 @@ export PYTHONDONTWRITEBYTECODE :=
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
-	@echo "make test-hosts   demo and tests with every supported AutoModel, and README's matrix of them"
+	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make clean  remove .venv and all that was built"
 	@echo "PYTHON=/path/to/python picks the Python that .venv is made of."
