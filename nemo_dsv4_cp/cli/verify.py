@@ -54,7 +54,7 @@ def verify(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"{recipe}: {error}") from error
     except RankFailed as error:
-        errors.print(f"[red]A rank failed:[/red]\n{error}", markup=True, highlight=False)
+        errors.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
     if json_ is not None:

@@ -32,6 +32,29 @@ class NoWindowBeforeTheCut(BoundaryTransport):
 """
 
 
+RAISING = """
+from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
+
+
+class Raises(BoundaryTransport):
+    def left_context(self, tensors, tokens):
+        if self.layout.cp_rank:
+            raise ArithmeticError("no left [context] here")
+        return super().left_context(tensors, tokens)
+"""
+
+
+def install(source, name, directory):
+    """Install a transport as a distribution of its own, found through PYTHONPATH."""
+    (directory / "broken.py").write_text(source)
+    metadata = directory / "broken-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[nemo_dsv4_cp.transports]\nbroken = broken:{name}\n"
+    )
+
+
 @pytest.fixture
 def recipe(tmp_path):
     def write(name, *overrides):
@@ -65,25 +88,34 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
     assert "gradient of model.layers.2.self_attn.compressor.wkv.weight" in named
 
 
+def with_transport(path, transport):
+    fields = yaml.safe_load(path.read_text())
+    fields["model"]["config"]["context_parallel"]["transport"] = transport
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
 def test_a_lost_term_of_attention_is_found_and_named(recipe, tmp_path):
     """A transport of another distribution, which loses the keys before the cut."""
-    (tmp_path / "broken.py").write_text(BROKEN)
-    metadata = tmp_path / "broken-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        "[nemo_dsv4_cp.transports]\nbroken = broken:NoWindowBeforeTheCut\n"
-    )
-    path = recipe("tiny_cpu")
-    fields = yaml.safe_load(path.read_text())
-    fields["model"]["config"]["context_parallel"]["transport"] = "broken"
-    path.write_text(yaml.safe_dump(fields))
-    done = verify(path, PYTHONPATH=str(tmp_path))
+    install(BROKEN, "NoWindowBeforeTheCut", tmp_path)
+    done = verify(with_transport(recipe("tiny_cpu"), "broken"), PYTHONPATH=str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     assert "Differs:" in said
     assert "gradient of model.layers." in said
     assert "above all logits" in said
+
+
+def test_a_rank_that_fails_is_a_line_and_a_log(recipe, tmp_path):
+    install(RAISING, "Raises", tmp_path)
+    path = with_transport(recipe("tiny_cpu"), "broken")
+    done = verify(path, PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout == ""
+    (log,) = tmp_path.glob("nemo-dsv4-cp-*.log")
+    told = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"
+    assert done.stderr.strip() == told
+    assert "Traceback (most recent call last)" in log.read_text()
 
 
 @pytest.mark.parametrize(
