@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+from nemo_dsv4_cp.tools.meshes import parallel_sizes
 
 _CONFIGS = "nemo_dsv4_cp.configs"
 
@@ -68,6 +70,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         hydra.errors.HydraException: For a name, group or override that does not exist or parse.
         omegaconf.errors.OmegaConfBaseException: For a value that cannot be resolved.
+        ValueError: For a parallel size that is none.
     """
     register_resolvers()
     GlobalHydra.instance().clear()
@@ -75,7 +78,10 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
         config = hydra.compose(name, list(overrides))
     fields: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     variables = fields.pop("vars")
-    return Recipe(fields, variables["nodes"], variables["processes_per_node"])
+    processes = variables["processes_per_node"]
+    if processes is None:
+        processes = math.prod(parallel_sizes(fields).values())
+    return Recipe(fields, variables["nodes"], processes)
 
 
 def register_resolvers() -> None:
