@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nemo_dsv4_cp.cli.quiet import quiet
+from nemo_dsv4_cp.tools.sizes import complete_fields
 
 _SHOWN = 8
 
@@ -100,13 +102,11 @@ def _read(recipe: Path) -> tuple[dict[str, Any], int, bool]:
             f"{recipe}: model.config._target_ is {target!r}; the one changed line is "
             "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained"
         )
-    if not config.get("compress_ratios") and config.get("pretrained_model_name_or_path"):
-        from nemo_dsv4_cp.tools.recipes import published_fields
-
-        try:
-            config = published_fields(config["pretrained_model_name_or_path"]) | config
-        except ValueError as error:
-            raise typer.BadParameter(f"{recipe}: {error}") from error
+    tell = partial(Console(stderr=True).print, style="yellow", markup=False, soft_wrap=True)
+    try:
+        config = complete_fields(config, tell)
+    except ValueError as error:
+        raise typer.BadParameter(f"{recipe}: {error}") from error
     cp_size = int((fields.get("distributed") or {}).get("cp_size") or 1)
     packed = bool((fields.get("packed_sequence") or {}).get("packed_sequence_size"))
     return config, cp_size, packed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 from nemo_dsv4_cp.tools.meshes import parallel_sizes
+from nemo_dsv4_cp.tools.sizes import published_fields
 
 _CONFIGS = "nemo_dsv4_cp.configs"
 
@@ -106,8 +106,7 @@ def compress_ratios(source: str) -> list[int]:
     """Return the compress ratios of a published model, one a layer.
 
     Args:
-        source: Path of a ``config.json`` or of the directory that holds it, or the id of a model on
-            the hub whose config is cached.
+        source: As :func:`~nemo_dsv4_cp.tools.sizes.published_fields` takes it.
 
     Raises:
         ValueError: If there is no such config, or it has no compress ratios.
@@ -116,30 +115,3 @@ def compress_ratios(source: str) -> list[int]:
     if ratios is None:
         raise ValueError(f"{source} has no compress_ratios; is it a DeepSeek-V4 config?")
     return [int(ratio) for ratio in ratios]
-
-
-def published_fields(source: str) -> dict[str, Any]:
-    """Return the fields of a published model's config; the source as in :func:`compress_ratios`.
-
-    Raises:
-        ValueError: If there is no such config.
-    """
-    fields: dict[str, Any] = json.loads(_config_file(source).read_text())
-    return fields
-
-
-def _config_file(source: str) -> Path:
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        return path
-    from huggingface_hub import try_to_load_from_cache  # half a second that few need
-
-    cached = try_to_load_from_cache(source, "config.json") if source.count("/") == 1 else None
-    if not isinstance(cached, str):
-        raise ValueError(
-            f"{source!r} is neither a config.json, nor a directory with one, nor a model of the "
-            "hub whose config is cached; download it with: hf download "
-            f"{source} config.json"
-        )
-    return Path(cached)

@@ -71,7 +71,7 @@ def verify(path, *arguments, **environment):
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=300,
+        timeout=1200,  # a loaded machine takes minutes
         check=False,
     )
 
@@ -116,6 +116,27 @@ def test_a_rank_that_fails_is_a_line_and_a_log(recipe, tmp_path):
     told = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"
     assert done.stderr.strip() == told
     assert "Traceback (most recent call last)" in log.read_text()
+
+
+def test_a_model_of_the_hub_is_verified_with_packaged_sizes_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    seen = []
+    monkeypatch.setattr(
+        "nemo_dsv4_cp.tools.verification.verify", lambda fields, **_: seen.append(fields) or []
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        """
+        model:
+          config:
+            _target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained
+            pretrained_model_name_or_path: deepseek-ai/DeepSeek-V4-Flash
+        """
+    )
+    done = CliRunner().invoke(app, ["verify", str(path)])
+    assert done.exit_code == 0, done.output
+    assert len(seen[0]["compress_ratios"]) == 44
+    assert "the package's sizes of v4_flash stand in" in done.stderr
 
 
 @pytest.mark.parametrize(
