@@ -82,6 +82,8 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
     done = verify(path, "--ranks", "2", "--json", str(figures))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same" in done.stdout
+    (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("Left out")]
+    assert "expert parallelism (distributed.ep_size: 64), recomputation" in left_out
     named = {figure["name"]: figure for figure in json.loads(figures.read_text())}
     assert all(figure["passes"] for figure in named.values())
     assert {"loss", "logits", "gradient of mtp.layers.0.e_proj.weight"} <= set(named)
