@@ -211,6 +211,7 @@ def time_(
     _check(seq_len, cp_size, ratio)
     _check_outputs(json_)
     with quiet():
+        from nemo_dsv4_cp.tools.local_ranks import RankFailed
         from nemo_dsv4_cp.tools.timing import (
             CPU_SIZES,
             describe_machine,
@@ -222,12 +223,17 @@ def time_(
     gpu = torch.cuda.is_available()
     measure = time_one_gpu_rank if gpu else time_gloo_ranks
     shown = console if sys.stdout.isatty() else Console(stderr=True)
-    with quiet():
-        timings = [
-            timing
-            for each in track(ratio, "Timing", console=shown, transient=True)
-            for timing in measure(_paths(), each, seq_len, cp_size, repeats)
-        ]
+    try:
+        with quiet():
+            timings = [
+                timing
+                for each in track(ratio, "Timing", console=shown, transient=True)
+                for timing in measure(_paths(), each, seq_len, cp_size, repeats)
+            ]
+    except RankFailed as error:
+        failed = Console(stderr=True)
+        failed.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
     what = (
         "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing), host attn: "
         + host_kernels()

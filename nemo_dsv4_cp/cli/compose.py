@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_dsv4_cp.tools import recipes
+from nemo_dsv4_cp.tools.meshes import check_sizes
 from nemo_dsv4_cp.tools.recipes import Recipe
 
 
@@ -51,6 +52,7 @@ def compose(
     """
     try:
         recipe = recipes.compose(name, overrides or [])
+        check_sizes(recipe.fields, recipe.world_size)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise typer.BadParameter(_explain(name, error)) from error
     if launch and output is None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,8 @@ _IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "host": 
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="v4_flash, v4_pro, or a config.json or YAML file of fields.")
+        str,
+        typer.Argument(help="v4_flash, v4_pro, a config.json or recipe, or a model of the hub."),
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens in a row, before padding.", min=1)],
     ranks: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
@@ -77,8 +79,9 @@ def plan(
             raise typer.BadParameter(f"--plot {plot} is no picture's name; end it with .png")
         if find_spec("matplotlib") is None:
             raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
+    tell = partial(Console(stderr=True).print, style="yellow", markup=False, soft_wrap=True)
     try:
-        sizes = ModelSizes.of_fields(read_model_fields(model))
+        sizes = ModelSizes.of_fields(read_model_fields(model, tell))
     except ValueError as error:
         raise typer.BadParameter(f"MODEL: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nemo_dsv4_cp.cli.quiet import quiet
+from nemo_dsv4_cp.tools.sizes import complete_fields
 
 _SHOWN = 8
 
@@ -31,18 +33,20 @@ def verify(
     """Shrink a recipe's model and compare it under CP with AutoModel's own on one rank.
 
     Runs both from the same weights on the same batch in float32, on this machine's GPUs if there
-    is one a rank and on CPU processes otherwise, and prints the largest differences.
+    is one a rank and on CPU processes otherwise, and prints the largest differences and what of the
+    recipe was left out.
 
     Example: nemo-dsv4-cp verify recipe.yaml
 
     Exit status: 0 if all tensors agree, 1 if one does not or a rank failed, 2 for a mistake in the
     arguments or the recipe.
     """
-    config, cp_size, packed = _read(recipe)
+    fields, config, cp_size, packed = _read(recipe)
     if ranks is None:
         ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
     with quiet():
         from nemo_dsv4_cp.tools.local_ranks import RankFailed
+        from nemo_dsv4_cp.tools.verification import left_out
         from nemo_dsv4_cp.tools.verification import verify as run
 
     console, errors = Console(), Console(stderr=True)
@@ -54,7 +58,7 @@ def verify(
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"{recipe}: {error}") from error
     except RankFailed as error:
-        errors.print(f"[red]A rank failed:[/red]\n{error}", markup=True, highlight=False)
+        errors.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
     if json_ is not None:
@@ -71,6 +75,9 @@ def verify(
         verdict = "ok" if d.passes else "[red]differs[/red]"
         table.add_row(d.name, f"{d.value:.1e}", f"{d.limit:.0e}", verdict)
     console.print(table)
+    if omitted := left_out(fields):
+        line = f"Left out of the comparison: {', '.join(omitted)}."
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     failed = [d for d in worst if not d.passes]
     if failed:
         console.print(
@@ -82,8 +89,8 @@ def verify(
     console.print(f"[green]The same:[/green] all {len(differences)} tensors agree.")
 
 
-def _read(recipe: Path) -> tuple[dict[str, Any], int, bool]:
-    """Return the model config, the CP size and whether rows are packed."""
+def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:
+    """Return the recipe, its model config, the CP size and whether rows are packed."""
     if not recipe.is_file():
         raise typer.BadParameter(f"there is no file {recipe}")
     try:
@@ -100,13 +107,11 @@ def _read(recipe: Path) -> tuple[dict[str, Any], int, bool]:
             f"{recipe}: model.config._target_ is {target!r}; the one changed line is "
             "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained"
         )
-    if not config.get("compress_ratios") and config.get("pretrained_model_name_or_path"):
-        from nemo_dsv4_cp.tools.recipes import published_fields
-
-        try:
-            config = published_fields(config["pretrained_model_name_or_path"]) | config
-        except ValueError as error:
-            raise typer.BadParameter(f"{recipe}: {error}") from error
+    tell = partial(Console(stderr=True).print, style="yellow", markup=False, soft_wrap=True)
+    try:
+        config = complete_fields(config, tell)
+    except ValueError as error:
+        raise typer.BadParameter(f"{recipe}: {error}") from error
     cp_size = int((fields.get("distributed") or {}).get("cp_size") or 1)
     packed = bool((fields.get("packed_sequence") or {}).get("packed_sequence_size"))
-    return config, cp_size, packed
+    return fields, config, cp_size, packed

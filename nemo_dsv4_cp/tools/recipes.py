@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+from nemo_dsv4_cp.tools.meshes import parallel_sizes
+from nemo_dsv4_cp.tools.sizes import published_fields
 
 _CONFIGS = "nemo_dsv4_cp.configs"
 
@@ -68,6 +70,7 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         hydra.errors.HydraException: For a name, group or override that does not exist or parse.
         omegaconf.errors.OmegaConfBaseException: For a value that cannot be resolved.
+        ValueError: For a parallel size that is none.
     """
     register_resolvers()
     GlobalHydra.instance().clear()
@@ -75,7 +78,10 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
         config = hydra.compose(name, list(overrides))
     fields: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     variables = fields.pop("vars")
-    return Recipe(fields, variables["nodes"], variables["processes_per_node"])
+    processes = variables["processes_per_node"]
+    if processes is None:
+        processes = math.prod(parallel_sizes(fields).values())
+    return Recipe(fields, variables["nodes"], processes)
 
 
 def register_resolvers() -> None:
@@ -100,8 +106,7 @@ def compress_ratios(source: str) -> list[int]:
     """Return the compress ratios of a published model, one a layer.
 
     Args:
-        source: Path of a ``config.json`` or of the directory that holds it, or the id of a model on
-            the hub whose config is cached.
+        source: As :func:`~nemo_dsv4_cp.tools.sizes.published_fields` takes it.
 
     Raises:
         ValueError: If there is no such config, or it has no compress ratios.
@@ -110,30 +115,3 @@ def compress_ratios(source: str) -> list[int]:
     if ratios is None:
         raise ValueError(f"{source} has no compress_ratios; is it a DeepSeek-V4 config?")
     return [int(ratio) for ratio in ratios]
-
-
-def published_fields(source: str) -> dict[str, Any]:
-    """Return the fields of a published model's config; the source as in :func:`compress_ratios`.
-
-    Raises:
-        ValueError: If there is no such config.
-    """
-    fields: dict[str, Any] = json.loads(_config_file(source).read_text())
-    return fields
-
-
-def _config_file(source: str) -> Path:
-    path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        return path
-    from huggingface_hub import try_to_load_from_cache  # half a second that few need
-
-    cached = try_to_load_from_cache(source, "config.json") if source.count("/") == 1 else None
-    if not isinstance(cached, str):
-        raise ValueError(
-            f"{source!r} is neither a config.json, nor a directory with one, nor a model of the "
-            "hub whose config is cached; download it with: hf download "
-            f"{source} config.json"
-        )
-    return Path(cached)

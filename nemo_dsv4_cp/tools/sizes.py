@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +15,14 @@ import yaml
 GIB = 1 << 30
 MODELS = ("v4_flash", "v4_pro")
 """Models whose sizes the package holds."""
+_PUBLISHED = {
+    "deepseek-ai/DeepSeek-V4-Flash": "v4_flash",
+    "deepseek-ai/DeepSeek-V4-Pro": "v4_pro",
+}
+
+
+def _ignore(line: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -77,38 +85,120 @@ class ModelSizes:
         return cls(compress_ratios=tuple(ratios[:layers]), **sizes)
 
 
-def read_model_fields(source: str) -> dict[str, Any]:
+def read_model_fields(source: str, tell: Callable[[str], None] = _ignore) -> dict[str, Any]:
     """Read a model's config fields.
 
     Args:
-        source: One of :data:`MODELS`, or the path of a config.json or YAML file whose fields stand
-            at the top, under ``config`` or under ``model.config``.
+        source: One of :data:`MODELS`; the path of a config.json or YAML file whose fields, or the
+            published model they name, stand at the top, under ``config``, ``model`` or
+            ``model.config``; or a published model itself, as :func:`published_fields` takes it.
+        tell: Is told if the package's own sizes stand in for a config of the hub.
 
     Raises:
         ValueError: If there is no such file or no such fields in it.
     """
     if source in MODELS:
-        text = (files("nemo_dsv4_cp.configs") / "model" / f"{source}.yaml").read_text("utf-8")
-    else:
-        try:
-            text = Path(source).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"model {source!r} cannot be read; use {' or '.join(MODELS)}, or the path of a "
-                "config.json or YAML file"
-            ) from error
+        return _packaged(source)
+    if source in _PUBLISHED or Path(source).is_dir():
+        return published_fields(source, tell)
+    try:
+        text = Path(source).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        if _cached(source):
+            return published_fields(source, tell)
+        raise ValueError(
+            f"model {source!r} cannot be read; use {' or '.join(MODELS)}, the path of a "
+            "config.json or YAML file, or a model of the hub whose config is cached"
+        ) from error
     try:
         # YAML's own reading of JSON would take 1e-06 for text.
         tree = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         message = f"model {source!r} is neither JSON nor YAML; give a model's config"
         raise ValueError(message) from error
+    naming = None
     for step in (None, "model", "config"):
         if step is not None and isinstance(tree, dict) and isinstance(tree.get(step), dict):
             tree = tree[step]
         if isinstance(tree, dict) and "compress_ratios" in tree:
             return tree
+        if isinstance(tree, dict) and tree.get("pretrained_model_name_or_path"):
+            naming = tree
+    if naming is not None:
+        return complete_fields(naming, tell)
     raise ValueError(
         f"model {source!r} names no compress_ratios, at the top, under config or under "
         "model.config; give a DeepSeek-V4 config"
     )
+
+
+def complete_fields(
+    fields: Mapping[str, Any], tell: Callable[[str], None] = _ignore
+) -> dict[str, Any]:
+    """Return a recipe's config fields, with those of the published model that they name beneath.
+
+    Args:
+        fields: Complete where they hold ``compress_ratios``.
+        tell: As in :func:`published_fields`.
+
+    Raises:
+        ValueError: If the published model's config is not to be had.
+    """
+    named = fields.get("pretrained_model_name_or_path")
+    if fields.get("compress_ratios") or not named:
+        return dict(fields)
+    return published_fields(str(named), tell) | dict(fields)
+
+
+def published_fields(source: str, tell: Callable[[str], None] = _ignore) -> dict[str, Any]:
+    """Return the fields of a published model's config.
+
+    Args:
+        source: Path of a ``config.json`` or of the directory that holds it, or the id of a model on
+            the hub: one whose config is cached, or one whose sizes the package holds.
+        tell: Is told if the package's own sizes stand in for a config of the hub.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        path = _cached(source) or path
+    if path.is_file():
+        fields: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return fields
+    if source not in _PUBLISHED:
+        raise ValueError(
+            f"{source!r} is neither a config.json, nor a directory with one, nor a model of the "
+            "hub whose config is cached; download it with: hf download "
+            f"{source} config.json"
+        )
+    name = _PUBLISHED[source]
+    tell(
+        f"The config of {source} is not in the hub's cache, so the package's sizes of {name} "
+        f"stand in for it; to cache it: hf download {source} config.json"
+    )
+    fields = _packaged(name)
+    # The packaged recipes leave out the layers for multi-token prediction; the ratios name them.
+    predicting = len(fields["compress_ratios"]) - fields["num_hidden_layers"]
+    return fields | {"num_nextn_predict_layers": predicting}
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    text = (files("nemo_dsv4_cp.configs") / "model" / f"{name}.yaml").read_text("utf-8")
+    fields: dict[str, Any] = yaml.safe_load(text)["config"]
+    return fields
+
+
+def _cached(source: str) -> Path | None:
+    """Return the config of a model of the hub, where its cache holds it."""
+    if source.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache  # half a second that few need
+
+    try:
+        cached = try_to_load_from_cache(source, "config.json")
+    except ValueError:  # a path that is no model's id
+        return None
+    return Path(cached) if isinstance(cached, str) else None

@@ -44,6 +44,21 @@ _SMALL = {
     "max_position_embeddings": 1 << 16,
     "torch_dtype": "float32",
 }
+_SECTIONS = {
+    "peft": "LoRA",
+    "quantization": "quantisation",
+    "qat": "quantisation-aware training",
+    "fp8": "FP8",
+    "compile": "compilation",
+    "teacher_model": "the teacher",
+}
+_DEGREES = {
+    "pp_size": "pipeline stages",
+    "ep_size": "expert parallelism",
+    "tp_size": "tensor parallelism",
+}
+_BACKEND = {"attn": ("sdpa", "eager"), "experts": ("torch",), "dispatcher": ("torch",)}
+"""What of ``model.backend`` runs as the recipe has it."""
 _KEPT = ("sliding_window", "hc_mult", "num_nextn_predict_layers", "routed_scaling_factor")
 
 
@@ -95,6 +110,26 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
         "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],
         "context_parallel": fields.get("context_parallel"),
     }
+
+
+def left_out(recipe: Mapping[str, Any]) -> list[str]:
+    """Name what a recipe trains with and :func:`verify` does not run, in words and by setting."""
+    found = []
+    for section, words in _SECTIONS.items():
+        value = recipe.get(section)
+        if value and not (isinstance(value, Mapping) and value.get("enabled") is False):
+            found.append(f"{words} ({section})")
+    distributed = recipe.get("distributed") or {}
+    for name, words in _DEGREES.items():
+        if (distributed.get(name) or 1) != 1:
+            found.append(f"{words} (distributed.{name}: {distributed[name]})")
+    if distributed.get("activation_checkpointing"):
+        found.append("recomputation (distributed.activation_checkpointing)")
+    backend = (recipe.get("model") or {}).get("backend") or {}
+    for name, run in _BACKEND.items():
+        if backend.get(name, run[0]) not in run:
+            found.append(f"model.backend.{name}: {backend[name]}")
+    return found
 
 
 def documents_for(packed: bool, cp_size: int, multiple: int) -> list[list[int]]:

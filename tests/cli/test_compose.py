@@ -26,7 +26,7 @@ def test_the_composed_tiny_recipe_trains_through_the_hosts_cli(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=1200,  # a loaded machine takes minutes
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -47,12 +47,30 @@ def test_a_recipe_for_many_nodes_says_how_slurm_and_skypilot_launch_it():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "processes"),
+    [
+        (["distributed.cp_size=1"], 1),
+        (["distributed.pp_size=2", "+distributed.pipeline.pp_schedule=1f1b"], 4),
+    ],
+)
+def test_the_launch_line_starts_a_process_for_each_rank_and_stage(overrides, processes):
+    done = run("tiny_cpu", *overrides)
+    assert done.exit_code == 0, done.output
+    assert f"--nproc-per-node {processes} " in done.stdout.splitlines()[1]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["flash_sft"], "none of the recipes flash_distillation, flash_lora"),
         (["tiny_cpu", "data=tulu"], "Could not find 'data/tulu'"),
         (["tiny_cpu", "distributed.cp_sise=2"], "Could not override 'distributed.cp_sise'"),
         (["tiny_cpu", "a=b=="], "mismatched input"),
+        (
+            ["flash_packed", "distributed.cp_size=7"],
+            "does not divide the 128 ranks; what works is distributed.cp_size: 1, 2, 4, 8, 16",
+        ),
+        (["tiny_cpu", "distributed.cp_size=0"], "distributed.cp_size=0 is no size"),
         (["tiny_cpu", "--launch"], "name one with --output"),
         (["flash_sft_1m", "--launch", "-o", "x.yaml"], "is made for 16"),
         (["tiny_cpu", "-o", "nowhere/x.yaml"], "there is no directory nowhere"),

@@ -80,6 +80,21 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
     assert "Traceback" not in done.output
 
 
+def test_a_model_of_the_hub_is_planned_with_packaged_sizes_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model:\n  config:\n    pretrained_model_name_or_path: deepseek-ai/DeepSeek-V4-Pro\n"
+    )
+    options = ["--seq-len", "16384", "--json", "-"]
+    packaged = json.loads(run("v4_pro", *options).stdout)
+    for model in ("deepseek-ai/DeepSeek-V4-Pro", str(recipe)):
+        done = run(model, *options)
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout) == packaged
+        assert "the package's sizes of v4_pro stand in" in flat(done.stderr)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

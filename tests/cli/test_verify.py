@@ -32,6 +32,29 @@ class NoWindowBeforeTheCut(BoundaryTransport):
 """
 
 
+RAISING = """
+from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
+
+
+class Raises(BoundaryTransport):
+    def left_context(self, tensors, tokens):
+        if self.layout.cp_rank:
+            raise ArithmeticError("no left [context] here")
+        return super().left_context(tensors, tokens)
+"""
+
+
+def install(source, name, directory):
+    """Install a transport as a distribution of its own, found through PYTHONPATH."""
+    (directory / "broken.py").write_text(source)
+    metadata = directory / "broken-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[nemo_dsv4_cp.transports]\nbroken = broken:{name}\n"
+    )
+
+
 @pytest.fixture
 def recipe(tmp_path):
     def write(name, *overrides):
@@ -48,7 +71,7 @@ def verify(path, *arguments, **environment):
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=300,
+        timeout=1200,  # a loaded machine takes minutes
         check=False,
     )
 
@@ -59,31 +82,63 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
     done = verify(path, "--ranks", "2", "--json", str(figures))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same" in done.stdout
+    (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("Left out")]
+    assert "expert parallelism (distributed.ep_size: 64), recomputation" in left_out
     named = {figure["name"]: figure for figure in json.loads(figures.read_text())}
     assert all(figure["passes"] for figure in named.values())
     assert {"loss", "logits", "gradient of mtp.layers.0.e_proj.weight"} <= set(named)
     assert "gradient of model.layers.2.self_attn.compressor.wkv.weight" in named
 
 
+def with_transport(path, transport):
+    fields = yaml.safe_load(path.read_text())
+    fields["model"]["config"]["context_parallel"]["transport"] = transport
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
 def test_a_lost_term_of_attention_is_found_and_named(recipe, tmp_path):
     """A transport of another distribution, which loses the keys before the cut."""
-    (tmp_path / "broken.py").write_text(BROKEN)
-    metadata = tmp_path / "broken-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        "[nemo_dsv4_cp.transports]\nbroken = broken:NoWindowBeforeTheCut\n"
-    )
-    path = recipe("tiny_cpu")
-    fields = yaml.safe_load(path.read_text())
-    fields["model"]["config"]["context_parallel"]["transport"] = "broken"
-    path.write_text(yaml.safe_dump(fields))
-    done = verify(path, PYTHONPATH=str(tmp_path))
+    install(BROKEN, "NoWindowBeforeTheCut", tmp_path)
+    done = verify(with_transport(recipe("tiny_cpu"), "broken"), PYTHONPATH=str(tmp_path))
     assert done.returncode == 1, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     assert "Differs:" in said
     assert "gradient of model.layers." in said
     assert "above all logits" in said
+
+
+def test_a_rank_that_fails_is_a_line_and_a_log(recipe, tmp_path):
+    install(RAISING, "Raises", tmp_path)
+    path = with_transport(recipe("tiny_cpu"), "broken")
+    done = verify(path, PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout == ""
+    (log,) = tmp_path.glob("nemo-dsv4-cp-*.log")
+    told = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"
+    assert done.stderr.strip() == told
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+def test_a_model_of_the_hub_is_verified_with_packaged_sizes_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
+    seen = []
+    monkeypatch.setattr(
+        "nemo_dsv4_cp.tools.verification.verify", lambda fields, **_: seen.append(fields) or []
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        """
+        model:
+          config:
+            _target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained
+            pretrained_model_name_or_path: deepseek-ai/DeepSeek-V4-Flash
+        """
+    )
+    done = CliRunner().invoke(app, ["verify", str(path)])
+    assert done.exit_code == 0, done.output
+    assert len(seen[0]["compress_ratios"]) == 44
+    assert "the package's sizes of v4_flash stand in" in done.stderr
 
 
 @pytest.mark.parametrize(
