@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from nemo_dsv4_cp.exchange.collectives import (
 from nemo_dsv4_cp.host.sharding import PackedShardLayout, ShardLayout
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, padded_seq_len
 from nemo_dsv4_cp.sequence.packing import (
+    Document,
     check_tokens,
     documents_of,
     is_packed,
@@ -29,12 +30,14 @@ from nemo_dsv4_cp.sequence.packing import (
     token_documents,
 )
 
-_PAD_VALUES: dict[str, float] = {
+PAD_VALUES: dict[str, float] = {
     "inputs_embeds": 0,
     "labels": -100,  # what the host's losses ignore
     "padding_mask": True,  # True = pad, so that MoE routers skip the slot
     "loss_mask": 0,
 }
+"""What fills the padding of a per-token tensor; 0 for others, and a token id for ``input_ids``."""
+
 _ROW_METADATA = {"seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded"}
 _PACKED_SHARD_MULTIPLE = 8
 """Tokens that a packed shard's length is a multiple of: aligned matrix products, no window."""
@@ -59,6 +62,17 @@ def pad_position_ids(position_ids: torch.Tensor, seq_dim: int, pad_len: int) -> 
     steps = torch.arange(1, pad_len + 1, device=position_ids.device, dtype=position_ids.dtype)
     last = position_ids.narrow(seq_dim, position_ids.shape[seq_dim] - 1, 1)
     return torch.cat((position_ids, last + steps.view(shape)), dim=seq_dim)
+
+
+def pad_tokens(
+    batch: dict[str, Any], seq_dims: Mapping[str, int], fills: Mapping[str, float], pad_len: int
+) -> None:
+    """Append ``pad_len`` slots to each tensor that ``seq_dims`` names; positions keep counting."""
+    for key, seq_dim in seq_dims.items():
+        if key == "position_ids":
+            batch[key] = pad_position_ids(batch[key], seq_dim, pad_len)
+        else:
+            batch[key] = pad_tensor(batch[key], seq_dim, pad_len, fills.get(key, 0))
 
 
 def local_token_indices(
@@ -144,7 +158,12 @@ def _refuse_images(batch: Mapping[str, Any]) -> None:
         )
 
 
-def _primary_key(batch: Mapping[str, Any]) -> str:
+def primary_key(batch: Mapping[str, Any]) -> str:
+    """Return which tensor holds the tokens.
+
+    Raises:
+        AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
+    """
     present = [key for key in ("input_ids", "inputs_embeds") if key in batch]
     # AssertionError is what the host raises for this, and what its callers may catch.
     assert len(present) == 1, (
@@ -223,12 +242,12 @@ def contiguous_shard(
     if compare_ranks:
         _compare_ranks(batch, cp_mesh.get_group())
     _refuse_images(batch)
-    batch["labels"], loss_mask = _labels(batch, loss_mask)
+    batch["labels"], loss_mask = labels_of(batch, loss_mask)
     if loss_mask is not None:
         batch["loss_mask"] = loss_mask
 
     seq_dims = batch.pop("_cp_metadata_seq_dims", {})
-    fills = {"input_ids": padding_token_id} | _PAD_VALUES
+    fills = {"input_ids": padding_token_id} | PAD_VALUES
     fills |= batch.pop("_cp_metadata_pad_values", {})
     multiple = int(pad_multiple or 2)
     if is_packed(batch):
@@ -245,7 +264,7 @@ def contiguous_shard(
         facts = _pad_rows(batch, seq_dims, fills, cp_size=cp_size, pad_multiple=multiple)
 
     assert facts.padded_seq_len is not None
-    rows = batch[_primary_key(batch)].shape[0]
+    rows = batch[primary_key(batch)].shape[0]
     layout = SequenceLayout.of_padded(
         facts.padded_seq_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_size
     )
@@ -255,10 +274,14 @@ def contiguous_shard(
     return contextlib.nullcontext, batch, facts
 
 
-def _labels(
+def labels_of(
     batch: Mapping[str, Any], loss_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the labels, and the loss mask unless it stood in for them."""
+    """Return the labels, and the loss mask unless it stood in for them.
+
+    Raises:
+        KeyError: If there are neither.
+    """
     labels = batch.get("labels")
     if labels is None:
         labels, loss_mask = loss_mask, None
@@ -285,7 +308,7 @@ def _pad_rows(
         padding = padding_of(attention_mask)
         refuse_left_padding(padding)
         batch.setdefault("padding_mask", padding)
-    primary = batch[_primary_key(batch)]
+    primary = batch[primary_key(batch)]
     rows, seq_len = primary.shape[:2]
     if "position_ids" not in batch:
         batch["position_ids"] = torch.arange(seq_len, device=primary.device)[None]
@@ -296,11 +319,8 @@ def _pad_rows(
     if padded_len > seq_len and "padding_mask" not in batch:
         # Unmarked, the slots added here would count when the MoE routers balance their experts.
         batch["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool).to(primary.device)
-    for key, seq_dim in list(_per_token_dims(batch, (rows, seq_len), seq_dims)):
-        if key == "position_ids":
-            batch[key] = pad_position_ids(batch[key], seq_dim, padded_len - seq_len)
-        else:
-            batch[key] = pad_tensor(batch[key], seq_dim, padded_len - seq_len, fills.get(key, 0))
+    per_token = dict(_per_token_dims(batch, (rows, seq_len), seq_dims))
+    pad_tokens(batch, per_token, fills, padded_len - seq_len)
     return ShardLayout(original_seq_len=seq_len, padded_seq_len=padded_len)
 
 
@@ -314,24 +334,54 @@ def _lay_out_documents(
     sync_length: bool,
 ) -> ShardLayout:
     """Put the documents of packed rows end to end and pad the rows at their end."""
-    primary = batch[_primary_key(batch)]
+    primary = batch[primary_key(batch)]
     rows, seq_len = primary.shape[:2]
     documents = documents_of(batch, rows, seq_len)
     check_tokens(documents, batch.get("position_ids"), batch["labels"])
-    padded_len = -(-max(packed_len(documents, document_multiple), 1) // row_multiple) * row_multiple
-    if sync_length:
-        padded_len = max_over_ranks(padded_len, primary.device)
-    packed = repack(
-        documents, seq_len=seq_len, document_multiple=document_multiple, padded_len=padded_len
-    ).to(primary.device)
-
     # Documents say what is padding; a mask beside them can only repeat it.
     for key in ("attention_mask", "padding_mask", "position_ids", "_packed_seq_ids"):
         batch.pop(key, None)
-    for key, seq_dim in list(_per_token_dims(batch, (rows, seq_len), seq_dims)):
-        batch[key] = packed.move(batch[key], seq_dim, fills.get(key, 0))
     for key in _ROW_METADATA:
         batch.pop(key, None)
+    return lay_out(
+        batch,
+        documents,
+        dict(_per_token_dims(batch, (rows, seq_len), seq_dims)),
+        fills,
+        document_multiple=document_multiple,
+        padded_len=row_len(
+            max(packed_len(documents, document_multiple), 1),
+            row_multiple,
+            primary.device if sync_length else None,
+        ),
+    )
+
+
+def row_len(tokens: int, multiple: int, sync_device: torch.device | None) -> int:
+    """Round the tokens of the fullest row up; to the longest of all ranks, given a device."""
+    padded_len = -(-tokens // multiple) * multiple
+    return padded_len if sync_device is None else max_over_ranks(padded_len, sync_device)
+
+
+def lay_out(
+    batch: dict[str, Any],
+    documents: Sequence[Sequence[Document]],
+    seq_dims: Mapping[str, int],
+    fills: Mapping[str, float],
+    *,
+    document_multiple: int,
+    padded_len: int,
+) -> PackedShardLayout:
+    """Put documents end to end in rows of ``padded_len``, and say in the batch where they lie."""
+    primary = batch[primary_key(batch)]
+    packed = repack(
+        documents,
+        seq_len=primary.shape[1],
+        document_multiple=document_multiple,
+        padded_len=padded_len,
+    ).to(primary.device)
+    for key, seq_dim in seq_dims.items():
+        batch[key] = packed.move(batch[key], seq_dim, fills.get(key, 0))
     batch |= {
         "position_ids": packed.position_ids,
         "padding_mask": packed.source < 0,
@@ -345,7 +395,7 @@ def _lay_out_documents(
 
 def _compare_ranks(batch: Mapping[str, Any], cp_group: Group) -> None:
     """Refuse, on all ranks of the CP group, batches that differ in rows, tokens or documents."""
-    primary = batch[_primary_key(batch)]
+    primary = batch[primary_key(batch)]
     lengths = [batch.get(key) for key in sorted(_ROW_METADATA)]
     documents = [n for t in lengths if t is not None for n in t.flatten().tolist()]
     # A number that other lengths are unlikely to have; positions weigh in, so order counts.
@@ -361,15 +411,20 @@ def _compare_ranks(batch: Mapping[str, Any], cp_group: Group) -> None:
 
 
 def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:
-    """What the host does at CP size 1: mark packing, keep the tokens.
+    """What the host does at CP size 1, and the numbers of packed tokens' documents.
 
-    The numbers of the tokens' documents go with them, which the host's MTP loss reads: without them
-    its targets cross into the next document.
+    The host's MTP loss reads them: without them its targets cross into the next document.
     """
-    if is_packed(batch):
+    packed = is_packed(batch)
+    if packed and "input_ids" in batch and "_packed_seq_ids" not in batch:
+        batch["_packed_seq_ids"] = token_documents(batch)
+    return uncut(batch, loss_mask, packed=packed)
+
+
+def uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None, *, packed: bool) -> dict[str, Any]:
+    """Mark packing and keep the tokens: what the host does at CP size 1."""
+    if packed:
         batch["qkv_format"] = "thd"
-        if "input_ids" in batch and "_packed_seq_ids" not in batch:
-            batch["_packed_seq_ids"] = token_documents(batch)
     if loss_mask is not None:
         batch["labels" if "labels" not in batch else "loss_mask"] = loss_mask
     return batch

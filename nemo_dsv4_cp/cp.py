@@ -1,28 +1,45 @@
 """The context-parallel API of DeepSeek-V4, name for name AutoModel's own ``deepseek_v4.cp``.
 
 Each CP rank owns a contiguous shard of every row; attention sees across the cuts. The functions
-here hold no logic of their own: sharding lives in ``batch``, documents, positions and the dense
-reference masks in ``sequence``, communication in ``exchange``.
+here take what AutoModel's take, with its result, and hold little logic of their own: padding lives
+in ``batch``, documents, positions and the dense reference masks in ``sequence``, communication in
+``exchange``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.batch import contiguous_shard
+from nemo_dsv4_cp.batch import (
+    PAD_VALUES,
+    labels_of,
+    lay_out,
+    pad_tokens,
+    padding_of,
+    primary_key,
+    row_len,
+    uncut,
+)
 from nemo_dsv4_cp.batch import pad_position_ids as _pad_position_ids_seq_dim_
 from nemo_dsv4_cp.batch import pad_tensor as _pad_tensor_seq_dim_
-from nemo_dsv4_cp.exchange.collectives import Group, all_gather, all_gather_metadata
+from nemo_dsv4_cp.exchange.collectives import (
+    CP_GROUP_KEY,
+    Group,
+    all_gather,
+    all_gather_metadata,
+    mesh_rank,
+)
 from nemo_dsv4_cp.exchange.collectives import cp_enabled as dsv4_cp_enabled
 from nemo_dsv4_cp.exchange.collectives import cp_rank as dsv4_cp_rank
 from nemo_dsv4_cp.exchange.collectives import cp_size as dsv4_cp_size
-from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.sequence.masks import causal_padding_mask, packed_causal_padding_mask
-from nemo_dsv4_cp.sequence.packing import build_packed_seq_ids
+from nemo_dsv4_cp.sequence.packing import build_packed_seq_ids, documents_as_told, packed_len
 
 __all__ = [
     "_lcm",
@@ -164,18 +181,25 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
     pad_multiple: int | None = None,
     sync_packed_length: bool = False,
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Pad a batch and keep this CP rank's contiguous slice of it. No communication by default.
+    """Pad a batch and keep this CP rank's contiguous slice of it, as AutoModel does.
+
+    Accepts what AutoModel's function accepts, with its result: positions as they come, padding
+    anywhere, documents padded to ``pad_multiple`` each, tokens of no document left out. Nothing
+    here protects attention, which goes by position and supports right padding only; a model's own
+    sharder, :func:`nemo_dsv4_cp.batch.contiguous_shard`, does. No communication by default.
 
     Works on its own, and attached to a batch as ``_cp_make_batch_fn`` with ``functools.partial``.
-    Documents of packed rows are padded to ``pad_multiple`` each, as in AutoModel; a model's own
-    sharder leaves that padding out (:func:`nemo_dsv4_cp.batch.contiguous_shard`).
 
     Args:
-        cp_mesh: One-dimensional CP mesh.
+        cp_mesh: One-dimensional CP mesh; size 1 leaves the tokens as they are.
         tp_mesh: Unused; V4 has no tensor parallelism.
-        batch: The full batch, changed in place; :func:`nemo_dsv4_cp.batch.contiguous_shard` lists
-            the tensors it may hold.
-        loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is sharded too.
+        batch: The full batch, changed in place. Cut are ``input_ids`` [B, S] or ``inputs_embeds``
+            [B, S, E], ``labels`` and ``padding_mask`` [B, S], and ``position_ids`` [B, S], [1, S],
+            [3, B, S] or [B, 3, S]; an ``attention_mask`` becomes the ``padding_mask`` that the
+            batch lacks. Packed rows bring ``seq_lens`` and ``seq_lens_padded`` [B, D] or [D], and
+            gain ``packed_seq_ids`` [B, L]. Other keys stay as they are.
+        loss_mask: Optional [B, S]; stands in for labels that an unpacked batch lacks, else is
+            sharded too.
         padding_token_id: Pad value of ``input_ids``.
         pad_multiple: What each shard's length must be a multiple of (at least 2), as
             :func:`dsv4_cp_local_seq_multiple` gives it.
@@ -186,19 +210,104 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
 
     Raises:
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
-        KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
-        NotImplementedError: For images.
-        ValueError: For left padding, positions that do not count along the row or document, or
-            lengths that do not fit their row.
+        KeyError: If there are neither labels nor ``loss_mask``, or if a packed batch lacks
+            ``labels`` or ``seq_lens``.
+        NotImplementedError: For packed batches that tell ``cu_seqlens`` only.
+        ValueError: If documents overrun their row.
     """
-    context, batch, _ = contiguous_shard(
-        cp_mesh,
-        tp_mesh,
-        batch,
-        loss_mask=loss_mask,
-        padding_token_id=padding_token_id,
-        pad_multiple=pad_multiple,
-        pad_documents=True,
-        sync_packed_length=sync_packed_length,
+    packed = batch.get("qkv_format") == "thd" or "seq_lens" in batch or "cu_seqlens" in batch
+    cp_size = cp_mesh.size()
+    if cp_size <= 1:
+        return contextlib.nullcontext, uncut(batch, loss_mask, packed=packed)
+
+    attention_mask = batch.pop("attention_mask", None)
+    if attention_mask is not None and "padding_mask" not in batch:
+        batch["padding_mask"] = padding_of(attention_mask)
+    fills = {"input_ids": padding_token_id} | PAD_VALUES
+    multiple = max(int(pad_multiple or 2), 2)
+    if packed:
+        seq_dims = _lay_out_documents(
+            batch,
+            loss_mask,
+            fills,
+            document_multiple=multiple,
+            row_multiple=cp_size * multiple,
+            sync_length=sync_packed_length,
+        )
+    else:
+        seq_dims = _pad_rows(batch, loss_mask, fills, cp_size=cp_size, pad_multiple=multiple)
+
+    shard = SequenceLayout.of_padded(
+        batch[primary_key(batch)].shape[1], cp_rank=mesh_rank(cp_mesh), cp_size=cp_size
     )
-    return context, batch
+    for key, seq_dim in seq_dims.items():
+        where = (slice(None),) * seq_dim + (slice(shard.start, shard.end),)
+        batch[key] = batch[key][where].contiguous()
+    batch[CP_GROUP_KEY] = cp_mesh.get_group()
+    return contextlib.nullcontext, batch
+
+
+def _pad_rows(
+    batch: dict[str, Any],
+    loss_mask: torch.Tensor | None,
+    fills: Mapping[str, float],
+    *,
+    cp_size: int,
+    pad_multiple: int,
+) -> dict[str, int]:
+    """Pad rows at their end; return the sequence dimension of what is to be cut."""
+    primary = batch[primary_key(batch)]
+    seq_len = primary.shape[1]
+    positions = batch.setdefault("position_ids", torch.arange(seq_len, device=primary.device)[None])
+    if positions.dim() == 2 and positions.shape[0] == 1:
+        batch["position_ids"] = positions.expand(primary.shape[0], -1)
+    batch["labels"], loss_mask = labels_of(batch, loss_mask)
+
+    seq_dims = {key: 1 for key in (primary_key(batch), "labels", "padding_mask") if key in batch}
+    seq_dims["position_ids"] = 2 if positions.dim() == 3 else 1
+    if loss_mask is not None:
+        batch["loss_mask"], seq_dims["loss_mask"] = loss_mask, 1
+    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=pad_multiple)
+    pad_tokens(batch, seq_dims, fills, padded_len - seq_len)
+    return seq_dims
+
+
+def _lay_out_documents(
+    batch: dict[str, Any],
+    loss_mask: torch.Tensor | None,
+    fills: Mapping[str, float],
+    *,
+    document_multiple: int,
+    row_multiple: int,
+    sync_length: bool,
+) -> dict[str, int]:
+    """Pad documents and rows; return the sequence dimension of what is to be cut."""
+    if "seq_lens" not in batch:
+        if "cu_seqlens" in batch:
+            raise NotImplementedError(
+                "a packed batch with `cu_seqlens` alone is refused here, as in AutoModel; add "
+                "`seq_lens`, or call nemo_dsv4_cp.batch.contiguous_shard, which reads cu_seqlens"
+            )
+        raise KeyError("a packed batch (qkv_format: thd) requires `seq_lens` here, as in AutoModel")
+    primary = batch[primary_key(batch)]
+    rows, seq_len = primary.shape[:2]
+    if batch.get("labels") is None:
+        raise KeyError("a packed batch needs `labels`; here no loss_mask stands in for them")
+    seq_dims = {key: 1 for key in (primary_key(batch), "labels")}
+    if loss_mask is not None:
+        batch["loss_mask"], seq_dims["loss_mask"] = loss_mask, 1
+    for key in seq_dims.keys() - {primary_key(batch)}:  # may be longer or shorter than the row
+        missing = seq_len - batch[key].shape[1]
+        batch[key] = _pad_tensor_seq_dim_(batch[key], 1, missing, fills[key])[:rows, :seq_len]
+
+    documents = documents_as_told(batch, rows, seq_len)
+    tokens = packed_len(documents, document_multiple)
+    lay_out(
+        batch,
+        documents,
+        seq_dims,
+        fills,
+        document_multiple=document_multiple,
+        padded_len=row_len(tokens, row_multiple, primary.device if sync_length else None),
+    )
+    return seq_dims | dict.fromkeys(("position_ids", "padding_mask", "packed_seq_ids"), 1)

@@ -154,12 +154,6 @@ def test_every_form_of_attention_mask_becomes_a_padding_mask(form):
     assert batch["padding_mask"].tolist() == (real == 0).tolist()
 
 
-def test_added_padding_is_marked_for_the_routers():
-    batch = whole({"input_ids": ids(5), "labels": ids(5)}, 2)
-    assert batch["padding_mask"].tolist() == [[False] * 5 + [True] * 3]
-    assert "padding_mask" not in whole({"input_ids": ids(8), "labels": ids(8)}, 2)
-
-
 def test_a_padding_mask_in_the_batch_is_kept():
     given_mask = torch.tensor([[False, True, False, False]])  # token ids that look like padding
     batch = whole({"input_ids": ids(4), "labels": ids(4), "padding_mask": given_mask}, 2)
@@ -195,27 +189,6 @@ def test_a_loss_mask_stands_in_for_missing_labels_only():
     _, beside = shard({"input_ids": ids(8), "labels": ids(8)}, loss_mask=torch.ones(1, 8))
     assert beside["labels"].tolist() == [[0, 1, 2, 3]]
     assert beside["loss_mask"].shape == (1, 4)
-
-
-def test_extra_per_token_keys_are_cut_by_shape_or_by_declaration():
-    _, batch = shard(
-        {
-            "input_ids": ids(6, 2),
-            "labels": ids(6, 2),
-            "advantages": torch.ones(2, 6),
-            "teacher_logits": torch.ones(2, 6, 5),
-            "groups": ids(6)[0],
-            "sample_weight": torch.ones(2),
-            "_cp_metadata_seq_dims": {"groups": 0},
-            "_cp_metadata_pad_values": {"groups": -7, "advantages": 0.5},
-        },
-        rank=1,
-    )
-    assert batch["advantages"].tolist() == [[1.0, 1.0, 0.5, 0.5]] * 2
-    assert batch["teacher_logits"].shape == (2, 4, 5)
-    assert batch["groups"].tolist() == [4, 5, -7, -7]
-    assert batch["sample_weight"].shape == (2,)
-    assert not [key for key in batch if key.startswith("_cp_metadata")]
 
 
 def test_it_works_bound_to_a_batch_as_a_partial():
@@ -320,22 +293,50 @@ def test_document_numbers_are_the_hosts(lengths, seq_len):
     assert torch.equal(cp.build_packed_seq_ids(lengths, **arguments), expected)
 
 
+def test_positions_and_padding_are_taken_as_they_come():
+    batch = whole(
+        {
+            "input_ids": ids(4),
+            "labels": ids(4),
+            "attention_mask": torch.tensor([[0, 1, 0, 1]]),
+            "position_ids": torch.tensor([[5, 6, 0, 1]]),
+        },
+        2,
+    )
+    assert batch["padding_mask"].tolist() == [[True, False, True, False]]
+    assert batch["position_ids"].tolist() == [[5, 6, 0, 1]]
+
+
+def test_tokens_of_no_document_are_left_out_labels_and_all():
+    batch = whole({"input_ids": ids(6), "labels": ids(6), "seq_lens": torch.tensor([[2, 2]])}, 2)
+    assert batch["labels"].tolist() == [[0, 1, 2, 3]]
+
+
+def test_no_padding_mask_is_added_and_other_keys_are_left_whole():
+    images = torch.ones(1, 3)
+    batch = {"input_ids": ids(5), "labels": ids(5), "weights": ids(5), "pixel_values": images}
+    _, cut = shard(batch)
+    assert "padding_mask" not in cut
+    assert cut["weights"].shape == (1, 5)
+    assert cut["pixel_values"] is images
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 8])}, NotImplementedError, "contiguous_shard, which"),
+        ({"seq_lens": torch.tensor([[8]]), "labels": None}, KeyError, "no loss_mask stands in"),
+        ({"seq_lens": torch.tensor([[5, 4]])}, ValueError, "document 1 ends at token 9 of 8"),
+    ],
+)
+def test_what_the_host_refuses_is_refused_with_a_way_out(batch, error, message):
+    with pytest.raises(error, match=message):
+        shard({"input_ids": ids(8), "labels": ids(8)} | batch, loss_mask=ids(8))
+
+
 def test_a_packed_batch_without_lengths_is_refused():
     with pytest.raises(KeyError, match="requires `seq_lens`"):
         shard({"input_ids": ids(8), "labels": ids(8), "qkv_format": "thd"})
-
-
-def test_images_are_refused_with_the_setting_to_change():
-    batch = {"input_ids": ids(8), "labels": ids(8), "pixel_values": torch.ones(1, 3)}
-    with pytest.raises(NotImplementedError, match=r"pixel_values.*cp_size: 1"):
-        shard(batch)
-
-
-@pytest.mark.parametrize("mask", [[0, 1, 1, 1], [1, 0, 1, 0]])
-def test_padding_before_a_real_token_is_refused(mask):
-    batch = {"input_ids": ids(4), "labels": ids(4), "attention_mask": torch.tensor([mask])}
-    with pytest.raises(ValueError, match=r"row 0 .* padding_side"):
-        shard(batch)
 
 
 @given(

@@ -63,10 +63,37 @@ def documents_of(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list
         )
     if len(real) != rows:
         raise ValueError(f"{name} describes {len(real)} rows, and the batch has {rows}")
-    return [
+    of_rows = [
         _fit(lengths, padded[row] if padded is not None else [], row, name, seq_len)
         for row, lengths in enumerate(real)
     ]
+    return [[document for document in of_row if document.length] for of_row in of_rows]
+
+
+def documents_as_told(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list[Document]]:
+    """Read ``seq_lens`` as the host does, who mends what :func:`documents_of` refuses.
+
+    Negative lengths count as 0, documents of no token keep their number, a padded length is at
+    least the real one, and lengths of rows that the batch lacks are left unread.
+
+    Args:
+        batch: Holds ``seq_lens`` [B, D] or [D], and ``seq_lens_padded`` likewise or not at all.
+        rows: B.
+        seq_len: S.
+
+    Raises:
+        IndexError: If rows have no lengths.
+        ValueError: If the documents do not fit their row.
+    """
+    real = torch.atleast_2d(batch["seq_lens"]).long().tolist()
+    padded = torch.atleast_2d(batch.get("seq_lens_padded", batch["seq_lens"])).long().tolist()
+    documents = []
+    for row in range(rows):
+        lengths = [max(n, 0) for n in real[row] if n != NO_DOCUMENT]
+        rooms = [n for n in padded[row] if n != NO_DOCUMENT]
+        rooms = [max(pair) for pair in zip(rooms, lengths, strict=False)]
+        documents.append(_fit(lengths, rooms, row, "seq_lens", seq_len))
+    return documents
 
 
 def _lengths(batch: Mapping[str, Any], key: str) -> list[list[int]] | None:
@@ -113,8 +140,7 @@ def _fit(
                 f"{name}: the documents of row {row} overrun it: document {place} ends at token "
                 f"{start + length} of {seq_len}"
             )
-        if length:
-            documents.append(Document(start, length))
+        documents.append(Document(start, length))
         start += room
     return documents
 

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from nemo_dsv4_cp.batch import contiguous_shard
-from nemo_dsv4_cp.sequence.packing import Document, documents_of, token_documents
+from nemo_dsv4_cp.sequence.packing import (
+    Document,
+    documents_as_told,
+    documents_of,
+    token_documents,
+)
 from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.meshes import FakeMesh
 
@@ -34,6 +39,29 @@ def test_documents_are_read_from_lengths_offsets_or_numbers(batch):
     batch["input_ids"] = torch.zeros(2, 8)
     numbers = [[1, 1, 1, 0, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
     assert token_documents(batch).tolist() == numbers
+
+
+def test_lengths_as_told_are_mended_and_documents_of_no_token_counted():
+    batch = {
+        "seq_lens": lengths([3, 0, 2, -1000], [-7, 8, -1000, -1000]),
+        "seq_lens_padded": lengths([1, 2, -1000, -1000], [-1000, -1000, -1000, -1000]),
+    }
+    expected = [[Document(0, 3), Document(3, 0), Document(5, 2)], [Document(0, 0), Document(0, 8)]]
+    assert documents_as_told(batch, 2, 8) == expected
+    assert documents_as_told(batch, 1, 8) == expected[:1]
+    with pytest.raises(ValueError, match="row 1 overrun it"):
+        documents_as_told(batch, 2, 7)
+
+
+def test_documents_of_no_token_are_none():
+    batch = {"seq_lens": lengths([3, 0, 2])}
+    assert documents_of(batch, 1, 8) == [[Document(0, 3), Document(3, 2)]]
+
+
+def test_a_packed_batch_that_tells_no_documents_is_refused():
+    ids = torch.arange(8)[None]
+    with pytest.raises(KeyError, match="requires `seq_lens`, `cu_seqlens`"):
+        shard({"input_ids": ids, "labels": ids, "qkv_format": "thd"})
 
 
 def shard(batch, rank=0, size=2, **options):
