@@ -26,7 +26,7 @@ def test_the_composed_tiny_recipe_trains_through_the_hosts_cli(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

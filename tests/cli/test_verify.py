@@ -48,7 +48,7 @@ def verify(path, *arguments, **environment):
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=300,
+        timeout=1800,
         check=False,
     )
 
