@@ -15,6 +15,7 @@ CAPABILITIES = (
     "expert parallelism and activation checkpointing",
     "packed documents and gradient accumulation",
     "multi-token prediction",
+    "pipeline parallelism",
     "LoRA",
     "knowledge distillation",
     "checkpoints, with the plugin and without",

@@ -2,7 +2,8 @@
 
 Importing the host takes seconds, so one server does it and the workers are its forks. A job is a
 module-level function ``job(group, rank, *args)`` that runs on the first n workers; what it returns
-comes back in rank order, and the first error any rank raises is raised here.
+comes back in rank order, and the first error any rank raises is raised here, at once. That a rank
+waits for others is no error: on a loaded machine they may take minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 8
-TIMEOUT = timedelta(seconds=90)
+TIMEOUT = timedelta(minutes=15)
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
@@ -61,6 +62,7 @@ class RankPool:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that a worker that dies leaves its pipe at an end
             self._processes.append(process)
             self._pipes.append(ours)
 
@@ -76,7 +78,10 @@ class RankPool:
             ready = wait([p for p in pipes if p not in answers], timeout=2 * TIMEOUT.seconds)
             assert ready, f"no rank answered; {len(answers)} of {ranks} had"
             for pipe in ready:
-                worked, answers[pipe] = pipe.recv()
+                try:
+                    worked, answers[pipe] = pipe.recv()
+                except EOFError:
+                    worked, answers[pipe] = False, f"rank {pipes.index(pipe)} of {ranks} died"
                 if not worked:  # the others may wait for it in a collective
                     error = answers[pipe]
                     self.stop()

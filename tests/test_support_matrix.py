@@ -55,6 +55,7 @@ def test_what_tests_showed_is_written_by_capability(pytester):
         "expert parallelism and activation checkpointing": "not tested: no test ran",
         "packed documents and gradient accumulation": "not tested: no test ran",
         "multi-token prediction": "refused",
+        "pipeline parallelism": "not tested: no test ran",
         "LoRA": "tested; not ratio 4",
         "knowledge distillation": "tested; but on the first step alone",
         "checkpoints, with the plugin and without": "not tested: no test ran",

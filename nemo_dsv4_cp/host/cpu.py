@@ -1,6 +1,6 @@
 """Runs the host's fine-tuning recipe where torch sees no CUDA device.
 
-Written for nemo_automodel 0.7.0. Three of its modules get a view of torch in which the few CUDA
+Written for nemo_automodel 0.7.0. Some of its modules get a view of torch in which the few CUDA
 calls that they make unasked are answered; torch itself stays as it is.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from nemo_automodel._transformers import auto_model, infrastructure
+from nemo_automodel.components.distributed.pipelining import functional as pipelining
 from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
 from nemo_automodel.components.moe import parallelizer
 from nemo_automodel.recipes.llm import kd, train_ft
@@ -79,6 +80,9 @@ def lift_cuda_assumptions() -> None:
         device=lambda *_: torch.device("cpu"),
         cuda=_Overlay(torch.cuda, current_device=lambda: 0),
     )
+    # distributed/pipelining/functional.py waits for the device after a first message between
+    # pipeline stages, where it knows the rows' length ahead, as with packed rows (from 0.6 on).
+    pipelining.torch = _Overlay(torch, cuda=_Overlay(torch.cuda, synchronize=lambda *_: None))
     # moe/parallelizer.py, apply_cp: with ep_size > 1 and cp_size > 1 it imports transformer_engine
     # to tell TE's attention from others, before it asks whether a model brings its own.
     if importlib.util.find_spec("transformer_engine") is None:

@@ -20,7 +20,7 @@ COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 )
 def test_a_command_answers(arguments, said):
     done = subprocess.run(
-        [COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [COMMAND, *arguments], capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr
     assert said in " ".join(done.stdout.split())

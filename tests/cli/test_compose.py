@@ -26,7 +26,7 @@ def test_the_composed_tiny_recipe_trains_through_the_hosts_cli(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=1200,  # a loaded machine takes minutes
+        timeout=1800,  # a loaded machine takes minutes
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -71,7 +71,7 @@ def verify(path, *arguments, **environment):
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=1200,  # a loaded machine takes minutes
+        timeout=1800,  # a loaded machine takes minutes
         check=False,
     )
 

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from nemo_automodel._transformers import auto_model
+from nemo_automodel.components.distributed.pipelining import functional as pipelining
 from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
 from nemo_automodel.components.moe import parallelizer
 from nemo_automodel.recipes.llm import train_ft
@@ -18,6 +19,7 @@ PATCHED = {
     train_ft: "torch",
     auto_model: "torch",
     deepseek_v4: "torch",
+    pipelining: "torch",
     parallelizer: "apply_cp",
 }
 
@@ -46,6 +48,7 @@ def test_the_hosts_questions_to_cuda_are_answered_with_the_cpu(no_cuda):
     assert asked.device("cuda", asked.cuda.current_device()) == torch.device("cpu")
     asked = deepseek_v4.torch
     assert asked.device(f"cuda:{asked.cuda.current_device()}") == torch.device("cpu")
+    pipelining.torch.cuda.synchronize(torch.device("cpu"))
 
 
 def test_torch_itself_and_all_else_in_it_stay_as_they_are(no_cuda):
