@@ -18,7 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
-from nemo_dsv4_cp.tools.verification import packed_batch
+from nemo_dsv4_cp.tools.verification import (
+    GRADIENT_LIMIT,
+    OUTPUT_LIMIT,
+    Difference,
+    packed_batch,
+)
 from tests.parity import (
     GroupMesh,
     compare_gradients,
@@ -50,7 +55,7 @@ def packed_attention_job(
     seed: int = 0,
     spare: int = 0,
     **changes: Any,
-) -> dict[str, float]:
+) -> list[Difference]:
     """One attention layer over rows cut into shards that heed no document and no window."""
     config = tiny_config([ratio], context_parallel=options, **changes)
     reference = DeepseekV4Attention(config, 0, cpu_backend())
@@ -115,11 +120,12 @@ def packed_attention_job(
     (out * weight[:, own] * here[..., None]).sum().backward()
     gaps = ((out.detach() - expected[:, own]), (shard.grad - whole.grad[:, own]))
     outputs, gradient = (float((gap * here[..., None]).abs().max()) for gap in gaps)
-    differences = {
-        "outputs": outputs,
-        "input gradient": gradient / max(float(whole.grad.abs().max()), 1e-30),
-    }
-    return differences | compare_gradients(group, mine, reference)
+    gradient /= max(float(whole.grad.abs().max()), 1e-30)
+    return [
+        Difference("outputs", outputs, OUTPUT_LIMIT),
+        Difference("input gradient", gradient, GRADIENT_LIMIT),
+        *compare_gradients(group, mine, reference),
+    ]
 
 
 def packed_model_job(
@@ -130,7 +136,7 @@ def packed_model_job(
     options: dict[str, Any],
     seed: int = 0,
     mtp_layers: int = 0,
-) -> dict[str, float]:
+) -> list[Difference]:
     """A whole MoE model on packed rows, against each document alone on the host's at CP size 1."""
     config = tiny_config(
         ratios, context_parallel=options, index_topk=512, num_nextn_predict_layers=mtp_layers
@@ -204,5 +210,8 @@ def packed_model_job(
 
     logits = sharder.gather_token_tensor(out.logits.detach(), trim=True, fill=0.0)
     gap = float((logits - expected)[labels != -100].abs().max())
-    differences = {"outputs": gap, "loss": float((total - expected_loss).abs())}
-    return differences | compare_gradients(group, mine, reference)
+    return [
+        Difference("outputs", gap, OUTPUT_LIMIT),
+        Difference("loss", float((total - expected_loss).abs()), OUTPUT_LIMIT),
+        *compare_gradients(group, mine, reference),
+    ]

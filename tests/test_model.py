@@ -41,6 +41,23 @@ def test_a_larger_pad_multiple_changes_nothing(ranks):
     assert_parity(ranks.run(model_job, 2, RATIOS, 1, 300, options))
 
 
+@pytest.mark.parametrize(
+    ("size", "rows", "seq_len", "seed"),
+    [(4, 1, 60, 31), (4, 2, 60, 31), (4, 2, 60, 6), (4, 1, 61, 28), (3, 1, 1031, 1)],
+)
+def test_weights_whose_scale_gradients_cancel_are_no_error(ranks, size, rows, seq_len, seed):
+    # Here a scale's gradient is a two-thousandth of its terms, and rounding up to 3e-4 of it.
+    assert_parity(ranks.run(model_job, size, RATIOS, rows, seq_len, BOUNDARY, False, seed))
+
+
+@pytest.mark.parametrize("seed", [0, 31])
+def test_a_rank_that_loses_its_part_of_a_scales_gradient_is_found(ranks, seed):
+    arguments = (RATIOS, 1, 1000, BOUNDARY, False, seed, 512, "scale")
+    for differences in ranks.run(model_job, 8, *arguments):
+        wrong = {found.name for found in differences if not found.passes}
+        assert wrong == {found.name for found in differences if found.name.endswith("scale")}
+
+
 def build(cls=DeepseekV4ContextParallelForCausalLM, **changes):
     model = cls(tiny_config(RATIOS, **changes), backend=cpu_backend())
     model.initialize_weights(torch.device("cpu"), torch.float32)
