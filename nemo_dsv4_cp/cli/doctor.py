@@ -36,7 +36,7 @@ def doctor(
         for finding in findings:
             mark = "[red]x[/red]" if finding.fatal else "[yellow]![/yellow]"
             mark = mark if finding.remedy else "[green]ok[/green]"
-            table.add_row(mark, finding.subject, finding.found, finding.remedy or "")
+            table.add_row(mark, finding.subject, finding.found, finding.remedy or finding.note or "")
         console.print(table)
     fatal = [finding.subject for finding in findings if finding.fatal]
     if fatal:

@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nemo_dsv4_cp.host.torch_api import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.tools import HOST
 from nemo_dsv4_cp.tools.layer import Case, build
 
@@ -124,6 +125,7 @@ def weigh(case: Case) -> Weight:
     The host's layer runs with its TileLang kernels, of which only the tensors they take, save and
     return exist here; ours runs its torch path.
     """
+    let_fake_tensors_through_collectives()
     store = FakeStore()
     dist.init_process_group("fake", rank=case.rank, world_size=case.cp_size, store=store)
     try:
