@@ -11,12 +11,13 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-hosts lint clean
+.PHONY: help demo test test-hosts test-torch lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
+	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make clean  remove .venv and all that was built"
 	@echo "PYTHON=/path/to/python picks the Python that .venv is made of."
@@ -63,6 +64,30 @@ test-briefly-%: .hosts/%/.installed
 	.hosts/$*/bin/python $(PIP_INSTALL) -c .hosts/$*/constraints.txt nemo_automodel
 	@touch $@
 
+# Releases of torch beside the one of constraints.txt: the one of AutoModel's own lock, the newest.
+OTHER_TORCHES := 2.10.0 2.15.0
+PYTEST_OF_TORCH = .torch/$*/bin/python -m pytest -p no:cacheprovider
+
+test-torch-%: .torch/%/.installed
+	@echo "torch $*"
+	.torch/$*/bin/python -m nemo_dsv4_cp.cli.demo
+	$(PYTEST_OF_TORCH) --matrix .torch/$*/matrix.json tests/attention tests/exchange \
+		tests/host/test_torch_api.py tests/test_recipe.py
+
+test-torch: $(OTHER_TORCHES:%=test-torch-%)
+	$(BIN)/python docs/matrix.py $(HOSTS:%=.hosts/%/matrix.json) \
+		$(OTHER_TORCHES:%=.torch/%/matrix.json)
+
+.PRECIOUS: .torch/%/.installed
+.torch/%/.installed: $(INSTALLED)
+	@echo "Installing torch $* into .torch/$*, on top of $(VENV): about 7 GB."
+	$(BIN)/python -m venv --clear .torch/$*
+	beneath=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$(.torch/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$beneath')" > $$own/beneath.pth
+	.torch/$*/bin/python $(PIP_INSTALL) torch==$*
+	@touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +113,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .hosts build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .hosts .torch build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

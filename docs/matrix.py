@@ -1,6 +1,7 @@
-"""Writes docs/support.md's matrix from what the tests showed: ``make test-hosts`` runs it.
+"""Writes docs/support.md's matrix from what the tests showed: ``make test-hosts`` and ``make
+test-torch`` run it.
 
-Its arguments are the files of ``pytest --matrix``, one for each release of AutoModel.
+Its arguments are the files of ``pytest --matrix``, one for each release of AutoModel and of torch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def matrix(results: list[dict[str, dict[str, str]]]) -> str:
     rows = [
         ["", *(f"AutoModel {found['nemo_automodel']}" for found in packages)],
         ["---"] * (len(results) + 1),
+        ["torch", *(found["torch"].partition("+")[0] for found in packages)],
         ["transformers", *(found["transformers"] for found in packages)],
     ]
     for name in results[0]["capabilities"]:
@@ -42,7 +44,7 @@ def matrix(results: list[dict[str, dict[str, str]]]) -> str:
 def main(paths: list[str]) -> None:
     """Put the matrix of these results, newest release first, into its page."""
     results = [json.loads(Path(path).read_text()) for path in paths]
-    results.sort(key=lambda result: result["packages"]["nemo_automodel"], reverse=True)
+    results.sort(key=lambda result: result["packages"]["nemo_automodel"], reverse=True)  # stable
     text = PAGE.read_text()
     start, end = text.index(START) + len(START), text.index(END)
     PAGE.write_text(f"{text[:start]}\n{matrix(results)}\n{text[end:]}")

@@ -16,17 +16,16 @@ import yaml
 from nemo_automodel.components.moe import experts
 from nemo_automodel.recipes.llm import kd
 from safetensors.torch import load_file
-from transformers.models import deepseek_v4
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
-from nemo_dsv4_cp.host import contracts, mtp_contract
+from nemo_dsv4_cp.host import mtp_contract
+from nemo_dsv4_cp.host.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
 from tests.processes import run_to_log
 
 ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
-ASKS_FOR_SHARDER = contracts.batch_contract().NAME == "ContextParallelSharder"
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
 MOVES_ALL = "v.to(self.dist_env.device, non_blocking=True) for k, v in batch.items()"
 DISTILS_PACKED_ROWS = MOVES_ALL not in inspect.getsource(kd)
@@ -248,20 +247,20 @@ def distillation():
     )
 
 
-@pytest.mark.skipif(not ASKS_FOR_SHARDER, reason="shown by the next test")
+@pytest.mark.skipif(not HAS_SHARDER, reason="shown by the next test")
 @pytest.mark.capability("LoRA", "knowledge distillation")
 def test_distillation_into_lora_at_cp_2_equals_one_rank(cut_and_whole, distillation):
     assert_same(*cut_and_whole("distilled", **distillation))
 
 
-@pytest.mark.skipif(ASKS_FOR_SHARDER, reason="shown by the test before")
+@pytest.mark.skipif(HAS_SHARDER, reason="shown by the test before")
 @pytest.mark.capability("knowledge distillation", refused=True)
 def test_distillation_is_refused_where_the_recipe_keeps_its_labels(launch, distillation):
     with pytest.raises(Failed, match=r"without labels.*distributed\.cp_size: 1"):
         launch("distilled", 2, **distillation)
 
 
-@pytest.mark.skipif(ASKS_FOR_SHARDER, reason="shown by distillation into LoRA")
+@pytest.mark.skipif(HAS_SHARDER, reason="shown by distillation into LoRA")
 @pytest.mark.capability("LoRA")
 def test_lora_at_cp_2_equals_one_rank(cut_and_whole):
     assert_same(*cut_and_whole("lora", step_scheduler={"max_steps": 2}, **PACKED, **LORA))
@@ -295,7 +294,7 @@ def test_a_checkpoint_loads_without_the_plugin_and_back(
     our_model = plain_model | {"config": plain_model["config"] | {"_target_": target}}
     ours = launch("ours", 2, distributed=on_either, model=our_model, **changes)
     assert ours.losses[0] < trained[0].losses[0] - 0.2  # trained weights, not random ones
-    if not ASKS_FOR_SHARDER:
+    if not HAS_SHARDER:
         record_property(
             "but", "not read without the plugin: this release by itself cannot shard V4"
         )
@@ -307,6 +306,9 @@ def test_a_checkpoint_loads_without_the_plugin_and_back(
 def test_transformers_own_model_reads_a_checkpoint_trained_at_cp_2_and_says_the_same(
     expert_parallel,
 ):
+    deepseek_v4 = pytest.importorskip(
+        "transformers.models.deepseek_v4", reason="this transformers has no V4 of its own"
+    )
     (saved,) = expert_parallel.directory.glob("epoch_*/model/consolidated")
     theirs, found = deepseek_v4.DeepseekV4ForCausalLM.from_pretrained(
         saved, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

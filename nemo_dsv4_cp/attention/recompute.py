@@ -10,17 +10,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_SELECTIVE_CHECKPOINTING = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-
-
-def in_backward() -> bool:
-    """Return whether autograd is running backward, as it is during a recomputation."""
-    # torch.utils.checkpoint itself tells its recomputations apart by this id.
-    return torch._C._current_graph_task_id() != -1
+from nemo_dsv4_cp.host.torch_api import (
+    SELECTIVE_CHECKPOINTING,
+    current_modes,
+    in_backward,
+    without_modes,
+)
 
 
 def unseen_by_checkpointing() -> AbstractContextManager[None]:
@@ -29,9 +26,8 @@ def unseen_by_checkpointing() -> AbstractContextManager[None]:
     Its policies save results of ``topk`` and matrix products and hand them to the recomputation by
     their number, so a recomputation that skips some would receive those of others.
     """
-    modes = _get_current_dispatch_mode_stack()
-    if any(isinstance(mode, _SELECTIVE_CHECKPOINTING) for mode in modes):
-        hidden: AbstractContextManager[None] = _disable_current_modes()
+    if any(isinstance(mode, SELECTIVE_CHECKPOINTING) for mode in current_modes()):
+        hidden: AbstractContextManager[None] = without_modes()
         return hidden
     return nullcontext()
 

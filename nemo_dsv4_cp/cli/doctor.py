@@ -36,7 +36,8 @@ def doctor(
         for finding in findings:
             mark = "[red]x[/red]" if finding.fatal else "[yellow]![/yellow]"
             mark = mark if finding.remedy else "[green]ok[/green]"
-            table.add_row(mark, finding.subject, finding.found, finding.remedy or "")
+            advice = finding.remedy or finding.note or ""
+            table.add_row(mark, finding.subject, finding.found, advice)
         console.print(table)
     fatal = [finding.subject for finding in findings if finding.fatal]
     if fatal:

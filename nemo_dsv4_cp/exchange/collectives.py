@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from nemo_dsv4_cp.host.torch_api import all_gather_single, reduce_scatter_single
+
 Group = dist.ProcessGroup
 
 CP_GROUP_KEY = "_dsv4_cp_group"
@@ -50,7 +52,7 @@ def mesh_rank(cp_mesh: Any) -> int:
 
 def _gather_concat(tensor: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     shares = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    dist.all_gather_single(shares.flatten(0, 1), tensor.contiguous(), group=group)
+    all_gather_single(shares.flatten(0, 1), tensor.contiguous(), group=group)
     return torch.cat(shares.unbind(), dim=dim)
 
 
@@ -67,7 +69,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         shares = torch.stack(grad.chunk(dist.get_world_size(ctx.group), dim=ctx.dim))
         own = torch.empty_like(shares[0])
-        dist.reduce_scatter_single(own, shares.flatten(0, 1), group=ctx.group)
+        reduce_scatter_single(own, shares.flatten(0, 1), group=ctx.group)
         return own, None, None
 
 

@@ -11,11 +11,13 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 
+from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.host.contracts import TESTED_RELEASES
+from nemo_dsv4_cp.host.torch_api import TESTED_TORCH
 
-_ARCHITECTURES = "nemo_automodel.architectures"
 _ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
 _NEWEST = TESTED_RELEASES[0]
+_TESTED = {"nemo_automodel": TESTED_RELEASES, "torch": TESTED_TORCH}
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,14 @@ class Finding:
         found: What is there.
         remedy: What to do about it; None if nothing need be done.
         fatal: Whether training would fail.
+        note: What to know about it, where nothing need be done.
     """
 
     subject: str
     found: str
     remedy: str | None = None
     fatal: bool = False
+    note: str | None = None
 
 
 def diagnose() -> list[Finding]:
@@ -53,18 +57,25 @@ def _versions() -> Iterator[Finding]:
     yield Finding("Python", python, "install Python 3.11 or newer" if old else None, fatal=old)
     for name in ("nemo_dsv4_cp", "nemo_automodel", "torch", "transformers", "triton"):
         found = _version(name)
-        remedy, fatal = None, False
-        if name == "nemo_automodel" and found not in TESTED_RELEASES:
-            tested = ", ".join(TESTED_RELEASES)
-            remedy = f"tested with {tested}: pip install nemo_automodel=={_NEWEST}"
-            fatal = found is None
-        elif name == "torch" and not torch.__version__.startswith("2.13."):
-            remedy = "tested with torch 2.13 only: pip install torch==2.13.0"
+        remedy = None
+        if name == "nemo_automodel" and found is None:
+            remedy = f"pip install nemo_automodel=={_NEWEST}"
         elif name == "triton" and found is None and torch.cuda.is_available():
             remedy = "the host's LoRA and MoE kernels need it: pip install triton==3.7.1"
         elif name == "triton" and found is not None and found.startswith("3.9"):
             remedy = "the host's LoRA kernels do not import with it: pip install triton==3.7.1"
-        yield Finding(name, found or "not installed", remedy, fatal)
+        fatal = name == "nemo_automodel" and found is None
+        note = _untested(name, found) if found else None
+        yield Finding(name, found or "not installed", remedy, fatal, note)
+
+
+def _untested(name: str, found: str) -> str | None:
+    """Return what to know of a version that no test ran with: it may well work."""
+    tested = _TESTED.get(name, ())
+    # A build's own label, as of 2.10.0+cu128 or of NVIDIA's containers, makes no other version.
+    if not tested or found.partition("+")[0] in tested:
+        return None
+    return f"not tested; tested with {', '.join(tested)}"
 
 
 def _version(name: str) -> str | None:
@@ -75,14 +86,14 @@ def _version(name: str) -> str | None:
 
 
 def _plugins() -> Iterator[Finding]:
-    ours = entry_points(group=_ARCHITECTURES, name=_ARCHITECTURE)
+    ours = entry_points(group=plugins.ARCHITECTURES, name=_ARCHITECTURE)
     yield Finding(
-        f"{_ARCHITECTURES}: {_ARCHITECTURE}",
+        f"{plugins.ARCHITECTURES}: {_ARCHITECTURE}",
         ", ".join(point.value for point in ours) or "not declared",
         None if ours else "reinstall the package: pip install --force-reinstall nemo-dsv4-cp",
         fatal=not ours,
     )
-    for group in ("nemo_dsv4_cp.transports", "nemo_dsv4_cp.batch_fns"):
+    for group in (plugins.TRANSPORTS, plugins.KERNELS, plugins.BATCH_FNS):
         points = entry_points(group=group)
         for point in points:
             try:

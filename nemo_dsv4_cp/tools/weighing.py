@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_dsv4_cp.exchange.collectives import process_group
+from nemo_dsv4_cp.host.torch_api import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.tools.layer import Case, build
 from nemo_dsv4_cp.tools.paths import HOST
 
@@ -123,6 +124,7 @@ def weigh(case: Case) -> Weight:
     The host's layer runs with its TileLang kernels, of which only the tensors they take, save and
     return exist here; ours runs its torch path.
     """
+    let_fake_tensors_through_collectives()
     with (
         process_group("fake", rank=case.rank, size=case.cp_size) as group,
         FakeTensorMode(),
