@@ -1,7 +1,7 @@
-"""Writes docs/support.md's matrix from what the tests showed: ``make test-hosts`` and ``make
-test-torch`` run it.
+"""Writes docs/support.md's matrix from what the tests showed.
 
-Its arguments are the files of ``pytest --matrix``, one for each release of AutoModel and of torch.
+``make test-hosts`` and ``make test-torch`` run it. Its arguments are the files of ``pytest
+--matrix``, one for each release of AutoModel and of torch.
 """
 
 from __future__ import annotations
