@@ -86,6 +86,9 @@ test-torch: $(OTHER_TORCHES:%=test-torch-%)
 	own=$$(.torch/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$beneath')" > $$own/beneath.pth
 	.torch/$*/bin/python $(PIP_INSTALL) torch==$*
+	# The triton 3.9 of torch 2.15 breaks the host's LoRA kernels at import: that of .venv serves.
+	case "$$(.torch/$*/bin/python -c 'import triton; print(triton.__version__)')" in 3.9.*) \
+		.torch/$*/bin/python -m pip uninstall --quiet --yes triton;; esac
 	@touch $@
 
 lint: $(INSTALLED)

@@ -100,7 +100,7 @@ def test_the_matrix_is_written_between_the_marks_of_its_page(tmp_path, monkeypat
     found.write_text(
         json.dumps(
             {
-                "packages": {"nemo_automodel": "2.0", "transformers": "1"},
+                "packages": {"nemo_automodel": "2.0", "torch": "2.13.0", "transformers": "1"},
                 "capabilities": {"X": "tested"},
             }
         )
