@@ -34,6 +34,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     cp_size,
     sharding_groups,
 )
+from nemo_dsv4_cp.host import fsdp
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
     reset_uninitialised_norms,
@@ -233,6 +234,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         batch_contract().install(self)
+        fsdp.install()
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
