@@ -1,10 +1,13 @@
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import RankPool
 
 pytest_plugins = ["pytester", "tests.capabilities"]
 
+settings.register_profile("patient", deadline=None)  # a loaded machine is no error
+settings.load_profile("patient")
 torch.compiler.set_stance("force_eager")  # the host compiles anew for every length
 
 
