@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope
 from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 
@@ -41,14 +40,13 @@ def select_entries(
     """
     batch, length = hidden_BLE.shape[:2]
     heads = indexer.n_heads
-    cos, sin = (part.unsqueeze(2) for part in position_embeddings)
     q_BLID = indexer.wq_b(q_residual).view(batch, length, heads, indexer.head_dim)
-    q_BLID = apply_partial_rope(q_BLID, cos, sin, indexer.rope_head_dim)
     weights_BLI = indexer.weights_proj(hidden_BLE).float() * heads**-0.5
     return kernels.choose_entries(
         q_BLID,
         weights_BLI * indexer.softmax_scale,
         index_keys_BPD,
+        position_embeddings,
         layout=layout,
         ratio=indexer.compress_ratio,
         topk=indexer.index_topk,

@@ -128,8 +128,6 @@ class ContextParallelAttention(DeepseekV4Attention):
 
         q_residual = self.q_norm(self.wq_a(hidden_states))
         q_BLND = self.wq_b(q_residual).view(batch, length, self.num_heads, self.head_dim)
-        # Per-head norm without weight: DeepSeek's inference code has it, transformers' port not.
-        q_BLND = self._kernels.norm_and_rotate(q_BLND, *rope, eps=self.config.rms_norm_eps)
         kv_BLD = self.kv_norm(self.wkv(hidden_states))
         kv_BLD = apply_partial_rope(kv_BLD, *rope, self.rope_head_dim)
 
@@ -147,16 +145,18 @@ class ContextParallelAttention(DeepseekV4Attention):
             window=self.sliding_window,
             ratio=self.compress_ratio,
         )
+        # Per-head norm without weight: DeepSeek's inference code has it, transformers' port not.
         out_BLND = self._kernels.attend(
             q_BLND,
             raw.tensor,
             entries_BPD,
             self.sinks_param(q_BLND),
             chosen_BLK,
+            rope,
             plan=plan,
             scale=self.scaling,
+            eps=self.config.rms_norm_eps,
         )
-        out_BLND = self._kernels.rotate_back_(out_BLND, *rope)
         grouped = out_BLND.reshape(batch, length, self.config.o_groups, -1)
         return self.wo_b(self.wo_a(grouped).flatten(2)), None
 

@@ -17,8 +17,10 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
     dsv4_sparse_attention,
 )
 
+from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.reference.index_choice import choose_entries, index_scores
+from nemo_dsv4_cp.kernels.reference.rotary import rotate_
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 
@@ -48,12 +50,13 @@ class TileLangKernels(TorchKernels):
         q_BLIF: torch.Tensor,
         weights_BLI: torch.Tensor,
         keys_BPF: torch.Tensor,
+        rope: Rope,
         *,
         layout: SequenceLayout,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
-        """Return the ``topk`` best of the entries that each query may see."""
+        """Rotate index queries and return the ``topk`` best of the entries that each may see."""
 
         def score(q_BCIF: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             # The kernel leaves out what lies ahead of a query: put all behind the last key.
@@ -71,7 +74,7 @@ class TileLangKernels(TorchKernels):
             return scores
 
         return choose_entries(
-            q_BLIF,
+            rotate_(q_BLIF, *rope, workspace_bytes=self.workspace_bytes),
             weights_BLI,
             keys_BPF,
             layout=layout,
@@ -81,7 +84,7 @@ class TileLangKernels(TorchKernels):
             score=score if _SCORES_KNOW_PLACES else index_scores,
         )
 
-    def attend(
+    def _attend_rotated(
         self,
         q_BLND: torch.Tensor,
         raw_BTD: torch.Tensor,
@@ -92,7 +95,6 @@ class TileLangKernels(TorchKernels):
         plan: AttentionPlan,
         scale: float,
     ) -> torch.Tensor:
-        """Attend to the window and to entries, all that are past or the chosen."""
         keys = torch.cat((raw_BTD, entries_BPD), dim=1)
         indices = key_indices(plan, raw_BTD, entries_BPD, chosen_BLK)
         attended: torch.Tensor = dsv4_sparse_attention(

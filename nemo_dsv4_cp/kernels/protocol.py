@@ -1,4 +1,4 @@
-"""What attention asks of the device: four operations, each with or without a kernel behind it."""
+"""What attention asks of the device: two operations, each with or without kernels behind it."""
 
 # B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
 # I index heads   F index width   r rotary dims
@@ -11,6 +11,9 @@ import torch
 
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""Cos and sin from the host's rotary embedding, [B, L, r] each: the r / 2 angles, twice."""
 
 
 class Kernels(Protocol):
@@ -29,30 +32,21 @@ class Kernels(Protocol):
             ValueError: If it cannot run here, with what to use instead.
         """
 
-    def norm_and_rotate(
-        self, x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor, *, eps: float
-    ) -> torch.Tensor:
-        """RMS-normalise each head without weight, then rotate its last r dims; differentiable."""
-
-    def rotate_back_(
-        self, x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor
-    ) -> torch.Tensor:
-        """Undo the rotation of the last r dims, in place where it likes; differentiable."""
-
     def choose_entries(
         self,
         q_BLIF: torch.Tensor,
         weights_BLI: torch.Tensor,
         keys_BPF: torch.Tensor,
+        rope: Rope,
         *,
         layout: SequenceLayout,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
-        """Return the ``topk`` best of the entries that each query may see.
+        """Rotate index queries and return the ``topk`` best of the entries that each may see.
 
         A score is the sum over heads of weight * relu(q . k), in float32; equal scores go to the
-        earlier entry.
+        earlier entry. The queries' memory may be written over.
 
         Returns:
             Int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots; no gradient.
@@ -65,11 +59,28 @@ class Kernels(Protocol):
         entries_BPD: torch.Tensor,
         sinks_N: torch.Tensor,
         chosen_BLK: torch.Tensor | None,
+        rope: Rope,
         *,
         plan: AttentionPlan,
         scale: float,
+        eps: float,
     ) -> torch.Tensor:
         """Attend to the window and to entries, all that are past or the chosen; differentiable.
+
+        Each head of the queries is first RMS-normalised without weight and its last r dims are
+        rotated; the output's are rotated back.
+
+        Args:
+            q_BLND: Queries as projected.
+            raw_BTD: Raw keys (= values), rotated, ``plan.raw_first`` the first.
+            entries_BPD: Entries in the order that ``plan.layout`` counts them; P may be 0.
+            sinks_N: Logit per head of the sink, which takes probability and adds nothing.
+            chosen_BLK: Entries that each query attends to, ``NOTHING`` for none; None means all
+                that it may see.
+            rope: Angles of the queries' positions.
+            plan: Which keys each query sees.
+            scale: Score multiplier.
+            eps: Added to the mean square of the norm.
 
         Returns:
             [B, L, N, D] of the queries' dtype.

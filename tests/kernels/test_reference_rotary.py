@@ -6,7 +6,7 @@ from nemo_automodel.components.models.deepseek_v4.layers import (
     _rms_norm_last_dim,
 )
 
-from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_back_
+from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 4096, 1 << 30])
@@ -18,7 +18,7 @@ def test_norm_and_rotation_are_the_hosts_there_and_back(workspace_bytes):
 
     turned = norm_and_rotate(mine, cos, sin, eps=1e-6, workspace_bytes=workspace_bytes)
     # A product in between: rotating back in place must not touch what others have saved.
-    back = rotate_back_(turned * 2, cos, sin, workspace_bytes=workspace_bytes)
+    back = rotate_(turned * 2, cos, -sin, workspace_bytes=workspace_bytes)
     expected = _rms_norm_last_dim(theirs.transpose(1, 2), 1e-6)
     expected = _apply_partial_rope(expected, cos, sin, 8)
     expected_back = _apply_partial_rope(expected * 2, cos, -sin, 8).transpose(1, 2)
@@ -36,5 +36,5 @@ def test_only_the_input_is_saved_for_backward():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = norm_and_rotate(x * 1, cos, sin, eps=1e-6, workspace_bytes=1 << 20)
-        rotate_back_(out * 1, cos, sin, workspace_bytes=1 << 20)
+        rotate_(out * 1, cos, -sin, workspace_bytes=1 << 20)
     assert [t.shape for t in saved if t.numel() >= x.numel()] == [x.shape]

@@ -135,19 +135,19 @@ def norm_and_rotate(
     return out
 
 
-def rotate_back_(
+def rotate_(
     x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor, *, workspace_bytes: int
 ) -> torch.Tensor:
-    """Undo the rotation of the last r dims in place, with autograd.
+    """Rotate the last r dims in place, with autograd; ``-sin_BLr`` undoes a rotation.
 
     Args:
         x_BLND: Per-head tensor that no one else reads.
-        cos_BLr: Cosines of the rotation to undo.
-        sin_BLr: Its sines.
+        cos_BLr: Cosines from the host's rotary embedding.
+        sin_BLr: Sines.
         workspace_bytes: How much float32 one chunk of rows may take.
 
     Returns:
         The same memory.
     """
-    out: torch.Tensor = _RotateInPlace.apply(x_BLND, cos_BLr, -sin_BLr, workspace_bytes)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _RotateInPlace.apply(x_BLND, cos_BLr, sin_BLr, workspace_bytes)  # type: ignore[no-untyped-call]
     return out

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 
+from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
 from nemo_dsv4_cp.kernels.reference.index_choice import choose_entries
-from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_back_
+from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 
@@ -21,33 +22,20 @@ class TorchKernels:
         """Remember how much one chunk of scores or of float32 rows may take."""
         self.workspace_bytes = workspace_bytes
 
-    def norm_and_rotate(
-        self, x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor, *, eps: float
-    ) -> torch.Tensor:
-        """RMS-normalise each head without weight, then rotate its last r dims."""
-        return norm_and_rotate(
-            x_BLND, cos_BLr, sin_BLr, eps=eps, workspace_bytes=self.workspace_bytes
-        )
-
-    def rotate_back_(
-        self, x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor
-    ) -> torch.Tensor:
-        """Undo the rotation of the last r dims, in place."""
-        return rotate_back_(x_BLND, cos_BLr, sin_BLr, workspace_bytes=self.workspace_bytes)
-
     def choose_entries(
         self,
         q_BLIF: torch.Tensor,
         weights_BLI: torch.Tensor,
         keys_BPF: torch.Tensor,
+        rope: Rope,
         *,
         layout: SequenceLayout,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
-        """Return the ``topk`` best of the entries that each query may see."""
+        """Rotate index queries and return the ``topk`` best of the entries that each may see."""
         return choose_entries(
-            q_BLIF,
+            rotate_(q_BLIF, *rope, workspace_bytes=self.workspace_bytes),
             weights_BLI,
             keys_BPF,
             layout=layout,
@@ -63,11 +51,31 @@ class TorchKernels:
         entries_BPD: torch.Tensor,
         sinks_N: torch.Tensor,
         chosen_BLK: torch.Tensor | None,
+        rope: Rope,
+        *,
+        plan: AttentionPlan,
+        scale: float,
+        eps: float,
+    ) -> torch.Tensor:
+        """Attend to the window and to entries, all that are past or the chosen."""
+        workspace, (cos, sin) = self.workspace_bytes, rope
+        q_BLND = norm_and_rotate(q_BLND, cos, sin, eps=eps, workspace_bytes=workspace)
+        out_BLND = self._attend_rotated(
+            q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan=plan, scale=scale
+        )
+        return rotate_(out_BLND, cos, -sin, workspace_bytes=workspace)
+
+    def _attend_rotated(
+        self,
+        q_BLND: torch.Tensor,
+        raw_BTD: torch.Tensor,
+        entries_BPD: torch.Tensor,
+        sinks_N: torch.Tensor,
+        chosen_BLK: torch.Tensor | None,
         *,
         plan: AttentionPlan,
         scale: float,
     ) -> torch.Tensor:
-        """Attend to the window and to entries, all that are past or the chosen."""
         return sparse_attention(
             q_BLND,
             raw_BTD,
