@@ -57,3 +57,23 @@ class AttentionPlan:
         first, stop = self.layout.visible_entries(chunk, self.ratio, device)
         entries = torch.arange(span.start, span.stop, device=device)
         return (entries < first[..., None]) | (entries >= stop[..., None])
+
+    def sight(self, device: torch.device) -> torch.Tensor:
+        """Return each query's keys as rows of both storages, without a position in them.
+
+        Returns:
+            Int32 [B or 1, L, 4]: its first raw key and its last, which is its own; the first entry
+            that it may see and the one after the last.
+        """
+        whole = slice(0, self.layout.local_len)
+        own = self.layout.positions(device)
+        first = self.layout.first_keys(whole, device)
+        begin = (own - self.window + 1).clamp(min=0)[None]
+        if first is not None:
+            begin = torch.maximum(begin, first)
+        if self.ratio:
+            entries = self.layout.visible_entries(whole, self.ratio, device)
+        else:
+            entries = (torch.zeros_like(begin),) * 2
+        rows = (begin - self.raw_first, (own - self.raw_first).expand_as(begin), *entries)
+        return torch.stack(rows, dim=-1).to(torch.int32)
