@@ -96,5 +96,5 @@ def test_sight_names_the_keys_that_the_masks_leave(data):
     entries = torch.tensor([*plan.entry_span(whole)], dtype=torch.long)
     seen = (entries >= entry_first[..., None]) & (entries < entry_stop[..., None])
     hidden = plan.entries_hidden(whole, torch.device("cpu"))
-    assert torch.equal(seen.expand_as(~hidden), ~hidden)
+    assert torch.equal(seen, ~hidden.expand_as(seen))
     assert (entry_stop - entry_first).sum() == seen.sum()
