@@ -28,6 +28,7 @@ demo: $(INSTALLED)
 # First all tests with the release of constraints.txt, then some with every other one.
 test: lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
 	$(MAKE) $(OTHER_HOSTS:%=test-briefly-%)
 
 # Releases of the host, each in an environment on top of .venv: they pin different transformers.

@@ -49,7 +49,7 @@ class Kernels(Protocol):
         earlier entry. The queries' memory may be written over.
 
         Returns:
-            Int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots; no gradient.
+            Int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots, which come last; no gradient.
         """
 
     def attend(
@@ -75,8 +75,8 @@ class Kernels(Protocol):
             raw_BTD: Raw keys (= values), rotated, ``plan.raw_first`` the first.
             entries_BPD: Entries in the order that ``plan.layout`` counts them; P may be 0.
             sinks_N: Logit per head of the sink, which takes probability and adds nothing.
-            chosen_BLK: Entries that each query attends to, ``NOTHING`` for none; None means all
-                that it may see.
+            chosen_BLK: Entries that each query attends to, as :meth:`choose_entries` returns them;
+                None means all that it may see.
             rope: Angles of the queries' positions.
             plan: Which keys each query sees.
             scale: Score multiplier.

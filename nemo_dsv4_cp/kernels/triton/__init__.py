@@ -1,0 +1,1 @@
+"""Triton kernels, one idea a file, each an operation of ``torch.library``."""

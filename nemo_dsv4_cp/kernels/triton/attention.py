@@ -1,0 +1,386 @@
+"""Attention of projected queries as one operation, forward and backward, and what each costs.
+
+Forward norms and rotates the queries into the memory of the output, attends there and rotates
+back: three launches. Backward goes through chunks of queries whose probabilities fit the workspace,
+four launches each: few, and each large.
+"""
+
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# r rotary dims   C queries of a chunk
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.triton.attention_backward import (
+    chosen_kernel,
+    keys_kernel,
+    queries_kernel,
+    ready_kernel,
+)
+from nemo_dsv4_cp.kernels.triton.attention_forward import attend_into
+from nemo_dsv4_cp.kernels.triton.norm_rotate import (
+    HEADS,
+    norm_rotate_backward_,
+    norm_rotate_into,
+    padded,
+    rotate_back_,
+)
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Queries [begin, end) of backward and the keys that they see between them."""
+
+    begin: int
+    end: int
+    raw_begin: int
+    raw_end: int
+    entry_begin: int
+    entry_end: int
+
+    @property
+    def entry_slots(self) -> int:
+        """Entries whose probabilities are stored, in whole blocks."""
+        return _aligned(self.entry_begin, self.entry_end)
+
+
+def _aligned(begin: int, end: int) -> int:
+    """Return how many keys the blocks hold that [begin, end) touches, be it by its bound alone."""
+    first = begin // tiles.ALIGNED * tiles.ALIGNED
+    return int(triton.cdiv(end - first, tiles.ALIGNED)) * tiles.ALIGNED
+
+
+def backward_chunks(
+    plan: AttentionPlan,
+    *,
+    batch: int,
+    heads: int,
+    width: int,
+    n_chosen: int | None,
+    itemsize: int,
+    in_order: bool,
+    workspace_bytes: int,
+) -> list[int]:
+    """Cut the local queries so that what backward stores of a chunk fits the workspace.
+
+    Args:
+        plan: Which keys each query sees.
+        batch: B.
+        heads: N.
+        width: D.
+        n_chosen: K, None where queries see all past entries.
+        itemsize: Bytes of a stored number.
+        in_order: Whether the contributions to chosen entries are stored too, in float32.
+        workspace_bytes: How much a chunk may take; one query is the least.
+
+    Returns:
+        Six numbers a chunk: queries [begin, end), raw keys [begin, end), entries [begin, end).
+    """
+    chunks: list[int] = []
+    length, begin = plan.layout.local_len, 0
+    fixed = 2 * width + 2 * raw_slots(plan.window)
+    while begin < length:
+        rows = length - begin
+        while True:
+            chunk = slice(begin, begin + rows)
+            span = plan.entry_span(chunk)
+            slots = _aligned(span.start, span.stop) if n_chosen is None else n_chosen
+            per_query = heads * (fixed + 2 * slots) * itemsize
+            if in_order and n_chosen is not None:
+                per_query += n_chosen * width * 4
+            fitting = max(1, workspace_bytes // (batch * per_query))
+            if rows <= fitting:
+                break
+            rows = max(fitting, rows // 2) if n_chosen is None else fitting
+        raw = plan.raw_span(chunk)
+        chunks += [begin, begin + rows, max(raw.start, 0), raw.stop, span.start, span.stop]
+        begin += rows
+    return chunks
+
+
+def raw_slots(window: int) -> int:
+    """Return for how many raw keys a query's probabilities are stored, in whole blocks."""
+    return int(triton.cdiv(window + tiles.ALIGNED - 1, tiles.ALIGNED)) * tiles.ALIGNED
+
+
+def _read(chunks: list[int]) -> Iterator[_Chunk]:
+    for i in range(0, len(chunks), 6):
+        yield _Chunk(*chunks[i : i + 6])
+
+
+@torch.library.custom_op("dsv4_cp::attend", mutates_args=())
+def attend_op(
+    x: torch.Tensor,
+    raw: torch.Tensor,
+    entries: torch.Tensor,
+    sinks: torch.Tensor,
+    chosen: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    sight: torch.Tensor,
+    chunks: list[int],
+    window: int,
+    scale: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [B, L, N, D], rotated back, and log Z, float32 [B, L, N].
+
+    Args:
+        x: Queries as projected [B, L, N, D].
+        raw: Raw keys [B, T, D].
+        entries: Entries [B, P, D].
+        sinks: [N].
+        chosen: Int32 [B, L, K], -1 in unused slots, which come last; None for all past entries.
+        cos: [B, L, r].
+        sin: [B, L, r].
+        sight: Int32 [B or 1, L, 4] of :meth:`AttentionPlan.sight`.
+        chunks: Of :func:`backward_chunks`.
+        window: W.
+        scale: Score multiplier.
+        eps: Of the norm.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    lse = x.new_empty(x.shape[:3], dtype=torch.float32)
+    norm_rotate_into(out, x.contiguous(), cos, sin, eps)
+    tile = tiles.of(tiles.FORWARD, _capability(x))
+    attend_into(out, lse, out, raw, entries, sinks, chosen, sight, scale, tile)
+    rotate_back_(out, cos, sin)
+    return out, lse
+
+
+@attend_op.register_fake
+def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, x.new_empty(x.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("dsv4_cp::attend_backward", mutates_args=())
+def attend_backward_op(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    raw: torch.Tensor,
+    entries: torch.Tensor,
+    sinks: torch.Tensor,
+    chosen: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    sight: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    chunks: list[int],
+    window: int,
+    scale: float,
+    eps: float,
+    in_order: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of x, raw, entries and sinks, summed in float32."""
+    batch, length, heads, width = x.shape
+    x, grad = x.contiguous(), grad.contiguous()
+    grad_x = torch.empty_like(x)
+    grad_raw = torch.zeros_like(raw, dtype=torch.float32)
+    grad_entries = torch.zeros_like(entries, dtype=torch.float32)
+    delta = torch.empty_like(lse)
+    n_chosen = 0 if chosen is None else chosen.shape[-1]
+    block_d, rotary, slots = padded(width), cos.shape[-1], raw_slots(window)
+    capability = _capability(x)
+    for chunk in _read(chunks):
+        rows = chunk.end - chunk.begin
+        first_raw, first_entry = (
+            first // tiles.ALIGNED * tiles.ALIGNED for first in (chunk.raw_begin, chunk.entry_begin)
+        )
+        entry_slots = chunk.entry_slots if chosen is None else _aligned(0, n_chosen)
+        q, do = x.new_empty(2, batch, rows, heads, width)
+        ready_kernel[rows, triton.cdiv(heads, HEADS), batch](
+            x, out, grad, cos, sin, q, do, delta, chunk.begin, rows, length, heads, eps,
+            width, rotary, block_d, HEADS,
+        )  # fmt: skip
+        p_raw, ds_raw = x.new_empty(2, batch, rows, heads, slots)
+        p_entries, ds_entries = x.new_empty(2, batch, rows, heads, entry_slots)
+        tile = tiles.of(tiles.QUERIES_GRAD, capability)
+        block_heads = min(tile.heads, padded(heads))
+        queries_kernel[rows, triton.cdiv(heads, block_heads), batch](
+            q, do, raw, entries, sight, chosen, lse, delta, grad_x,
+            p_raw, ds_raw, p_entries, ds_entries,
+            chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], n_chosen,
+            slots, entry_slots, first_entry, sight.shape[0], scale,
+            D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED,
+            CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        blocks = _aligned(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
+        _sum_keys(q, do, p_raw, ds_raw, sight, grad_raw, chunk, first_raw, blocks, raws=True)
+        if chunk.entry_end == chunk.entry_begin or not entry_slots:
+            continue
+        if chosen is None:
+            blocks = entry_slots // tiles.ALIGNED
+            _sum_keys(
+                q, do, p_entries, ds_entries, sight, grad_entries, chunk, first_entry, blocks,
+                raws=False,
+            )  # fmt: skip
+        else:
+            _sum_chosen(q, do, p_entries, ds_entries, sight, grad_entries, chunk, chosen, in_order)
+    norm_rotate_backward_(grad_x, x, cos, sin, eps)
+    grad_sinks = -((sinks.float() - lse).exp_() * delta).sum(dim=(0, 1))
+    return (
+        grad_x,
+        grad_raw.to(raw.dtype, copy=False),
+        grad_entries.to(entries.dtype, copy=False),
+        grad_sinks.to(sinks.dtype),
+    )
+
+
+def _sum_keys(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    p: torch.Tensor,
+    ds: torch.Tensor,
+    sight: torch.Tensor,
+    grad: torch.Tensor,
+    chunk: _Chunk,
+    first: int,
+    blocks: int,
+    *,
+    raws: bool,
+) -> None:
+    """Add what a chunk gives to ``blocks`` of keys from ``first`` on."""
+    batch, rows, heads, width = q.shape
+    tile = tiles.of(tiles.KEYS_GRAD, _capability(q))
+    columns = min(tile.columns, padded(width))
+    keys_kernel[blocks, triton.cdiv(width, columns), batch](
+        q, do, p, ds, sight, grad, chunk.begin, rows, sight.shape[1], heads, grad.shape[1],
+        p.shape[-1], first, sight.shape[0], D=width, HEADS=min(tile.heads, padded(heads)),
+        ALIGNED=tiles.ALIGNED, COLUMNS=columns, RAW=raws,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _sum_chosen(
+    q: torch.Tensor,
+    do: torch.Tensor,
+    p: torch.Tensor,
+    ds: torch.Tensor,
+    sight: torch.Tensor,
+    grad: torch.Tensor,
+    chunk: _Chunk,
+    chosen: torch.Tensor,
+    in_order: bool,
+) -> None:
+    """Add what a chunk gives to the entries that its queries chose."""
+    batch, rows, heads, width = q.shape
+    n_chosen = chosen.shape[-1]
+    tile = tiles.of(tiles.CHOSEN_GRAD, _capability(q))
+    columns = min(tile.columns, padded(width))
+    to = grad.new_zeros(batch, rows, n_chosen, width) if in_order else grad
+    chosen_kernel[rows, triton.cdiv(width, columns), batch](
+        q, do, p, ds, sight, chosen, to, chunk.begin, rows, sight.shape[1], heads,
+        grad.shape[1], n_chosen, p.shape[-1], sight.shape[0],
+        D=width, HEADS=padded(heads), KEYS=tile.keys, COLUMNS=columns, IN_ORDER=in_order,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if in_order:
+        where = chosen[:, chunk.begin : chunk.end].clamp(min=0).long().flatten(1)
+        every = torch.arange(batch, device=q.device)[:, None]
+        grad.index_put_((every, where), to.flatten(1, 2), accumulate=True)
+
+
+@attend_backward_op.register_fake
+def _(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    raw: torch.Tensor,
+    entries: torch.Tensor,
+    sinks: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(x, memory_format=contiguous),
+        torch.empty_like(raw, memory_format=contiguous),
+        torch.empty_like(entries, memory_format=contiguous),
+        torch.empty_like(sinks, memory_format=contiguous),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, raw, entries, sinks, chosen, cos, sin, sight, *options = inputs
+    ctx.save_for_backward(x, raw, entries, sinks, chosen, cos, sin, sight, *output)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    in_order = torch.are_deterministic_algorithms_enabled()
+    grads = attend_backward_op(grad, *ctx.saved_tensors, *ctx.options, in_order)
+    return (*grads, *[None] * 8)
+
+
+attend_op.register_autograd(_backward, setup_context=_setup)
+
+
+def attend(
+    q_BLND: torch.Tensor,
+    raw_BTD: torch.Tensor,
+    entries_BPD: torch.Tensor,
+    sinks_N: torch.Tensor,
+    chosen_BLK: torch.Tensor | None,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    *,
+    plan: AttentionPlan,
+    scale: float,
+    eps: float,
+    workspace_bytes: int,
+) -> torch.Tensor:
+    """Norm and rotate queries, attend, rotate back; see :class:`Kernels`.
+
+    Args:
+        q_BLND: Queries as projected.
+        raw_BTD: Raw keys, ``plan.raw_first`` the first.
+        entries_BPD: Entries.
+        sinks_N: Logit per head of the sink.
+        chosen_BLK: Chosen entries, ``NOTHING`` in unused slots, which come last; None for all.
+        rope: Cos and sin.
+        plan: Which keys each query sees.
+        scale: Score multiplier.
+        eps: Of the norm.
+        workspace_bytes: How much backward may store of a chunk of queries.
+
+    Returns:
+        [B, L, N, D] of the queries' dtype.
+    """
+    batch, _, heads, width = q_BLND.shape
+    chunks = backward_chunks(
+        plan,
+        batch=batch,
+        heads=heads,
+        width=width,
+        n_chosen=None if chosen_BLK is None else chosen_BLK.shape[-1],
+        itemsize=q_BLND.element_size(),
+        in_order=torch.are_deterministic_algorithms_enabled(),
+        workspace_bytes=workspace_bytes,
+    )
+    cos, sin = (part.expand(batch, -1, -1).contiguous() for part in rope)
+    out: torch.Tensor = attend_op(
+        q_BLND,
+        raw_BTD.contiguous(),
+        entries_BPD.contiguous(),
+        sinks_N,
+        None if chosen_BLK is None else chosen_BLK.contiguous(),
+        cos,
+        sin,
+        plan.sight(q_BLND.device),
+        chunks,
+        plan.window,
+        scale,
+        eps,
+    )[0]
+    return out
+
+
+def _capability(x: torch.Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None

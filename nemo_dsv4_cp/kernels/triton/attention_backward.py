@@ -1,0 +1,297 @@
+"""Backward of attention for a chunk of queries, from log Z; bound by matrix products.
+
+With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:
+
+    delta = do . o,   ds_j = scale p_j (do . k_j - delta)
+    dq = sum_j ds_j k_j,   dk_j = sum over queries and heads of ds_j q + p_j do
+
+It must equal ``kernels/reference/attention.py``. Four kernels: ``ready`` makes q and do of the
+chunk; ``queries`` recomputes p and ds, writes both in the keys' dtype and dq; ``keys`` sums the
+gradient of a block of keys over the queries that see it, in order; ``chosen`` instead adds each
+query's contributions to its chosen entries, by atomics, or writes them out for a sum in order. A
+kernel that recomputes p and ds beside [64, 512] sums of keys spills: stored for a chunk, they cost
+4 bytes a (query, head, key) and leave plain products.
+
+Stored keys stand in blocks of ``ALIGNED`` rows: slot 0 of a query's window is the multiple of
+``ALIGNED`` at or before its first raw key, slot 0 of the entries that of the chunk's first.
+"""
+
+# B batch rows   C queries of the chunk   N heads   D head_dim   T raw keys   P entries
+# K chosen entries   r rotary dims   slots: keys that p and ds are stored of
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nemo_dsv4_cp.kernels.triton.attention_forward import LOG2E
+from nemo_dsv4_cp.kernels.triton.norm_rotate import angles, turn
+
+
+@triton.jit
+def ready_kernel(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    grad,
+    cos,
+    sin,
+    q,
+    do,
+    delta,
+    begin,
+    n_chunk,
+    n_queries,
+    n_heads,
+    eps,
+    D: tl.constexpr,
+    ROTARY: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta."""
+    row = tl.program_id(2).to(tl.int64)
+    token = row * n_queries + begin + tl.program_id(0)
+    place = row * n_chunk + tl.program_id(0)
+    head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    at = (token * n_heads + head) * D + col
+    to = (place * n_heads + head) * D + col
+    inside = (head < n_heads) & (col < D)
+    c, s = angles(cos, sin, token, D, ROTARY, BLOCK_D // 2)
+    rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    rows *= tl.rsqrt(tl.sum(rows * rows, axis=1, keep_dims=True) / D + eps)
+    tl.store(q + to, turn(rows, c, s, ROWS, BLOCK_D // 2).to(q.dtype.element_ty), mask=inside)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    o = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+    # Both are rotated back; a rotation changes no product.
+    tl.store(delta + token * n_heads + head, tl.sum(g * o, 1, keep_dims=True), mask=head < n_heads)
+    tl.store(do + to, turn(g, c, s, ROWS, BLOCK_D // 2).to(do.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _query_step(  # type: ignore[no-untyped-def]
+    q, do, keys, at, seen, col, log2_sum, d, acc, p_to, ds_to, stored, scale, D: tl.constexpr
+):
+    """Recompute p and ds of a step of keys [KEYS], store them and add to dq [HEADS, D]."""
+    k = tl.load(keys + at[:, None] * D + col, mask=seen[:, None] & (col < D), other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    p = tl.where(seen[None, :], tl.exp2(s - log2_sum[:, None]), 0.0)
+    dp = tl.dot(do, tl.trans(k), input_precision="ieee")
+    ds = (p * (dp - d[:, None]) * scale).to(k.dtype)
+    tl.store(p_to, p.to(k.dtype), mask=stored)
+    tl.store(ds_to, ds, mask=stored)
+    return tl.dot(ds, k, acc, input_precision="ieee")
+
+
+@triton.jit
+def queries_kernel(  # type: ignore[no-untyped-def]
+    q,
+    do,
+    raw,
+    entries,
+    sight,
+    chosen,
+    lse,
+    delta,
+    grad,
+    p_raw,
+    ds_raw,
+    p_entries,
+    ds_entries,
+    begin,
+    n_chunk,
+    n_queries,
+    n_heads,
+    n_raw,
+    n_entries,
+    n_chosen,
+    raw_slots,
+    entry_slots,
+    entry_base,
+    sight_rows,
+    scale,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """Grid (C, N / HEADS, B): dq, and p and ds of [C, N, slots]."""
+    row = tl.program_id(2).to(tl.int64)
+    query = begin + tl.program_id(0)
+    token, place = row * n_queries + query, row * n_chunk + tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    here = head < n_heads
+    inside = here[:, None] & (col < D)
+    at_row = (place * n_heads + head[:, None]) * D + col
+    x = tl.load(q + at_row, mask=inside, other=0.0)
+    g = tl.load(do + at_row, mask=inside, other=0.0)
+    log2_sum = tl.load(lse + token * n_heads + head, mask=here, other=0.0) * LOG2E
+    d = tl.load(delta + token * n_heads + head, mask=here, other=0.0)
+    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
+    entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
+    raw += row * n_raw * D
+    entries += row * n_entries * D
+
+    acc = tl.zeros((HEADS, BLOCK_D), tl.float32)
+    step = tl.arange(0, KEYS)
+    base = raw_first // ALIGNED * ALIGNED
+    to = (place * n_heads + head[:, None]) * raw_slots + step[None, :]
+    for slot in range(0, raw_slots, KEYS):
+        at = base + slot + step
+        seen = (at >= raw_first) & (at <= raw_last)
+        acc = _query_step(
+            x, g, raw, at, seen, col, log2_sum, d, acc,
+            p_raw + to + slot, ds_raw + to + slot, here[:, None], scale, D,
+        )  # fmt: skip
+    to = (place * n_heads + head[:, None]) * entry_slots + step[None, :]
+    if CHOSEN:
+        chosen += token * n_chosen
+        for slot in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
+            at = tl.load(chosen + slot + step, mask=slot + step < n_chosen, other=-1)
+            acc = _query_step(
+                x, g, entries, at, at >= 0, col, log2_sum, d, acc,
+                p_entries + to + slot, ds_entries + to + slot, here[:, None], scale, D,
+            )  # fmt: skip
+    else:
+        base = entry_first // ALIGNED * ALIGNED
+        # Whole blocks: what a block of keys reads, it finds written.
+        stop = (entry_stop + ALIGNED - 1) // ALIGNED * ALIGNED
+        to += base - entry_base
+        for slot in range(0, stop - base, KEYS):
+            at = base + slot + step
+            seen = (at >= entry_first) & (at < entry_stop)
+            acc = _query_step(
+                x, g, entries, at, seen, col, log2_sum, d, acc,
+                p_entries + to + slot, ds_entries + to + slot, here[:, None], scale, D,
+            )  # fmt: skip
+    to_grad = (token * n_heads + head[:, None]) * D + col
+    tl.store(grad + to_grad, acc.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _first_above(sight, column, bound, begin, end):  # type: ignore[no-untyped-def]
+    """Return the first of queries [begin, end) whose ``column`` of sight, ascending, > bound."""
+    low, high = begin, end
+    while low < high:
+        middle = (low + high) // 2
+        above = tl.load(sight + middle * 4 + column) > bound
+        high = tl.where(above, middle, high)
+        low = tl.where(above, low, middle + 1)
+    return low
+
+
+@triton.jit
+def keys_kernel(  # type: ignore[no-untyped-def]
+    q,
+    do,
+    p,
+    ds,
+    sight,
+    grad,
+    begin,
+    n_chunk,
+    n_queries,
+    n_heads,
+    n_keys,
+    n_slots,
+    first_key,
+    sight_rows,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RAW: tl.constexpr,
+):
+    """Grid (blocks of keys, D / COLUMNS, B): adds to float32 [B, T or P, D] of ``grad``."""
+    row = tl.program_id(2).to(tl.int64)
+    block = first_key + tl.program_id(0) * ALIGNED
+    key = block + tl.arange(0, ALIGNED)
+    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    sight += (row % sight_rows) * n_queries * 4
+    end = begin + n_chunk
+    if RAW:  # of [first, last]
+        low = _first_above(sight, 1, block - 1, begin, end)
+        high = _first_above(sight, 0, block + ALIGNED - 1, begin, end)
+    else:  # of [first, stop)
+        low = _first_above(sight, 3, block, begin, end)
+        high = _first_above(sight, 2, block + ALIGNED - 1, begin, end)
+    acc = tl.zeros((ALIGNED, COLUMNS), tl.float32)
+    step = tl.arange(0, HEADS)
+    blocks = (n_heads + HEADS - 1) // HEADS
+    for i in range(low * blocks, high * blocks):
+        query, head = i // blocks, i % blocks * HEADS + step[:, None]
+        place = row * n_chunk + query - begin
+        base = tl.load(sight + query * 4) // ALIGNED * ALIGNED if RAW else first_key
+        of_head = place * n_heads + head
+        here = head < n_heads
+        to = of_head * n_slots + (block - base + tl.arange(0, ALIGNED))[None, :]
+        at = of_head * D + col
+        inside = here & (col < D)
+        weights = tl.load(ds + to, mask=here, other=0.0)
+        rows = tl.load(q + at, mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(weights), rows, acc, input_precision="ieee")
+        weights = tl.load(p + to, mask=here, other=0.0)
+        rows = tl.load(do + at, mask=inside, other=0.0)
+        acc = tl.dot(tl.trans(weights), rows, acc, input_precision="ieee")
+    at = (row * n_keys + key[:, None]) * D + col
+    inside = (key[:, None] < n_keys) & (col < D)
+    acc += tl.load(grad + at, mask=inside, other=0.0)
+    tl.store(grad + at, acc, mask=inside)
+
+
+@triton.jit
+def chosen_kernel(  # type: ignore[no-untyped-def]
+    q,
+    do,
+    p,
+    ds,
+    sight,
+    chosen,
+    grad,
+    begin,
+    n_chunk,
+    n_queries,
+    n_heads,
+    n_entries,
+    n_chosen,
+    n_slots,
+    sight_rows,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+):
+    """Grid (C, D / COLUMNS, B): adds to ``grad`` [B, P, D], or writes [B, C, K, D], float32."""
+    row = tl.program_id(2).to(tl.int64)
+    query = begin + tl.program_id(0)
+    token, place = row * n_queries + query, row * n_chunk + tl.program_id(0)
+    head = tl.arange(0, HEADS)[:, None]
+    here = head < n_heads
+    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at = (place * n_heads + head) * D + col
+    inside = here & (col < D)
+    x = tl.load(q + at, mask=inside, other=0.0)
+    g = tl.load(do + at, mask=inside, other=0.0)
+    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    visible = tl.load(sees + 3) - tl.load(sees + 2)
+    step = tl.arange(0, KEYS)
+    for first in range(0, tl.minimum(visible, n_chosen), KEYS):
+        slot = first + step
+        entry = tl.load(chosen + token * n_chosen + slot, mask=slot < n_chosen, other=-1)
+        to = (place * n_heads + head) * n_slots + slot[None, :]
+        seen = (entry >= 0)[None, :] & here
+        weights = tl.load(ds + to, mask=seen, other=0.0)
+        sums = tl.dot(tl.trans(weights), x, input_precision="ieee")
+        weights = tl.load(p + to, mask=seen, other=0.0)
+        sums = tl.dot(tl.trans(weights), g, sums, input_precision="ieee")
+        added = (entry >= 0)[:, None] & (col < D)
+        if IN_ORDER:
+            tl.store(grad + (place * n_chosen + slot[:, None]) * D + col, sums, mask=added)
+        else:
+            to_entry = (row * n_entries + entry[:, None]) * D + col
+            tl.atomic_add(grad + to_entry, sums, mask=added, sem="relaxed")

@@ -1,0 +1,145 @@
+"""Attention of a query's heads over its window and its entries; bound by matrix products.
+
+    s_j = scale q . k_j,   Z = exp(sink) + sum_j exp(s_j),   o = sum_j exp(s_j) / Z k_j
+
+It must equal ``kernels/reference/attention.py``, log Z included. The heads of one query are the
+rows of both products, for they share keys: a program walks the keys of its query once, window
+first, with the running maximum and sum of online softmax, begun with the sink. Which keys those
+are it reads in ``sight``; positions and masks it has none. Everything is in powers of two.
+"""
+
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _step(  # type: ignore[no-untyped-def]
+    q, keys, at, seen, col, acc, best, total, scale2, D: tl.constexpr
+):
+    """Take a step of keys [KEYS] (rows ``at``, those ``seen``) into the sums of [HEADS, D]."""
+    k = tl.load(keys + at[:, None] * D + col, mask=seen[:, None] & (col < D), other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+    s = tl.where(seen[None, :], s, float("-inf"))
+    higher = tl.maximum(best, tl.max(s, axis=1))
+    shrink = tl.exp2(best - higher)
+    p = tl.exp2(s - higher[:, None])
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(p.to(k.dtype), k, acc, input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def forward_kernel(  # type: ignore[no-untyped-def]
+    q,
+    raw,
+    entries,
+    sinks,
+    sight,
+    chosen,
+    out,
+    lse,
+    n_queries,
+    n_heads,
+    n_raw,
+    n_entries,
+    n_chosen,
+    sight_rows,
+    scale2,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """Grid (L, N / HEADS, B). ``out`` may be the memory of ``q``."""
+    query, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    token = row * n_queries + query
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    col = tl.arange(0, BLOCK_D)[None, :]
+    at_q = (token * n_heads + head[:, None]) * D + col
+    inside = (head[:, None] < n_heads) & (col < D)
+    x = tl.load(q + at_q, mask=inside, other=0.0)
+    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
+    entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
+    raw += row * n_raw * D
+    entries += row * n_entries * D
+
+    best = tl.load(sinks + head, mask=head < n_heads, other=0.0).to(tl.float32) * LOG2E
+    total = tl.full((HEADS,), 1.0, tl.float32)
+    acc = tl.zeros((HEADS, BLOCK_D), tl.float32)
+    step = tl.arange(0, KEYS)
+    for first in range(raw_first, raw_last + 1, KEYS):
+        at = first + step
+        acc, best, total = _step(x, raw, at, at <= raw_last, col, acc, best, total, scale2, D)
+    if CHOSEN:
+        chosen += token * n_chosen
+        for first in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
+            slot = first + step
+            at = tl.load(chosen + slot, mask=slot < n_chosen, other=-1)
+            acc, best, total = _step(x, entries, at, at >= 0, col, acc, best, total, scale2, D)
+    else:
+        for first in range(entry_first, entry_stop, KEYS):
+            at = first + step
+            acc, best, total = _step(
+                x, entries, at, at < entry_stop, col, acc, best, total, scale2, D
+            )
+    acc = acc / total[:, None]
+    tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=inside)
+    log_sum = (best + tl.log2(total)) / LOG2E
+    tl.store(lse + token * n_heads + head, log_sum, mask=head < n_heads)
+
+
+def attend_into(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    raw: torch.Tensor,
+    entries: torch.Tensor,
+    sinks: torch.Tensor,
+    chosen: torch.Tensor | None,
+    sight: torch.Tensor,
+    scale: float,
+    tile: tiles.Tile,
+) -> None:
+    """Write the output of normed and rotated queries, and log Z, float32 [B, L, N].
+
+    All tensors are contiguous; ``out`` may be ``q``.
+    """
+    batch, length, heads, width = q.shape
+    rows = min(tile.heads, padded(heads))
+    forward_kernel[length, triton.cdiv(heads, rows), batch](
+        q,
+        raw,
+        entries,
+        sinks,
+        sight,
+        chosen,
+        out,
+        lse,
+        length,
+        heads,
+        raw.shape[1],
+        entries.shape[1],
+        0 if chosen is None else chosen.shape[-1],
+        sight.shape[0],
+        scale * LOG2E.value,
+        D=width,
+        BLOCK_D=padded(width),
+        HEADS=rows,
+        KEYS=tile.keys,
+        CHOSEN=chosen is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

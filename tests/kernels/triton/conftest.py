@@ -1,0 +1,18 @@
+"""These tests launch kernels: on a GPU, or with TRITON_INTERPRET=1 in a process of their own.
+
+Triton reads that variable when it is imported first, which the host does too. HYPOTHESIS_PROFILE
+picks how many cases are drawn: "few", the default, or "many".
+"""
+
+import os
+
+import torch
+from hypothesis import settings
+
+from tests.kernels.triton.device import INTERPRETED
+
+collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+
+settings.register_profile("few", deadline=None, max_examples=20)
+settings.register_profile("many", deadline=None, max_examples=300)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))

@@ -1,0 +1,110 @@
+"""The attention kernels against the torch path, every gradient, sizes drawn."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+from tests.kernels.triton.device import DEVICE
+
+WORKSPACES = [1, 60_000, 1 << 20]
+
+
+def random(generator, *shape):
+    return torch.randn(*shape, generator=generator)
+
+
+def layouts(draw, batch):
+    """Draw a rank of a row of one document, or of rows of several."""
+    local_len, ranks = draw(st.sampled_from([1, 2, 5, 9, 16])), draw(st.integers(1, 3))
+    rank = draw(st.integers(0, ranks - 1))
+    if not draw(st.booleans()):
+        return SequenceLayout(local_len, rank, ranks)
+    total = local_len * ranks
+    rows = [sorted(draw(st.sets(st.integers(1, total), max_size=3)) | {0}) for _ in range(batch)]
+    longest = max(map(len, rows))
+    starts = torch.tensor([row + [total] * (longest - len(row)) for row in rows])
+    return PackedLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
+
+
+@st.composite
+def cases(draw):
+    batch = draw(st.integers(1, 3))
+    layout = layouts(draw, batch)
+    ratio = draw(st.sampled_from([0, 1, 2, 4]))
+    window = draw(st.integers(1, 20))
+    first = draw(st.sampled_from([0, max(0, layout.start - window + 1)]))
+    plan = AttentionPlan(layout, first, window, ratio)
+    heads, width = draw(st.integers(1, 20)), draw(st.sampled_from([16, 24, 64]))
+    rotary = draw(st.sampled_from([2, 8, width]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    entries = -(-layout.seq_len // ratio) if ratio else 0
+    chosen = None
+    if ratio and draw(st.booleans()):
+        chosen = choice(draw, layout, ratio, batch, entries, generator)
+    angles = random(generator, batch, layout.local_len, rotary // 2).repeat(1, 1, 2)
+    tensors = [
+        random(generator, batch, layout.local_len, heads, width),
+        random(generator, batch, layout.end - first, width),
+        random(generator, batch, entries, width),
+        random(generator, heads),
+    ]
+    options = {"plan": plan, "scale": width**-0.5, "eps": 1e-6}
+    return tensors, chosen, (angles.cos(), angles.sin()), options, draw(st.sampled_from(WORKSPACES))
+
+
+def choice(draw, layout, ratio, batch, entries, generator):
+    """Draw some of the entries that each query may see, the unused slots last."""
+    kept = draw(st.integers(0, entries))
+    whole = slice(0, layout.local_len)
+    first, stop = layout.visible_entries(whole, ratio)
+    scores = torch.rand(batch, layout.local_len, entries, generator=generator)
+    place = torch.arange(entries)
+    scores = scores.masked_fill((place < first[..., None]) | (place >= stop[..., None]), -1)
+    best = scores.topk(kept, dim=-1)
+    return best.indices.masked_fill(best.values < 0, NOTHING).to(torch.int32)
+
+
+def with_gradients(attend_, tensors, chosen, rope, weight=None, **options):
+    leaves = [tensor.to(DEVICE).clone().requires_grad_() for tensor in tensors]
+    rope = tuple(part.to(DEVICE) for part in rope)
+    chosen = None if chosen is None else chosen.to(DEVICE)
+    out = attend_(leaves[0] * 1, *leaves[1:], chosen, rope, **options)
+    weight = random(torch.Generator().manual_seed(7), *out.shape)
+    (out * weight.to(DEVICE)).sum().backward()
+    return [out.detach(), *[leaf.grad for leaf in leaves]]
+
+
+def assert_same(mine, theirs, tolerances=(1e-5, 5e-5)):
+    for name, a, b in zip(("out", "q", "raw", "entries", "sinks"), mine, theirs, strict=True):
+        allowed = tolerances[name != "out"] * max(b.abs().max().item() if b.numel() else 0, 1e-3)
+        assert torch.allclose(a, b, atol=allowed, rtol=0), name
+
+
+@given(cases())
+def test_output_and_gradients_are_the_torch_paths(case):
+    tensors, chosen, rope, options, workspace = case
+    theirs = TorchKernels(workspace_bytes=1 << 20).attend
+    mine = with_gradients(attend, tensors, chosen, rope, workspace_bytes=workspace, **options)
+    assert_same(mine, with_gradients(theirs, tensors, chosen, rope, **options))
+
+
+@given(case=cases())
+def test_the_deterministic_path_sums_the_same(case):
+    tensors, chosen, rope, options, workspace = case
+    theirs = TorchKernels(workspace_bytes=1 << 20).attend
+    expected = with_gradients(theirs, tensors, chosen, rope, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        mine, again = (
+            with_gradients(attend, tensors, chosen, rope, workspace_bytes=workspace, **options)
+            for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(mine, expected)
+    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
