@@ -1,1 +1,5 @@
-"""Triton kernels, one idea a file, each an operation of ``torch.library``."""
+"""The Triton path: fused kernels for GPUs, registered as operations of torch."""
+
+from nemo_dsv4_cp.kernels.triton.triton_kernels import TritonKernels
+
+__all__ = ["TritonKernels"]

@@ -1,4 +1,4 @@
-"""Attention of projected queries as one operation, forward and backward, and what each costs.
+"""Attention of projected queries as one operation, forward and backward.
 
 Forward norms and rotates the queries into the memory of the output, attends there and rotates
 back: three launches. Backward goes through chunks of queries whose probabilities fit the workspace,
@@ -10,19 +10,26 @@ four launches each: few, and each large.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
+from torch.utils.flop_counter import register_flop_formula
 
-from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.costs import tell
+from nemo_dsv4_cp.kernels.triton import attention_costs, tiles
 from nemo_dsv4_cp.kernels.triton.attention_backward import (
     chosen_kernel,
     keys_kernel,
     queries_kernel,
     ready_kernel,
+)
+from nemo_dsv4_cp.kernels.triton.attention_chunks import (
+    Chunk,
+    backward_chunks,
+    chunks_of,
+    in_blocks,
+    raw_slots,
 )
 from nemo_dsv4_cp.kernels.triton.attention_forward import attend_into
 from nemo_dsv4_cp.kernels.triton.norm_rotate import (
@@ -33,87 +40,6 @@ from nemo_dsv4_cp.kernels.triton.norm_rotate import (
     rotate_back_,
 )
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Queries [begin, end) of backward and the keys that they see between them."""
-
-    begin: int
-    end: int
-    raw_begin: int
-    raw_end: int
-    entry_begin: int
-    entry_end: int
-
-    @property
-    def entry_slots(self) -> int:
-        """Entries whose probabilities are stored, in whole blocks."""
-        return _aligned(self.entry_begin, self.entry_end)
-
-
-def _aligned(begin: int, end: int) -> int:
-    """Return how many keys the blocks hold that [begin, end) touches, be it by its bound alone."""
-    first = begin // tiles.ALIGNED * tiles.ALIGNED
-    return int(triton.cdiv(end - first, tiles.ALIGNED)) * tiles.ALIGNED
-
-
-def backward_chunks(
-    plan: AttentionPlan,
-    *,
-    batch: int,
-    heads: int,
-    width: int,
-    n_chosen: int | None,
-    itemsize: int,
-    in_order: bool,
-    workspace_bytes: int,
-) -> list[int]:
-    """Cut the local queries so that what backward stores of a chunk fits the workspace.
-
-    Args:
-        plan: Which keys each query sees.
-        batch: B.
-        heads: N.
-        width: D.
-        n_chosen: K, None where queries see all past entries.
-        itemsize: Bytes of a stored number.
-        in_order: Whether the contributions to chosen entries are stored too, in float32.
-        workspace_bytes: How much a chunk may take; one query is the least.
-
-    Returns:
-        Six numbers a chunk: queries [begin, end), raw keys [begin, end), entries [begin, end).
-    """
-    chunks: list[int] = []
-    length, begin = plan.layout.local_len, 0
-    fixed = 2 * width + 2 * raw_slots(plan.window)
-    while begin < length:
-        rows = length - begin
-        while True:
-            chunk = slice(begin, begin + rows)
-            span = plan.entry_span(chunk)
-            slots = _aligned(span.start, span.stop) if n_chosen is None else n_chosen
-            per_query = heads * (fixed + 2 * slots) * itemsize
-            if in_order and n_chosen is not None:
-                per_query += n_chosen * width * 4
-            fitting = max(1, workspace_bytes // (batch * per_query))
-            if rows <= fitting:
-                break
-            rows = max(fitting, rows // 2) if n_chosen is None else fitting
-        raw = plan.raw_span(chunk)
-        chunks += [begin, begin + rows, max(raw.start, 0), raw.stop, span.start, span.stop]
-        begin += rows
-    return chunks
-
-
-def raw_slots(window: int) -> int:
-    """Return for how many raw keys a query's probabilities are stored, in whole blocks."""
-    return int(triton.cdiv(window + tiles.ALIGNED - 1, tiles.ALIGNED)) * tiles.ALIGNED
-
-
-def _read(chunks: list[int]) -> Iterator[_Chunk]:
-    for i in range(0, len(chunks), 6):
-        yield _Chunk(*chunks[i : i + 6])
 
 
 @torch.library.custom_op("dsv4_cp::attend", mutates_args=())
@@ -191,12 +117,12 @@ def attend_backward_op(
     n_chosen = 0 if chosen is None else chosen.shape[-1]
     block_d, rotary, slots = padded(width), cos.shape[-1], raw_slots(window)
     capability = _capability(x)
-    for chunk in _read(chunks):
+    for chunk in chunks_of(chunks):
         rows = chunk.end - chunk.begin
         first_raw, first_entry = (
             first // tiles.ALIGNED * tiles.ALIGNED for first in (chunk.raw_begin, chunk.entry_begin)
         )
-        entry_slots = chunk.entry_slots if chosen is None else _aligned(0, n_chosen)
+        entry_slots = chunk.entry_slots(None if chosen is None else n_chosen)
         q, do = x.new_empty(2, batch, rows, heads, width)
         ready_kernel[rows, triton.cdiv(heads, HEADS), batch](
             x, out, grad, cos, sin, q, do, delta, chunk.begin, rows, length, heads, eps,
@@ -214,7 +140,7 @@ def attend_backward_op(
             D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED,
             CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        blocks = _aligned(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
+        blocks = in_blocks(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
         _sum_keys(q, do, p_raw, ds_raw, sight, grad_raw, chunk, first_raw, blocks, raws=True)
         if chunk.entry_end == chunk.entry_begin or not entry_slots:
             continue
@@ -243,7 +169,7 @@ def _sum_keys(
     ds: torch.Tensor,
     sight: torch.Tensor,
     grad: torch.Tensor,
-    chunk: _Chunk,
+    chunk: Chunk,
     first: int,
     blocks: int,
     *,
@@ -268,7 +194,7 @@ def _sum_chosen(
     ds: torch.Tensor,
     sight: torch.Tensor,
     grad: torch.Tensor,
-    chunk: _Chunk,
+    chunk: Chunk,
     chosen: torch.Tensor,
     in_order: bool,
 ) -> None:
@@ -321,6 +247,11 @@ def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tens
 
 
 attend_op.register_autograd(_backward, setup_context=_setup)
+
+tell("dsv4_cp::attend")(attention_costs.forward_cost)
+tell("dsv4_cp::attend_backward")(attention_costs.backward_cost)
+register_flop_formula(torch.ops.dsv4_cp.attend)(attention_costs.forward_flops)
+register_flop_formula(torch.ops.dsv4_cp.attend_backward)(attention_costs.backward_flops)
 
 
 def attend(

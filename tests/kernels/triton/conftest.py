@@ -11,8 +11,10 @@ from hypothesis import settings
 
 from tests.kernels.triton.device import INTERPRETED
 
-collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+LAUNCHES = INTERPRETED or torch.cuda.is_available()
+collect_ignore_glob = [] if LAUNCHES else ["test_*.py"]
 
-settings.register_profile("few", deadline=None, max_examples=20)
-settings.register_profile("many", deadline=None, max_examples=300)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))
+if LAUNCHES:
+    settings.register_profile("few", deadline=None, max_examples=20)
+    settings.register_profile("many", deadline=None, max_examples=300)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))

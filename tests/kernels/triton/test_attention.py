@@ -81,8 +81,10 @@ def with_gradients(attend_, tensors, chosen, rope, weight=None, **options):
 
 def assert_same(mine, theirs, tolerances=(1e-5, 5e-5)):
     for name, a, b in zip(("out", "q", "raw", "entries", "sinks"), mine, theirs, strict=True):
-        allowed = tolerances[name != "out"] * max(b.abs().max().item() if b.numel() else 0, 1e-3)
-        assert torch.allclose(a, b, atol=allowed, rtol=0), name
+        largest = b.abs().max().item() if b.numel() else 0
+        allowed = tolerances[name != "out"] * max(largest, 1e-2)  # a sum of ones may cancel
+        error = (a - b).abs().max().item() if b.numel() else 0
+        assert error <= allowed, f"{name}: {error:.2e} of {allowed:.2e}"
 
 
 @given(cases())

@@ -1,0 +1,128 @@
+"""What the attention operations cost: floating-point operations, launches and bytes.
+
+A kernel is counted as reading and writing each of its tensors once, or of a chunk what that chunk
+sees: what caches save, and what gathered rows read again, is not in it.
+"""
+
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp.kernels.costs import Cost
+from nemo_dsv4_cp.kernels.triton.attention_chunks import (
+    Chunk,
+    bytes_per_query,
+    chunks_of,
+    raw_slots,
+)
+
+Shape = tuple[int, ...]
+
+
+def _products(x: Shape, chosen: Shape | None, chunks: list[int], window: int) -> int:
+    """Return the operations of one product of queries and keys: 2 D a head and key.
+
+    Keys are those of the window and, of entries, K or all that a chunk sees, as causal attention
+    is counted elsewhere too: masked keys included.
+    """
+    batch, _, heads, width = x
+    keys = 0
+    for chunk in chunks_of(chunks):
+        entries = chunk.entry_end - chunk.entry_begin
+        if chosen is not None:
+            entries = min(entries, chosen[-1])
+        keys += (chunk.end - chunk.begin) * (window + entries)
+    return 2 * batch * heads * width * keys
+
+
+def forward_flops(
+    x: Shape, raw: Shape, entries: Shape, sinks: Shape, chosen: Shape | None,
+    cos: Shape, sin: Shape, sight: Shape, chunks: list[int], window: int, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Return the floating-point operations of the products in forward, two."""
+    return 2 * _products(x, chosen, chunks, window)
+
+
+def backward_flops(
+    grad: Shape, x: Shape, raw: Shape, entries: Shape, sinks: Shape, chosen: Shape | None,
+    cos: Shape, sin: Shape, sight: Shape, out: Shape, lse: Shape,
+    chunks: list[int], window: int, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Return the floating-point operations of the products in backward, five."""
+    return 5 * _products(x, chosen, chunks, window)
+
+
+def _bytes(*tensors: torch.Tensor | None) -> int:
+    return sum(0 if t is None else t.numel() * t.element_size() for t in tensors)
+
+
+def forward_cost(
+    x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor, sinks: torch.Tensor,
+    chosen: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, sight: torch.Tensor,
+    *_: Any,
+) -> Cost:  # fmt: skip
+    """Return what ``attend`` launches, reads, writes and allocates."""
+    queries, angles = _bytes(x), _bytes(cos, sin)
+    lse = x.numel() // x.shape[-1] * 4
+    rotated = queries * cos.shape[-1] // x.shape[-1]
+    return Cost(
+        launches=3,  # norm and rotary, attention, rotary back of the last dims
+        read_bytes=2 * (queries + angles) + rotated + _bytes(raw, entries, sinks, chosen, sight),
+        written_bytes=2 * queries + rotated + lse,
+        scratch_bytes=0,
+    )
+
+
+def backward_cost(
+    grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
+    sinks: torch.Tensor, chosen: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+    sight: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
+    scale: float, eps: float, in_order: bool,
+) -> Cost:  # fmt: skip
+    """Return what ``attend_backward`` launches, reads, writes and allocates."""
+    batch, _, heads, width = x.shape
+    size, n_chosen = x.element_size(), None if chosen is None else chosen.shape[-1]
+    sums = 4 * (raw.numel() + entries.numel())
+    rounded = raw.element_size() != 4
+    launches, read, written = 2 + 2 * rounded, sums * rounded, sums
+    most = 0
+    for chunk in chunks_of(chunks):
+        rows = chunk.end - chunk.begin
+        slots = chunk.entry_slots(n_chosen)
+        queries = batch * rows * heads * width * size
+        of_raw = 2 * batch * rows * heads * raw_slots(window) * size
+        of_entries = 2 * batch * rows * heads * slots * size
+        raw_rows = batch * (chunk.raw_end - chunk.raw_begin) * width
+        launches, most = (
+            launches + 3,
+            max(most, _stored(chunk, x, window, slots, n_chosen, in_order)),
+        )
+        # ready: x, out, grad to q, do; queries: those and keys to p, ds, dq; keys: all again.
+        read += 3 * queries + 2 * queries + raw_rows * size + 2 * queries + of_raw + 4 * raw_rows
+        written += 2 * queries + of_raw + of_entries + queries + 4 * raw_rows
+        seen = chunk.entry_end - chunk.entry_begin
+        if not seen or not slots:
+            continue
+        if chosen is not None:
+            seen = min(seen, rows * chosen.shape[-1])
+        launches += 4 if in_order and chosen is not None else 1
+        read += seen * batch * width * (size + 4) + 2 * queries + of_entries
+        written += 4 * seen * batch * width
+    # The norm's backward in place, and the sinks' gradient: a few passes over log Z.
+    launches, read, written = launches + 1 + 6, read + _bytes(x, x), written + _bytes(x)
+    read, written = read + 5 * _bytes(lse), written + 3 * _bytes(lse)
+    return Cost(launches, read, written, scratch_bytes=most + sums * rounded + _bytes(lse))
+
+
+def _stored(
+    chunk: Chunk, x: torch.Tensor, window: int, slots: int, n_chosen: int | None, in_order: bool
+) -> int:
+    batch, _, heads, width = x.shape
+    a_query = bytes_per_query(
+        heads, width, window, slots, n_chosen or 0, x.element_size(), in_order
+    )
+    return batch * (chunk.end - chunk.begin) * a_query

@@ -1,0 +1,112 @@
+"""The Triton kernels as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`."""
+
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# I index heads   F index width
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nemo_dsv4_cp.kernels.protocol import Rope
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+
+logger = logging.getLogger(__name__)
+
+WIDEST = 512
+"""The largest head dim whose tiles fit a multiprocessor."""
+
+MANY_HEADS = 128
+"""The most heads that the sums of chosen entries take at a time."""
+
+
+class TritonKernels:
+    """Kernels of this package, for CUDA devices of capability 8.0 and more."""
+
+    def __init__(self, *, workspace_bytes: int) -> None:
+        """Remember how much scratch an operation may take, on a device that can run kernels.
+
+        Raises:
+            ValueError: If there is no such device and Triton does not interpret.
+        """
+        _check_device()
+        self.workspace_bytes = workspace_bytes
+        self._torch = TorchKernels(workspace_bytes=workspace_bytes)
+
+    def choose_entries(
+        self,
+        q_BLIF: torch.Tensor,
+        weights_BLI: torch.Tensor,
+        keys_BPF: torch.Tensor,
+        rope: Rope,
+        *,
+        layout: SequenceLayout,
+        ratio: int,
+        topk: int,
+    ) -> torch.Tensor:
+        """Rotate index queries and return the ``topk`` best of the entries that each may see."""
+        return self._torch.choose_entries(
+            q_BLIF, weights_BLI, keys_BPF, rope, layout=layout, ratio=ratio, topk=topk
+        )
+
+    def attend(
+        self,
+        q_BLND: torch.Tensor,
+        raw_BTD: torch.Tensor,
+        entries_BPD: torch.Tensor,
+        sinks_N: torch.Tensor,
+        chosen_BLK: torch.Tensor | None,
+        rope: Rope,
+        *,
+        plan: AttentionPlan,
+        scale: float,
+        eps: float,
+    ) -> torch.Tensor:
+        """Attend to the window and to entries, all that are past or the chosen."""
+        heads, width = q_BLND.shape[2:]
+        if width > WIDEST or (chosen_BLK is not None and heads > MANY_HEADS):
+            _say_torch_attends(heads, width)
+            return self._torch.attend(
+                q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, rope,
+                plan=plan, scale=scale, eps=eps,
+            )  # fmt: skip
+        return attend(
+            q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, rope,
+            plan=plan, scale=scale, eps=eps, workspace_bytes=self.workspace_bytes,
+        )  # fmt: skip
+
+
+def _check_device() -> None:
+    if triton.knobs.runtime.interpret or isinstance(torch.empty(0), FakeTensor):
+        return  # interpreted, or weighed
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "context_parallel.kernels='triton' needs a CUDA device, and torch sees none; set "
+            "context_parallel.kernels: torch, or the environment variable TRITON_INTERPRET=1 to "
+            "try the kernels, slowly, on a CPU"
+        )
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        raise ValueError(
+            f"context_parallel.kernels='triton' needs a CUDA device of capability 8.0 or more, and "
+            f"this one has {capability[0]}.{capability[1]}; set context_parallel.kernels: torch"
+        )
+
+
+@functools.cache
+def _say_torch_attends(heads: int, width: int) -> None:
+    logger.info(
+        "Attention of %d heads of %d goes through torch: the Triton kernels take head dims up to "
+        "%d, and %d heads where entries are chosen.",
+        heads,
+        width,
+        WIDEST,
+        MANY_HEADS,
+    )
