@@ -2,7 +2,7 @@
 
 Forward norms and rotates the queries into the memory of the output, attends there and rotates
 back: three launches. Backward goes through chunks of queries whose probabilities fit the workspace,
-four launches each: few, and each large.
+five launches each: few, and each large.
 """
 
 # B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
@@ -23,6 +23,7 @@ from nemo_dsv4_cp.kernels.triton.attention_backward import (
     keys_kernel,
     queries_kernel,
     ready_kernel,
+    scores_kernel,
 )
 from nemo_dsv4_cp.kernels.triton.attention_chunks import (
     Chunk,
@@ -76,7 +77,7 @@ def attend_op(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     lse = x.new_empty(x.shape[:3], dtype=torch.float32)
     norm_rotate_into(out, x.contiguous(), cos, sin, eps)
-    tile = tiles.of(tiles.FORWARD, _capability(x))
+    tile = tiles.of(tiles.FORWARD, x)
     attend_into(out, lse, out, raw, entries, sinks, chosen, sight, scale, tile)
     rotate_back_(out, cos, sin)
     return out, lse
@@ -116,7 +117,6 @@ def attend_backward_op(
     delta = torch.empty_like(lse)
     n_chosen = 0 if chosen is None else chosen.shape[-1]
     block_d, rotary, slots = padded(width), cos.shape[-1], raw_slots(window)
-    capability = _capability(x)
     for chunk in chunks_of(chunks):
         rows = chunk.end - chunk.begin
         first_raw, first_entry = (
@@ -130,14 +130,23 @@ def attend_backward_op(
         )  # fmt: skip
         p_raw, ds_raw = x.new_empty(2, batch, rows, heads, slots)
         p_entries, ds_entries = x.new_empty(2, batch, rows, heads, entry_slots)
-        tile = tiles.of(tiles.QUERIES_GRAD, capability)
+        tile = tiles.of(tiles.SCORES, x)
         block_heads = min(tile.heads, padded(heads))
-        queries_kernel[rows, triton.cdiv(heads, block_heads), batch](
-            q, do, raw, entries, sight, chosen, lse, delta, grad_x,
-            p_raw, ds_raw, p_entries, ds_entries,
+        scores_kernel[rows, triton.cdiv(heads, block_heads), batch](
+            q, do, raw, entries, sight, chosen, lse, delta, p_raw, ds_raw, p_entries, ds_entries,
             chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], n_chosen,
             slots, entry_slots, first_entry, sight.shape[0], scale,
             D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED,
+            CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        tile = tiles.of(tiles.QUERIES_GRAD, x)
+        block_heads, columns = min(tile.heads, padded(heads)), min(tile.columns, block_d)
+        parts = triton.cdiv(heads, block_heads) * triton.cdiv(width, columns)
+        queries_kernel[rows, parts, batch](
+            raw, entries, sight, chosen, ds_raw, ds_entries, grad_x,
+            chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], n_chosen,
+            slots, entry_slots, first_entry, sight.shape[0],
+            D=width, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED, COLUMNS=columns,
             CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         blocks = in_blocks(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
@@ -177,7 +186,7 @@ def _sum_keys(
 ) -> None:
     """Add what a chunk gives to ``blocks`` of keys from ``first`` on."""
     batch, rows, heads, width = q.shape
-    tile = tiles.of(tiles.KEYS_GRAD, _capability(q))
+    tile = tiles.of(tiles.KEYS_GRAD, q)
     columns = min(tile.columns, padded(width))
     keys_kernel[blocks, triton.cdiv(width, columns), batch](
         q, do, p, ds, sight, grad, chunk.begin, rows, sight.shape[1], heads, grad.shape[1],
@@ -201,7 +210,7 @@ def _sum_chosen(
     """Add what a chunk gives to the entries that its queries chose."""
     batch, rows, heads, width = q.shape
     n_chosen = chosen.shape[-1]
-    tile = tiles.of(tiles.CHOSEN_GRAD, _capability(q))
+    tile = tiles.of(tiles.CHOSEN_GRAD, q)
     columns = min(tile.columns, padded(width))
     to = grad.new_zeros(batch, rows, n_chosen, width) if in_order else grad
     chosen_kernel[rows, triton.cdiv(width, columns), batch](
@@ -311,7 +320,3 @@ def attend(
         eps,
     )[0]
     return out
-
-
-def _capability(x: torch.Tensor) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None

@@ -5,12 +5,12 @@ With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:
     delta = do . o,   ds_j = scale p_j (do . k_j - delta)
     dq = sum_j ds_j k_j,   dk_j = sum over queries and heads of ds_j q + p_j do
 
-It must equal ``kernels/reference/attention.py``. Four kernels: ``ready`` makes q and do of the
-chunk; ``queries`` recomputes p and ds, writes both in the keys' dtype and dq; ``keys`` sums the
-gradient of a block of keys over the queries that see it, in order; ``chosen`` instead adds each
-query's contributions to its chosen entries, by atomics, or writes them out for a sum in order. A
-kernel that recomputes p and ds beside [64, 512] sums of keys spills: stored for a chunk, they cost
-4 bytes a (query, head, key) and leave plain products.
+It must equal ``kernels/reference/attention.py``. Five kernels: ``ready`` makes q and do of the
+chunk; ``scores`` recomputes p and ds and stores both in the keys' dtype; ``queries`` sums dq;
+``keys`` sums the gradient of a block of keys over the queries that see it, in order; ``chosen``
+instead adds each query's contributions to its chosen entries, by atomics, or writes them out for a
+sum in order. A kernel that recomputes p and ds beside [64, 512] sums spills, or multiplies twice:
+stored for a chunk, they cost 4 bytes a (query, head, key) and leave plain products.
 
 Stored keys stand in blocks of ``ALIGNED`` rows: slot 0 of a query's window is the multiple of
 ``ALIGNED`` at or before its first raw key, slot 0 of the entries that of the chunk's first.
@@ -69,22 +69,21 @@ def ready_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _query_step(  # type: ignore[no-untyped-def]
-    q, do, keys, at, seen, col, log2_sum, d, acc, p_to, ds_to, stored, scale, D: tl.constexpr
+def _score_step(  # type: ignore[no-untyped-def]
+    q, do, keys, at, seen, col, log2_sum, d, p_to, ds_to, to, stored, scale, D: tl.constexpr
 ):
-    """Recompute p and ds of a step of keys [KEYS], store them and add to dq [HEADS, D]."""
+    """Recompute p and ds of a step of keys [KEYS] and store them."""
     k = tl.load(keys + at[:, None] * D + col, mask=seen[:, None] & (col < D), other=0.0)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
     p = tl.where(seen[None, :], tl.exp2(s - log2_sum[:, None]), 0.0)
     dp = tl.dot(do, tl.trans(k), input_precision="ieee")
-    ds = (p * (dp - d[:, None]) * scale).to(k.dtype)
-    tl.store(p_to, p.to(k.dtype), mask=stored)
-    tl.store(ds_to, ds, mask=stored)
-    return tl.dot(ds, k, acc, input_precision="ieee")
+    ds = p * (dp - d[:, None]) * scale
+    tl.store(p_to + to, p.to(k.dtype), mask=stored)
+    tl.store(ds_to + to, ds.to(k.dtype), mask=stored)
 
 
 @triton.jit
-def queries_kernel(  # type: ignore[no-untyped-def]
+def scores_kernel(  # type: ignore[no-untyped-def]
     q,
     do,
     raw,
@@ -93,7 +92,6 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     chosen,
     lse,
     delta,
-    grad,
     p_raw,
     ds_raw,
     p_entries,
@@ -117,7 +115,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     CHOSEN: tl.constexpr,
 ):
-    """Grid (C, N / HEADS, B): dq, and p and ds of [C, N, slots]."""
+    """Grid (C, N / HEADS, B): p and ds of [C, N, slots]."""
     row = tl.program_id(2).to(tl.int64)
     query = begin + tl.program_id(0)
     token, place = row * n_queries + query, row * n_chunk + tl.program_id(0)
@@ -125,9 +123,9 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     col = tl.arange(0, BLOCK_D)[None, :]
     here = head < n_heads
     inside = here[:, None] & (col < D)
-    at_row = (place * n_heads + head[:, None]) * D + col
-    x = tl.load(q + at_row, mask=inside, other=0.0)
-    g = tl.load(do + at_row, mask=inside, other=0.0)
+    of_head = head[:, None] * D + col
+    x = tl.load(q + place * n_heads * D + of_head, mask=inside, other=0.0)
+    g = tl.load(do + place * n_heads * D + of_head, mask=inside, other=0.0)
     log2_sum = tl.load(lse + token * n_heads + head, mask=here, other=0.0) * LOG2E
     d = tl.load(delta + token * n_heads + head, mask=here, other=0.0)
     sees = sight + ((row % sight_rows) * n_queries + query) * 4
@@ -135,41 +133,121 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
     raw += row * n_raw * D
     entries += row * n_entries * D
+    p_raw += place * n_heads * raw_slots
+    ds_raw += place * n_heads * raw_slots
+    p_entries += place * n_heads * entry_slots
+    ds_entries += place * n_heads * entry_slots
 
-    acc = tl.zeros((HEADS, BLOCK_D), tl.float32)
     step = tl.arange(0, KEYS)
     base = raw_first // ALIGNED * ALIGNED
-    to = (place * n_heads + head[:, None]) * raw_slots + step[None, :]
+    to = head[:, None] * raw_slots + step[None, :]
     for slot in range(0, raw_slots, KEYS):
         at = base + slot + step
         seen = (at >= raw_first) & (at <= raw_last)
-        acc = _query_step(
-            x, g, raw, at, seen, col, log2_sum, d, acc,
-            p_raw + to + slot, ds_raw + to + slot, here[:, None], scale, D,
+        _score_step(
+            x, g, raw, at, seen, col, log2_sum, d,
+            p_raw + slot, ds_raw + slot, to, here[:, None], scale, D,
         )  # fmt: skip
-    to = (place * n_heads + head[:, None]) * entry_slots + step[None, :]
+    to = head[:, None] * entry_slots + step[None, :]
     if CHOSEN:
         chosen += token * n_chosen
         for slot in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
             at = tl.load(chosen + slot + step, mask=slot + step < n_chosen, other=-1)
-            acc = _query_step(
-                x, g, entries, at, at >= 0, col, log2_sum, d, acc,
-                p_entries + to + slot, ds_entries + to + slot, here[:, None], scale, D,
+            _score_step(
+                x, g, entries, at, at >= 0, col, log2_sum, d,
+                p_entries + slot, ds_entries + slot, to, here[:, None], scale, D,
             )  # fmt: skip
     else:
         base = entry_first // ALIGNED * ALIGNED
+        p_entries += base - entry_base
+        ds_entries += base - entry_base
         # Whole blocks: what a block of keys reads, it finds written.
         stop = (entry_stop + ALIGNED - 1) // ALIGNED * ALIGNED
-        to += base - entry_base
         for slot in range(0, stop - base, KEYS):
             at = base + slot + step
             seen = (at >= entry_first) & (at < entry_stop)
-            acc = _query_step(
-                x, g, entries, at, seen, col, log2_sum, d, acc,
-                p_entries + to + slot, ds_entries + to + slot, here[:, None], scale, D,
+            _score_step(
+                x, g, entries, at, seen, col, log2_sum, d,
+                p_entries + slot, ds_entries + slot, to, here[:, None], scale, D,
             )  # fmt: skip
-    to_grad = (token * n_heads + head[:, None]) * D + col
-    tl.store(grad + to_grad, acc.to(grad.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _query_step(  # type: ignore[no-untyped-def]
+    keys, at, seen, col, ds, to, stored, acc, D: tl.constexpr
+):
+    """Add a step of keys [KEYS] to dq [HEADS, COLUMNS]."""
+    k = tl.load(keys + at[:, None] * D + col, mask=seen[:, None] & (col < D), other=0.0)
+    weights = tl.load(ds + to, mask=stored & seen[None, :], other=0.0)
+    return tl.dot(weights, k, acc, input_precision="ieee")
+
+
+@triton.jit
+def queries_kernel(  # type: ignore[no-untyped-def]
+    raw,
+    entries,
+    sight,
+    chosen,
+    ds_raw,
+    ds_entries,
+    grad,
+    begin,
+    n_chunk,
+    n_queries,
+    n_heads,
+    n_raw,
+    n_entries,
+    n_chosen,
+    raw_slots,
+    entry_slots,
+    entry_base,
+    sight_rows,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+):
+    """Grid (C, N / HEADS * D / COLUMNS, B): dq of the chunk into [B, L, N, D]."""
+    row = tl.program_id(2).to(tl.int64)
+    query = begin + tl.program_id(0)
+    token, place = row * n_queries + query, row * n_chunk + tl.program_id(0)
+    parts = (D + COLUMNS - 1) // COLUMNS
+    head = tl.program_id(1) // parts * HEADS + tl.arange(0, HEADS)[:, None]
+    col = tl.program_id(1) % parts * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    here = head < n_heads
+    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
+    entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
+    raw += row * n_raw * D
+    entries += row * n_entries * D
+    ds_raw += place * n_heads * raw_slots
+    ds_entries += place * n_heads * entry_slots
+
+    acc = tl.zeros((HEADS, COLUMNS), tl.float32)
+    step = tl.arange(0, KEYS)
+    base = raw_first // ALIGNED * ALIGNED
+    to = head * raw_slots + step[None, :]
+    for slot in range(0, raw_slots, KEYS):
+        at = base + slot + step
+        seen = (at >= raw_first) & (at <= raw_last)
+        acc = _query_step(raw, at, seen, col, ds_raw + slot, to, here, acc, D)
+    to = head * entry_slots + step[None, :]
+    if CHOSEN:
+        chosen += token * n_chosen
+        for slot in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
+            at = tl.load(chosen + slot + step, mask=slot + step < n_chosen, other=-1)
+            acc = _query_step(entries, at, at >= 0, col, ds_entries + slot, to, here, acc, D)
+    else:
+        base = entry_first // ALIGNED * ALIGNED
+        ds_entries += base - entry_base
+        for slot in range(0, entry_stop - base, KEYS):
+            at = base + slot + step
+            seen = (at >= entry_first) & (at < entry_stop)
+            acc = _query_step(entries, at, seen, col, ds_entries + slot, to, here, acc, D)
+    at_row = (token * n_heads + head) * D + col
+    tl.store(grad + at_row, acc.to(grad.dtype.element_ty), mask=here & (col < D))
 
 
 @triton.jit

@@ -110,7 +110,7 @@ def backward_cost(
         if chosen is not None:
             seen = min(seen, rows * chosen.shape[-1])
         launches += 4 if in_order and chosen is not None else 1
-        read += seen * batch * width * (size + 4) + 2 * queries + of_entries
+        read += seen * batch * width * (2 * size + 4) + 2 * queries + of_entries * 3 // 2
         written += 4 * seen * batch * width
     # The norm's backward in place, and the sinks' gradient: a few passes over log Z.
     launches, read, written = launches + 1 + 6, read + _bytes(x, x), written + _bytes(x)

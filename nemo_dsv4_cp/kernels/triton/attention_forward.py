@@ -67,9 +67,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     token = row * n_queries + query
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, BLOCK_D)[None, :]
-    at_q = (token * n_heads + head[:, None]) * D + col
     inside = (head[:, None] < n_heads) & (col < D)
-    x = tl.load(q + at_q, mask=inside, other=0.0)
+    x = tl.load(q + token * n_heads * D + (head[:, None] * D + col), mask=inside, other=0.0)
     sees = sight + ((row % sight_rows) * n_queries + query) * 4
     raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
     entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
@@ -96,7 +95,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
                 x, entries, at, at < entry_stop, col, acc, best, total, scale2, D
             )
     acc = acc / total[:, None]
-    tl.store(out + at_q, acc.to(out.dtype.element_ty), mask=inside)
+    to = (token * n_heads + head[:, None]) * D + col
+    tl.store(out + to, acc.to(out.dtype.element_ty), mask=(head[:, None] < n_heads) & (col < D))
     log_sum = (best + tl.log2(total)) / LOG2E
     tl.store(lse + token * n_heads + head, log_sum, mask=head < n_heads)
 

@@ -2,14 +2,18 @@
 
 Shared memory of a block is 163 KiB on sm_80 and 227 KiB on sm_90 and sm_100. At head dim 512 one
 query's 64 heads fill a tensor-core tile, and the float32 sums [64, 512] take 128 registers of each
-of 256 threads: fewer warps spill, and so do more than 32 keys a step beside the queries.
+of 256 threads: fewer warps spill, and so do more than 32 keys a step. Two stages and more load keys
+straight to shared memory; one takes them through registers that are not there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-ARCHITECTURES = (80, 90, 100)
+import torch
+
+FLOAT32 = 32
+"""Row of the tables for float32 on any device: no tensor cores, and twice the bytes."""
 
 ALIGNED = 64
 """Keys that share a block of stored probabilities, whose gradient one program sums."""
@@ -35,36 +39,50 @@ class Tile:
 
 
 FORWARD = {
+    FLOAT32: Tile(heads=16, keys=16, columns=0, warps=8, stages=2),
     80: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
     90: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
     100: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
 }
 
-# Scores, their gradient and the queries' gradient: both operands of a query stay in shared memory.
+# Queries and their outputs' gradients take 128 KiB of shared memory: few keys fit beside them.
+SCORES = {
+    FLOAT32: Tile(heads=16, keys=16, columns=0, warps=4, stages=2),
+    80: Tile(heads=64, keys=16, columns=0, warps=8, stages=2),
+    90: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
+    100: Tile(heads=64, keys=16, columns=0, warps=8, stages=2),
+}
+
+# One product: whole rows of gathered keys, for each is 1 KiB in one place.
 QUERIES_GRAD = {
-    80: Tile(heads=64, keys=32, columns=0, warps=8, stages=1),
-    90: Tile(heads=64, keys=32, columns=0, warps=8, stages=1),
-    100: Tile(heads=64, keys=32, columns=0, warps=8, stages=1),
+    FLOAT32: Tile(heads=16, keys=32, columns=256, warps=8, stages=2),
+    80: Tile(heads=64, keys=32, columns=512, warps=8, stages=2),
+    90: Tile(heads=64, keys=32, columns=512, warps=8, stages=3),
+    100: Tile(heads=64, keys=64, columns=512, warps=8, stages=2),
 }
 
 # Two products with stored factors and nothing else: float32 sums of [64, 256].
 KEYS_GRAD = {
+    FLOAT32: Tile(heads=16, keys=ALIGNED, columns=128, warps=4, stages=2),
     80: Tile(heads=64, keys=ALIGNED, columns=128, warps=4, stages=2),
     90: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=2),
     100: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=2),
 }
 
-# A query's chosen entries: nothing to keep, the sums [64, 128] leave by atomics.
+# A query's chosen entries, all heads at once: nothing to keep, the sums leave by atomics.
 CHOSEN_GRAD = {
-    80: Tile(heads=0, keys=64, columns=128, warps=4, stages=1),
-    90: Tile(heads=0, keys=64, columns=128, warps=4, stages=1),
-    100: Tile(heads=0, keys=64, columns=128, warps=4, stages=1),
+    FLOAT32: Tile(heads=0, keys=32, columns=64, warps=8, stages=1),
+    80: Tile(heads=0, keys=64, columns=64, warps=8, stages=1),
+    90: Tile(heads=0, keys=64, columns=128, warps=8, stages=1),
+    100: Tile(heads=0, keys=64, columns=128, warps=8, stages=1),
 }
 
 
-def of(table: dict[int, Tile], capability: tuple[int, int] | None) -> Tile:
-    """Return the tile for a device: that of the newest architecture not newer than it."""
-    if capability is None:  # interpreted
-        return table[90]
-    number = capability[0] * 10
-    return table[max(arch for arch in ARCHITECTURES if arch <= max(number, ARCHITECTURES[0]))]
+def of(table: dict[int, Tile], x: torch.Tensor) -> Tile:
+    """Return the tile for a tensor: of its device's architecture, or the last before that."""
+    if not x.is_cuda:
+        return table[90]  # interpreted, the walk of a GPU
+    if x.dtype == torch.float32:
+        return table[FLOAT32]
+    number = torch.cuda.get_device_capability(x.device)[0] * 10
+    return table[max(arch for arch in table if arch <= number)]
