@@ -46,7 +46,7 @@ def test_a_block_may_be_any_mapping(wrap):
         ),
         (
             {"kernels": "cutlass"},
-            r"kernels='cutlass' is not installed; use one of \['auto', 'tilelang', 'torch'\]",
+            r"kernels='cutlass' is not installed; use one of \['auto', 'tilelang', 'torch', 'tri.*",
         ),
         ({"batch_fn": "zigzag"}, r"batch_fn='zigzag'.*contiguous_shard"),
         (

@@ -71,7 +71,7 @@ def _check_outputs(*outputs: Path | None, plot: Path | None = None) -> None:
 
 
 def _weigh_all(
-    seq_len: int, cp_size: int, ratios: Sequence[int], rank: int, **options: int
+    seq_len: int, cp_size: int, ratios: Sequence[int], rank: int, **options: Any
 ) -> list[Weight]:
     with quiet():
         from nemo_dsv4_cp.tools.layer import Case

@@ -15,6 +15,7 @@ from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.tools.paths import HOST
 
@@ -31,6 +32,7 @@ class Case:
         rank: Which of them is measured.
         batch: B, rows.
         workspace_mib: ``context_parallel.workspace_mib`` of a transport.
+        kernels: ``context_parallel.kernels`` of a transport.
     """
 
     path: str
@@ -40,6 +42,7 @@ class Case:
     rank: int
     batch: int = 1
     workspace_mib: int = 256
+    kernels: str = AUTO
 
     @property
     def layout(self) -> SequenceLayout:
@@ -75,7 +78,7 @@ def build(
     """
     options: dict[str, Any] = {"workspace_mib": case.workspace_mib}
     if case.path != HOST:
-        options["transport"] = case.path
+        options |= {"transport": case.path, "kernels": case.kernels}
     config = DeepseekV4ContextParallelConfig(
         compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=options, **sizes
     )

@@ -1,10 +1,15 @@
-"""Memory and traffic of one rank, weighed without a device: fake tensors, a fake process group."""
+"""Memory, traffic and launches of one rank, weighed without a device.
+
+Fake tensors in a fake process group: every operation of a layer is seen with its shapes, and none
+is computed.
+"""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -16,11 +21,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nemo_dsv4_cp.exchange.collectives import process_group
+from nemo_dsv4_cp.host import tilelang
 from nemo_dsv4_cp.host.torch_api import let_fake_tensors_through_collectives
+from nemo_dsv4_cp.kernels import costs
 from nemo_dsv4_cp.tools.layer import Case, build
 from nemo_dsv4_cp.tools.paths import HOST
 
 _LARGEST = 5
+
+_NO_LAUNCH = frozenset(
+    {
+        "_reshape_alias",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "is_same_size",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "resize_",
+    }
+)
+"""Operations that only make a tensor, or another view of one."""
+
+_OVERWRITE = frozenset({"copy_", "fill_", "zero_"})
+"""Operations in place that do not read what they write over."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +57,33 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a device is asked to run.
+
+    Attributes:
+        count: Operations launched; collectives count, views and allocations do not.
+        read_bytes: Bytes of the tensors they read, each as large as the operation sees it.
+        written_bytes: Bytes of the tensors they write.
+    """
+
+    count: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def __sub__(self, other: Launches) -> Launches:
+        return Launches(
+            self.count - other.count,
+            self.read_bytes - other.read_bytes,
+            self.written_bytes - other.written_bytes,
+        )
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written."""
+        return self.read_bytes + self.written_bytes
 
 
 @dataclass(frozen=True)
@@ -45,6 +98,8 @@ class Weight:
         saved_bytes: Bytes alive between forward and backward.
         received_forward: Bytes that other ranks sent, in forward.
         received_backward: Bytes that other ranks sent, in backward.
+        forward: What forward launched.
+        backward: What backward launched.
         largest: The largest tensors alive at the peak.
     """
 
@@ -53,6 +108,8 @@ class Weight:
     saved_bytes: int
     received_forward: int
     received_backward: int
+    forward: Launches
+    backward: Launches
     largest: tuple[Tensor, ...]
 
     def per_token(self, received: int) -> float:
@@ -61,7 +118,7 @@ class Weight:
 
 
 class _Scale(TorchDispatchMode):
-    """Sums the storages alive and the bytes that collectives bring in."""
+    """Sums the storages alive, the bytes that collectives bring in, and what is launched."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,17 +126,39 @@ class _Scale(TorchDispatchMode):
         self._alive: dict[int, Tensor] = {}
         self.live = self.peak = self.received = 0
         self.largest: tuple[Tensor, ...] = ()
+        self.launched = Launches()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        told = costs.of(func, args, kwargs)
+        self._launch(func, args, kwargs, out, told)
         if func.namespace == "c10d":
             self.received += self._brought(func.overloadpacket.__name__, args)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor, str(func.overloadpacket))
+        if told is not None:
+            self._note_peak(self.live + told.scratch_bytes)
         return out
+
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, told: costs.Cost | None) -> None:
+        if told is not None:
+            new = Launches(told.launches, told.read_bytes, told.written_bytes)
+        elif _only_a_view(func) or func.overloadpacket.__name__ in _NO_LAUNCH:
+            return
+        else:
+            read, written = _touched(func, args, kwargs, out)
+            if not written:
+                return  # nothing to run on tensors without entries
+            new = Launches(1, read, written)
+        self.launched = Launches(
+            self.launched.count + new.count,
+            self.launched.read_bytes + new.read_bytes,
+            self.launched.written_bytes + new.written_bytes,
+        )
 
     def _add(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
@@ -90,8 +169,11 @@ class _Scale(TorchDispatchMode):
         self._alive[storage._cdata] = Tensor(operation, tuple(tensor.shape), dtype, size)
         weakref.finalize(storage, self._remove, storage._cdata)
         self.live += size
-        if self.live > self.peak:
-            self.peak = self.live
+        self._note_peak(self.live)
+
+    def _note_peak(self, taken: int) -> None:
+        if taken > self.peak:
+            self.peak = taken
             ranked = sorted(self._alive.values(), key=lambda t: t.bytes, reverse=True)
             self.largest = tuple(ranked[:_LARGEST])
 
@@ -118,11 +200,40 @@ def _bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(tensors))
 
 
+def _only_a_view(func: Any) -> bool:
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _touched(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    """Return the bytes that an operation reads and writes."""
+    read, written, in_place = 0, 0, False
+    for place, argument in enumerate(func._schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        size = _seen(value)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            in_place = True
+            written += size
+            if func.namespace == "c10d" or func.overloadpacket.__name__ in _OVERWRITE:
+                continue
+        read += size
+    return read, written if in_place else _seen(out)
+
+
+def _seen(value: Any) -> int:
+    """Return the bytes of the tensors in a value, what is expanded once."""
+    return sum(
+        t.element_size() * math.prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step)
+        for t in tree_leaves(value)
+        if isinstance(t, torch.Tensor) and t.numel()
+    )
+
+
 def weigh(case: Case) -> Weight:
     """Run a V4-Flash layer forward and backward on fake tensors, bfloat16, and weigh it.
 
-    The host's layer runs with its TileLang kernels, of which only the tensors they take, save and
-    return exist here; ours runs its torch path.
+    Kernels of the package tell what they launch; of the host's TileLang kernels only the tensors
+    they take, save and return exist here.
     """
     let_fake_tensors_through_collectives()
     with (
@@ -139,31 +250,115 @@ def weigh(case: Case) -> Weight:
         )
         with _Scale(case) as scale:
             out = forward()
-            saved, received = scale.live, scale.received
+            saved, received, launched = scale.live, scale.received, scale.launched
             out.backward(torch.empty_like(out))
             return Weight(
-                case, scale.peak, saved, received, scale.received - received, scale.largest
+                case,
+                scale.peak,
+                saved,
+                received,
+                scale.received - received,
+                launched,
+                scale.launched - launched,
+                scale.largest,
             )
 
 
-class _KernelShapes(torch.autograd.Function):
-    """The tensors of the host's sparse-attention kernels without the arithmetic."""
+# The host's kernels as operations that are weighed and never run. One launch a kernel: that the
+# host takes 16 heads at a time, and copies them before and after, is not counted.
+
+
+@torch.library.custom_op("dsv4_cp::host_attention", mutates_args=())
+def _host_attention(
+    q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+@_host_attention.register_fake
+def _(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@costs.tell("dsv4_cp::host_attention")
+def _(q: torch.Tensor, *keys: torch.Tensor) -> costs.Cost:
+    log_sums = q.numel() // q.shape[-1] * 4
+    return costs.Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
+
+
+@torch.library.custom_op("dsv4_cp::host_attention_backward", mutates_args=())
+def _host_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sinks: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+@_host_attention_backward.register_fake
+def _(
+    grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, *_: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(kv), torch.empty_like(sinks)
+
+
+@costs.tell("dsv4_cp::host_attention_backward")
+def _(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sinks: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+) -> costs.Cost:
+    # Sums of out * grad; the gradients, the keys' in float32; those rounded.
+    summed = kv.numel() * 4
+    return costs.Cost(
+        3,
+        _bytes((out, grad)) + _bytes((q, kv, grad, sinks, indices, log_sums, log_sums)) + summed,
+        _bytes(log_sums) + _bytes((q, sinks)) + summed + _bytes(kv),
+        scratch_bytes=summed + _bytes(log_sums),
+    )
+
+
+@torch.library.custom_op("dsv4_cp::host_index_scores", mutates_args=())
+def _host_index_scores(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError
+
+
+@_host_index_scores.register_fake
+def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
+
+
+@costs.tell("dsv4_cp::host_index_scores")
+def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> costs.Cost:
+    scores = q.shape[0] * q.shape[1] * keys.shape[1] * 4
+    return costs.Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
+
+
+class _HostAttention(torch.autograd.Function):
+    """The host's sparse attention by its kernels' shapes."""
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(q, kv, sinks, indices, out, lse)
+        out, log_sums = _host_attention(q, kv, sinks, indices)
+        ctx.save_for_backward(q, kv, sinks, indices, out, log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, kv, sinks, *_ = ctx.saved_tensors
-        # Its backward adds up the keys' gradient in float32 before it rounds.
-        summed = torch.empty_like(kv, dtype=torch.float32)
-        return torch.empty_like(q), summed.to(kv.dtype), torch.empty_like(sinks), None
+        grads: tuple[torch.Tensor, ...] = _host_attention_backward(
+            grad.contiguous(), *ctx.saved_tensors
+        )
+        return *grads, None
 
 
 def _attention_shapes(
@@ -174,20 +369,27 @@ def _attention_shapes(
     *_: Any,
     **__: Any,
 ) -> torch.Tensor:
-    out: torch.Tensor = _KernelShapes.apply(  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _HostAttention.apply(  # type: ignore[no-untyped-call]
         q.contiguous(), kv.contiguous(), sinks.float(), indices.to(torch.int32)
     )
     return out
 
 
-def _score_shapes(q: torch.Tensor, keys: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
+def _score_shapes(
+    q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    scores: torch.Tensor = _host_index_scores(q, keys, weights)
+    return scores
 
 
 @contextmanager
 def _host_kernels() -> Iterator[None]:
-    with (
-        mock.patch.object(host_layers, "dsv4_sparse_attention", _attention_shapes),
-        mock.patch.object(host_layers, "dsv4_indexer_scores", _score_shapes),
-    ):
+    with ExitStack() as patched:
+        for user in (host_layers, tilelang):
+            for name, shapes in (
+                ("dsv4_sparse_attention", _attention_shapes),
+                ("dsv4_indexer_scores", _score_shapes),
+            ):
+                patched.enter_context(mock.patch.object(user, name, shapes))
+        patched.enter_context(mock.patch.object(tilelang, "HAS_TILELANG", True))
         yield
