@@ -349,6 +349,7 @@ class _HostAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
+        out: torch.Tensor
         out, log_sums = _host_attention(q, kv, sinks, indices)
         ctx.save_for_backward(q, kv, sinks, indices, out, log_sums)
         return out
