@@ -38,7 +38,7 @@ from nemo_dsv4_cp.kernels.triton.norm_rotate import (
     norm_rotate_backward_,
     norm_rotate_into,
     padded,
-    rotate_back_,
+    rotate_,
 )
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 
@@ -79,7 +79,7 @@ def attend_op(
     norm_rotate_into(out, x.contiguous(), cos, sin, eps)
     tile = tiles.of(tiles.FORWARD, x)
     attend_into(out, lse, out, raw, entries, sinks, chosen, sight, scale, tile)
-    rotate_back_(out, cos, sin)
+    rotate_(out, cos, sin, sign=-1.0)
     return out, lse
 
 

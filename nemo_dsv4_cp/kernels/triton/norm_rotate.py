@@ -140,12 +140,12 @@ def norm_rotate_backward_(
     )
 
 
-def rotate_back_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Undo the rotation of the last r dims of contiguous [B, L, N, D], in place."""
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, sign: float = 1.0) -> None:
+    """Rotate the last r dims of contiguous [B, L, N, D], in place; -1 undoes it."""
     tokens, (heads, width) = x.shape[0] * x.shape[1], x.shape[2:]
     rows = 4 * HEADS
     rotate_kernel[tokens, triton.cdiv(heads, rows)](
-        x, cos, sin, heads, -1.0, width, cos.shape[-1], padded(cos.shape[-1]), rows
+        x, cos, sin, heads, sign, width, cos.shape[-1], padded(cos.shape[-1]), rows
     )
 
 

@@ -77,11 +77,25 @@ CHOSEN_GRAD = {
     100: Tile(heads=0, keys=64, columns=128, warps=8, stages=1),
 }
 
+# Heads: of all the queries that a program walks; keys stay, and their products with 64 heads take
+# 64 registers of each thread.
+INDEX_SCORES = {
+    FLOAT32: Tile(heads=1024, keys=32, columns=0, warps=4, stages=2),
+    80: Tile(heads=1024, keys=128, columns=0, warps=8, stages=3),
+    90: Tile(heads=1024, keys=256, columns=0, warps=8, stages=3),
+    100: Tile(heads=1024, keys=256, columns=0, warps=8, stages=3),
+}
+
+# Keys: groups a step of the last pass. K groups are held at a time, 32 numbers each.
+TOP_K = {
+    80: Tile(heads=0, keys=64, columns=0, warps=8, stages=1),
+}
+
 
 def of(table: dict[int, Tile], x: torch.Tensor) -> Tile:
     """Return the tile for a tensor: of its device's architecture, or the last before that."""
     if not x.is_cuda:
-        return table[90]  # interpreted, the walk of a GPU
+        return table[90 if 90 in table else 80]  # interpreted, the walk of a GPU
     if x.dtype == torch.float32:
         return table[FLOAT32]
     number = torch.cuda.get_device_capability(x.device)[0] * 10

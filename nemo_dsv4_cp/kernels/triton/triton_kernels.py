@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 
@@ -52,9 +53,10 @@ class TritonKernels:
         topk: int,
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best of the entries that each may see."""
-        return self._torch.choose_entries(
-            q_BLIF, weights_BLI, keys_BPF, rope, layout=layout, ratio=ratio, topk=topk
-        )
+        return choose_entries(
+            q_BLIF, weights_BLI, keys_BPF, rope,
+            layout=layout, ratio=ratio, topk=topk, workspace_bytes=self.workspace_bytes,
+        )  # fmt: skip
 
     def attend(
         self,

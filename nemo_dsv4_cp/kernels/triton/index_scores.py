@@ -1,0 +1,123 @@
+"""Scores of index queries against index keys, ready to be ranked; bound by matrix products.
+
+    score_p = sum_i weight_i relu(q_i . k_p)
+
+It must equal ``kernels/reference/index_choice.py``. A program keeps a block of keys and walks
+neighbouring queries, whose heads are the columns of one product and are summed in registers: scores
+never hold the heads in memory. They are stored as whole numbers in the order of the floats, 0 below
+all of them, with the largest of each GROUP that a query may see: ranking reads few scores by them.
+"""
+
+# B batch rows   L local queries   I index heads   F index width   P entries   C queries of a chunk
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
+
+GROUP = 32
+"""Scores that share a stored maximum: 128 bytes, a line of the cache."""
+
+
+@triton.jit
+def in_order(scores):  # type: ignore[no-untyped-def]
+    """Return uint32 in the order of float32 scores, -0.0 as 0.0."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)
+    turned = tl.where(bits < 0, bits ^ -1, bits ^ -0x80000000)
+    return turned.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def index_scores_kernel(  # type: ignore[no-untyped-def]
+    q,
+    weights,
+    keys,
+    visible,
+    scores,
+    maxima,
+    first_query,
+    n_queries,
+    n_rows,
+    n_entries,
+    first_entry,
+    n_scores,
+    visible_rows,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Grid (n_scores / KEYS, C / QUERIES, B): scores [B, C, n_scores] of a chunk, and maxima."""
+    row = tl.program_id(2).to(tl.int64)
+    visible += (row % visible_rows) * n_queries * 2
+    begin = tl.program_id(1) * QUERIES
+    end = tl.minimum(begin + QUERIES, n_rows)
+    several = begin + tl.arange(0, QUERIES)
+    bounds = visible + (first_query + several) * 2
+    starts = tl.load(bounds, mask=several < end, other=0)
+    stops = tl.load(bounds + 1, mask=several < end, other=0)
+    at = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    entry = first_entry + at
+    block = first_entry + tl.program_id(0) * KEYS
+    touched = (starts < block + KEYS) & (stops > tl.maximum(block, starts))
+    if tl.max(touched.to(tl.int32)) == 0:
+        return
+    col = tl.arange(0, BLOCK_F)
+    inside = (entry[:, None] < n_entries) & (col[None, :] < F)
+    k = tl.load(
+        keys + row * n_entries * F + (entry[:, None] * F + col[None, :]), mask=inside, other=0.0
+    )
+    head = tl.arange(0, BLOCK_HEADS)
+    group = tl.program_id(0) * (KEYS // GROUP) + tl.arange(0, KEYS // GROUP)
+    whole = (head[:, None] < HEADS) & (col[None, :] < F)
+    for c in range(begin, end):
+        query = first_query + c
+        token = row * n_queries + query
+        x = tl.load(q + token * HEADS * F + (head[:, None] * F + col[None, :]), whole, other=0.0)
+        w = tl.load(weights + token * HEADS + head, mask=head < HEADS, other=0.0)
+        products = tl.dot(k, tl.trans(x), input_precision="ieee")
+        score = tl.sum(tl.maximum(products, 0.0, tl.PropagateNan.ALL) * w[None, :], axis=1)
+        ordered = in_order(score)
+        first, stop = tl.load(visible + query * 2), tl.load(visible + query * 2 + 1)
+        to = row * n_rows + c
+        tl.store(scores + to * n_scores + at, ordered.to(tl.int32, bitcast=True), at < n_scores)
+        seen = tl.where((entry >= first) & (entry < stop), ordered, 0)
+        best = tl.max(tl.reshape(seen, (KEYS // GROUP, GROUP)), axis=1)
+        n_groups = n_scores // GROUP
+        tl.store(maxima + to * n_groups + group, best.to(tl.int32, bitcast=True), group < n_groups)
+
+
+def score_into(
+    scores: torch.Tensor,
+    maxima: torch.Tensor,
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    first_query: int,
+    first_entry: int,
+) -> None:
+    """Write int32 scores [B, C, n] of entries from ``first_entry`` on, and maxima of their groups.
+
+    What no query of a block of keys may see is not written. Entries beyond P get some score too.
+    All tensors are contiguous, n a multiple of ``GROUP``.
+    """
+    (batch, length, heads, width), (_, rows, n_scores) = q.shape, scores.shape
+    tile = tiles.of(tiles.INDEX_SCORES, q)
+    queries = max(1, tile.heads // padded(heads))
+    grid = (triton.cdiv(n_scores, tile.keys), triton.cdiv(rows, queries), batch)
+    index_scores_kernel[grid](
+        q, weights, keys, visible, scores, maxima,
+        first_query, length, rows, keys.shape[1], first_entry, n_scores, visible.shape[0],
+        HEADS=heads, BLOCK_HEADS=padded(heads), F=width, BLOCK_F=padded(width), KEYS=tile.keys,
+        QUERIES=triton.next_power_of_2(queries), GROUP=GROUP,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

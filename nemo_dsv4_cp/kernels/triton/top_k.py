@@ -1,0 +1,141 @@
+"""The best scores of each row, exactly, ties by place; bound by latency, and reads little.
+
+Scores are uint32 in the order of the floats (``index_scores``), 0 below all of them. One program a
+row, the same bits every time and no atomics:
+
+1. The K-th largest maximum of a group bounds the K-th best score from below: there are K groups
+   with a score as high. A threshold is found bit by bit, from the highest, as the largest number
+   that K others reach.
+2. All scores above that bound are in the fewer than K groups whose maximum is above it. These are
+   held in registers, and the exact threshold is found among them the same way.
+3. Of the groups that reach the threshold, in order of place, scores above it are taken, and as
+   many that equal it as are lacking.
+"""
+
+# B batch rows   L local queries   P entries   K chosen entries   C queries of a chunk
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.triton.index_scores import GROUP
+
+# Two counts travel in one cumulative sum: of what is above in the low bits, of ties from TIES on.
+TIES = tl.constexpr(16)
+LOW_BITS = tl.constexpr((1 << 16) - 1)
+
+
+@triton.jit
+def _kth(numbers, K):  # type: ignore[no-untyped-def]
+    """Return the K-th largest of uint32 ``numbers``, 0 where fewer than K are above 0."""
+    threshold = tl.full((), 0, tl.uint32)
+    for place in range(32):
+        higher = threshold | (tl.full((), 1, tl.uint32) << (31 - place))
+        reached = tl.sum((numbers >= higher).to(tl.int32))
+        threshold = tl.where(reached >= K, higher, threshold)
+    return threshold
+
+
+@triton.jit
+def top_k_kernel(  # type: ignore[no-untyped-def]
+    scores,
+    maxima,
+    visible,
+    chosen,
+    first_query,
+    n_queries,
+    n_rows,
+    first_entry,
+    n_scores,
+    visible_rows,
+    K,
+    BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Grid (C, B): places of the K best into ``chosen`` [B, L, K], the rest of which is -1."""
+    c, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query = first_query + c
+    bounds = visible + ((row % visible_rows) * n_queries + query) * 2
+    first, stop = tl.load(bounds), tl.load(bounds + 1)
+    chosen += (row * n_queries + query) * K
+    slot = tl.arange(0, BLOCK_K)
+    if stop - first <= K:
+        tl.store(chosen + slot, tl.where(slot < stop - first, first + slot, -1), slot < K)
+        return
+    first, stop = first - first_entry, stop - first_entry
+    scores += (row * n_rows + c) * n_scores
+    n_groups = n_scores // GROUP
+    maxima += (row * n_rows + c) * n_groups
+    first_group, last_group = first // GROUP, (stop - 1) // GROUP
+
+    group = first_group + tl.arange(0, GROUPS)
+    best = tl.load(maxima + group, mask=group <= last_group, other=0)
+    best = best.to(tl.uint32, bitcast=True)
+    bound = _kth(best, K)
+
+    # Their numbers wait in the memory of the choice: fewer than K.
+    above = (best > bound).to(tl.int32)
+    n_above = tl.sum(above)
+    tl.store(chosen + tl.cumsum(above) - 1, group, mask=above == 1)
+    tl.debug_barrier()
+    held = tl.load(chosen + slot, mask=slot < n_above, other=0)
+    place = held[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    seen = (slot < n_above)[:, None] & (place >= first) & (place < stop)
+    few = tl.load(scores + place, mask=seen, other=0).to(tl.uint32, bitcast=True)
+    threshold = tl.maximum(bound, _kth(few, K))
+    lacking = K - tl.sum((few > threshold).to(tl.int32))
+    tl.debug_barrier()
+
+    n_taken, n_ties = 0, 0
+    for begin in range(first_group, last_group + 1, STEP):
+        of = begin + tl.arange(0, STEP)
+        reach = tl.load(maxima + of, mask=of <= last_group, other=0).to(tl.uint32, bitcast=True)
+        reaches = (of <= last_group) & (reach >= threshold)
+        place = of[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        seen = reaches[:, None] & (place >= first) & (place < stop)
+        x = tl.load(scores + place, mask=seen, other=0).to(tl.uint32, bitcast=True)
+        place = tl.reshape(place, (STEP * GROUP,))
+        x, seen = tl.reshape(x, (STEP * GROUP,)), tl.reshape(seen, (STEP * GROUP,))
+        higher, tie = seen & (x > threshold), seen & (x == threshold)
+        both = higher.to(tl.int32) | (tie.to(tl.int32) << TIES)
+        before = tl.cumsum(both) - both
+        ties = n_ties + (before >> TIES)
+        taken = higher | (tie & (ties < lacking))
+        to = n_taken + (before & LOW_BITS) + tl.minimum(ties, lacking)
+        tl.store(chosen + to, first_entry + place, mask=taken)
+        n_taken += tl.sum(higher.to(tl.int32))
+        n_ties += tl.sum(tie.to(tl.int32))
+
+
+def choose_into(
+    chosen: torch.Tensor,
+    scores: torch.Tensor,
+    maxima: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    first_query: int,
+    first_entry: int,
+) -> None:
+    """Write the choice of the C queries from ``first_query`` on into int32 [B, L, K].
+
+    Args:
+        chosen: Contiguous.
+        scores: Int32 [B, C, n] of :func:`index_scores.score_into`.
+        maxima: Int32 [B, C, n / GROUP].
+        visible: Int32 [B or 1, L, 2], the first entry that a query may see and one past the last.
+        first_query: Place of the chunk's first query.
+        first_entry: Entry of the first score.
+    """
+    (batch, length, kept), (_, rows, n_scores) = chosen.shape, scores.shape
+    block, groups = triton.next_power_of_2(kept), triton.next_power_of_2(n_scores // GROUP)
+    tile = tiles.of(tiles.TOP_K, scores)
+    top_k_kernel[rows, batch](
+        scores, maxima, visible, chosen, first_query, length, rows, first_entry, n_scores,
+        visible.shape[0], kept, BLOCK_K=block, GROUPS=groups, STEP=min(tile.keys, groups),
+        GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""The index choice against the torch path: the same entries, sizes drawn."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries, score_chunks
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING
+from tests.kernels.triton.device import DEVICE
+from tests.kernels.triton.test_attention import layouts
+
+WORKSPACES = [1, 3_000, 1 << 20]
+
+
+@st.composite
+def cases(draw):
+    """Draw whole numbers, whose scores are exact in any order, and of few values: many tie."""
+    batch = draw(st.integers(1, 3))
+    layout, ratio = layouts(draw, batch), draw(st.sampled_from([1, 2, 4]))
+    heads, width = draw(st.integers(1, 20)), draw(st.sampled_from([8, 16, 40]))
+    entries = -(-layout.seq_len // ratio)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    largest = draw(st.sampled_from([0, 1, 30]))
+
+    def whole(*shape):
+        return torch.randint(-largest, largest + 1, shape, generator=generator).float()
+
+    # Quarter turns keep whole numbers whole.
+    turns = torch.randint(0, 4, (batch, layout.local_len, 4), generator=generator).repeat(1, 1, 2)
+    cos, sin = (torch.tensor(values)[turns] for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
+    tensors = [
+        whole(batch, layout.local_len, heads, width),
+        whole(batch, layout.local_len, heads),
+        whole(batch, entries, width),
+    ]
+    options = {"layout": layout, "ratio": ratio, "topk": draw(st.integers(1, 50))}
+    return tensors, (cos, sin), options, draw(st.sampled_from(WORKSPACES))
+
+
+def chosen_by(choose, tensors, rope, **options):
+    tensors = [tensor.to(DEVICE).clone() for tensor in tensors]
+    return choose(*tensors, tuple(part.to(DEVICE) for part in rope), **options).cpu()
+
+
+def by_place(choice):
+    """Sort the entries of a choice, which may come in any order; unused slots stay last."""
+    last = torch.iinfo(choice.dtype).max
+    return choice.masked_fill(choice == NOTHING, last).sort(dim=-1).values
+
+
+@given(cases())
+def test_the_same_entries_are_chosen_ties_by_place(case):
+    tensors, rope, options, workspace = case
+    theirs = chosen_by(
+        TorchKernels(workspace_bytes=1 << 20).choose_entries, tensors, rope, **options
+    )
+    mine = chosen_by(choose_entries, tensors, rope, workspace_bytes=workspace, **options)
+    assert mine.shape == theirs.shape
+    assert torch.equal(by_place(mine), by_place(theirs))
+    used = mine != NOTHING
+    assert torch.equal(used, used.sort(dim=-1, descending=True).values)  # unused slots come last
+
+
+def row(entries, *, topk, scores):
+    """Choose for the last query of a row that sees ``entries``, of which each has its score."""
+    layout = SequenceLayout(2, entries // 2 - 1, entries // 2)
+    q = torch.zeros(1, 2, 1, 16)
+    q[..., 0] = 1
+    keys = torch.zeros(1, entries, 16)
+    keys[0, :, 0] = scores
+    rope = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
+    options = {"layout": layout, "ratio": 1, "topk": topk, "workspace_bytes": 1 << 20}
+    return chosen_by(choose_entries, [q, torch.ones(1, 2, 1), keys], rope, **options)[
+        0, -1
+    ].tolist()
+
+
+@pytest.mark.parametrize("topk", [1, 7, 64, 100])
+def test_rows_of_many_groups_have_the_best_whatever_group_they_are_in(topk):
+    generator = torch.Generator().manual_seed(topk)
+    scores = torch.rand(2000, generator=generator)
+    assert row(2000, topk=topk, scores=scores) == sorted(scores.topk(topk).indices.tolist())
+    rising = torch.arange(2000.0)  # the best share few groups
+    assert row(2000, topk=topk, scores=rising) == list(range(2000 - topk, 2000))
+
+
+def test_of_equal_scores_the_earlier_entries_are_chosen():
+    scores = torch.zeros(1000)
+    assert row(1000, topk=9, scores=scores) == list(range(9))
+    scores[[5, 800, 900]] = 2.0
+    scores[[300, 301, 700]] = 1.0
+    assert row(1000, topk=5, scores=scores) == [5, 300, 301, 800, 900]
+
+
+def test_chunks_fit_the_workspace_and_leave_out_queries_that_see_nothing():
+    layout = SequenceLayout(64, 0, 2)
+    chunks = score_chunks(layout, 4, batch=2, workspace_bytes=4096)
+    begins, ends = chunks[0::4], chunks[1::4]
+    assert ends[-1] == 64 and all(a == b for a, b in zip(ends, begins[1:], strict=False))
+    assert len(begins) > 1
+    assert score_chunks(SequenceLayout(3, 0, 2), 4, batch=1, workspace_bytes=4096) == []
