@@ -100,7 +100,8 @@ class TileLangKernels(TorchKernels):
         attended: torch.Tensor = dsv4_sparse_attention(
             q_BLND, keys, sinks_N, indices, scale, backend="tilelang"
         )
-        return attended
+        # The host keeps its output for backward, and what is returned here is rotated in place.
+        return attended.clone()
 
 
 def key_indices(

@@ -6,9 +6,14 @@ from hypothesis import given, settings
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
     HAS_TILELANG,
     build_dsv4_sparse_topk_indices,
+    sparse_attention_torch,
 )
 
+from nemo_dsv4_cp.host import tilelang
 from nemo_dsv4_cp.host.tilelang import TileLangKernels, key_indices
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from tests.kernels.test_reference_attention import cases
 
 
@@ -39,6 +44,58 @@ def test_the_indices_for_the_hosts_kernels_are_the_hosts(case):
         for query in range(layout.local_len):
             expected = {i for i in theirs[row, query].tolist() if i >= 0}
             assert {i for i in as_theirs[row, query].tolist() if i >= 0} == expected
+
+
+class KeepsItsOutput(torch.autograd.Function):
+    """Attention that needs its output in backward, as the host's kernels do."""
+
+    @staticmethod
+    def forward(ctx, q, kv, sinks, indices, scale):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, kv, sinks)]
+            out = sparse_attention_torch(*inputs, indices, scale)
+        ctx.graph, ctx.inputs = out, inputs
+        kept = out.detach()
+        ctx.save_for_backward(kept)
+        return kept
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors  # refused if it was written over
+        assert torch.equal(kept, ctx.graph)
+        return *torch.autograd.grad(ctx.graph, ctx.inputs, grad), None, None
+
+
+def test_the_output_that_the_host_keeps_for_backward_is_not_written_over(monkeypatch):
+    monkeypatch.setattr(tilelang, "HAS_TILELANG", True)
+    monkeypatch.setattr(
+        tilelang,
+        "dsv4_sparse_attention",
+        lambda q, kv, sinks, indices, scale, **_: KeepsItsOutput.apply(
+            q, kv, sinks, indices.long(), scale
+        ),
+    )
+    plan = AttentionPlan(SequenceLayout(16), raw_first=0, window=4, ratio=0)
+    torch.manual_seed(0)
+    queries, raw = torch.randn(1, 16, 2, 8), torch.randn(1, 16, 8)
+    angles = torch.randn(1, 16, 2).repeat(1, 1, 2)
+    results = []
+    for kernels in (TileLangKernels, TorchKernels):
+        inputs = [x.clone().requires_grad_() for x in (queries, raw, torch.zeros(2))]
+        out = kernels(workspace_bytes=1 << 20).attend(
+            inputs[0],
+            inputs[1],
+            raw.new_empty(1, 0, 8),
+            inputs[2],
+            None,
+            (angles.cos(), angles.sin()),
+            plan=plan,
+            scale=0.3,
+            eps=1e-6,
+        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.skipif(HAS_TILELANG, reason="TileLang is installed here")
