@@ -1,7 +1,7 @@
 """The attention kernels against the torch path, every gradient, sizes drawn."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
@@ -9,7 +9,7 @@ from nemo_dsv4_cp.kernels.triton.attention import attend
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
-from tests.kernels.triton.device import DEVICE
+from tests.kernels.triton.device import DEVICE, MANY
 
 WORKSPACES = [1, 60_000, 1 << 20]
 
@@ -95,6 +95,7 @@ def test_output_and_gradients_are_the_torch_paths(case):
     assert_same(mine, with_gradients(theirs, tensors, chosen, rope, **options))
 
 
+@settings(max_examples=300 if MANY else 5)  # each runs three times
 @given(case=cases())
 def test_the_deterministic_path_sums_the_same(case):
     tensors, chosen, rope, options, workspace = case
