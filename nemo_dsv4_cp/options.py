@@ -54,7 +54,7 @@ class ContextParallelOptions:
     pad_documents: bool = False
     compare_ranks: str = "first"
     batch_fn: str = "contiguous_shard"
-    workspace_mib: int = 256
+    workspace_mib: int = 512
     keep_index_choice: bool = True
 
     @classmethod
@@ -115,7 +115,7 @@ class ContextParallelOptions:
         if self.workspace_mib < 1:
             raise ValueError(
                 f"context_parallel.workspace_mib={self.workspace_mib} is not a positive number of "
-                "MiB; use 256"
+                "MiB; use 512"
             )
 
     def resolve_pad_multiple(self, compress_ratios: Iterable[int] | None) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.exchange.transport import LeftContext
-from nemo_dsv4_cp.host.deepseek_v4 import apply_partial_rope
+from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.sequence.layout import Windows
 
 
@@ -48,6 +48,7 @@ def pool_windows(
     windows: Windows,
     rotary: Any,
     dtype: torch.dtype,
+    kernels: Kernels,
 ) -> torch.Tensor:
     """Pool this rank's windows into entries: softmax-gated sum, RMSNorm, rotary at w * r.
 
@@ -60,6 +61,7 @@ def pool_windows(
         windows: What to pool.
         rotary: The host's compressor rotary embedding.
         dtype: Activation dtype, taken on before the norm.
+        kernels: What rotates.
 
     Returns:
         [B, n, D] of ``dtype``.
@@ -82,9 +84,7 @@ def pool_windows(
             gates = torch.cat((gates_before, gates), dim=2)
     pooled = (values * gates.softmax(dim=2)).sum(dim=2)
     entries = module.kv_norm(pooled.to(dtype))
-    cos, sin = rotary(entries, windows.places.expand(batch, -1))
-    rotated: torch.Tensor = apply_partial_rope(entries, cos, sin, module.rope_head_dim)
-    return rotated
+    return kernels.rotate(entries, rotary(entries, windows.places.expand(batch, -1)))
 
 
 def _tokens(context: LeftContext, windows: Windows, earlier: int = 0) -> torch.Tensor:

@@ -17,7 +17,6 @@ from nemo_dsv4_cp.attention.recompute import KeptChoices, unseen_by_checkpointin
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled, cp_rank, cp_size
 from nemo_dsv4_cp.exchange.transport import LeftContext, Transport
 from nemo_dsv4_cp.host.deepseek_v4 import (
-    apply_partial_rope,
     kernel_backend,
     keywords_of,
     make_norms_uniform,
@@ -129,7 +128,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         q_residual = self.q_norm(self.wq_a(hidden_states))
         q_BLND = self.wq_b(q_residual).view(batch, length, self.num_heads, self.head_dim)
         kv_BLD = self.kv_norm(self.wkv(hidden_states))
-        kv_BLD = apply_partial_rope(kv_BLD, *rope, self.rope_head_dim)
+        kv_BLD = self._kernels.rotate(kv_BLD, rope)
 
         if compresses:
             raw, entries_BPD, chosen_BLK = self._compressed(
@@ -146,7 +145,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             ratio=self.compress_ratio,
         )
         # Per-head norm without weight: DeepSeek's inference code has it, transformers' port not.
-        out_BLND = self._kernels.attend(
+        grouped = self._kernels.attend(
             q_BLND,
             raw.tensor,
             entries_BPD,
@@ -156,8 +155,8 @@ class ContextParallelAttention(DeepseekV4Attention):
             plan=plan,
             scale=self.scaling,
             eps=self.config.rms_norm_eps,
+            groups=self.config.o_groups,
         )
-        grouped = out_BLND.reshape(batch, length, self.config.o_groups, -1)
         return self.wo_b(self.wo_a(grouped).flatten(2)), None
 
     def _compressed(
@@ -172,13 +171,14 @@ class ContextParallelAttention(DeepseekV4Attention):
     ) -> tuple[LeftContext, torch.Tensor, torch.Tensor | None]:
         """Return raw keys, all ranks' entries, and for CSA the indexer's choice."""
         compressor, indexer = self.compressor, self.compressor.indexer
-        dtype, ratio, window_left = hidden_BLE.dtype, self.compress_ratio, self.sliding_window - 1
+        dtype, kernels = hidden_BLE.dtype, self._kernels
+        ratio, window_left = self.compress_ratio, self.sliding_window - 1
         windows, straddling = layout.windows(ratio, hidden_BLE.device), layout.straddling(ratio)
         halos = [kv_BLD, window_features(compressor, hidden_BLE)]
         tokens = [window_left, straddling]
         if indexer is None:
             raw, features = transport.left_context(halos, tokens)
-            entries = pool_windows(compressor, features, None, windows, rotary, dtype)
+            entries = pool_windows(compressor, features, None, windows, rotary, dtype, kernels)
             return raw, self._gather(entries, layout, transport), None
 
         halos.append(overlap_half(compressor, halos[-1]))
@@ -190,10 +190,12 @@ class ContextParallelAttention(DeepseekV4Attention):
                 halos += [index_features, overlap_half(indexer, index_features)]
             tokens += tokens[1:]
         raw, features, before, *index = transport.left_context(halos, tokens)
-        entries = pool_windows(compressor, features, before, windows, rotary, dtype)
+        entries = pool_windows(compressor, features, before, windows, rotary, dtype, kernels)
         if chosen is None:
             with torch.no_grad(), unseen_by_checkpointing():  # the choice is made of integers
-                index_keys = pool_windows(indexer, index[0], index[1], windows, rotary, dtype)
+                index_keys = pool_windows(
+                    indexer, index[0], index[1], windows, rotary, dtype, kernels
+                )
                 chosen = select_entries(
                     indexer,
                     hidden_BLE,
@@ -201,7 +203,7 @@ class ContextParallelAttention(DeepseekV4Attention):
                     rope,
                     self._gather(index_keys, layout, transport),
                     layout,
-                    self._kernels,
+                    kernels,
                 )
             if self._kept:
                 self._kept.keep(rope[0], chosen)

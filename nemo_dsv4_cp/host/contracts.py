@@ -137,7 +137,6 @@ _ALWAYS = (
             "start_pos",
         ),
     ),
-    Signature(f"{_V4}.layers", "_apply_partial_rope"),
     Signature(f"{_V4}.layers", "_dsv4_kernel_backend"),
     Signature(
         f"{_V4}.optimized_kernels",

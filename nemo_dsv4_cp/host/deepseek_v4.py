@@ -12,15 +12,11 @@ from nemo_automodel.components.models.deepseek_v4.layers import (
     DeepseekV4HyperHead,
 )
 from nemo_automodel.components.models.deepseek_v4.layers import (
-    _apply_partial_rope as apply_partial_rope,
-)
-from nemo_automodel.components.models.deepseek_v4.layers import (
     _dsv4_kernel_backend as kernel_backend,
 )
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Block, DeepseekV4HashGate
 
 __all__ = [
-    "apply_partial_rope",
     "kernel_backend",
     "keywords_of",
     "make_norms_uniform",

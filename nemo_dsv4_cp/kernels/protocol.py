@@ -1,7 +1,7 @@
-"""What attention asks of the device: two operations, each with or without kernels behind it."""
+"""What attention asks of the device: three operations, each with or without kernels behind it."""
 
 # B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
-# I index heads   F index width   r rotary dims
+# I index heads   F index width   r rotary dims   G groups of heads
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class Kernels(Protocol):
         Raises:
             ValueError: If it cannot run here, with what to use instead.
         """
+
+    def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Return keys or entries with their last r dims rotated; differentiable."""
 
     def choose_entries(
         self,
@@ -64,6 +67,7 @@ class Kernels(Protocol):
         plan: AttentionPlan,
         scale: float,
         eps: float,
+        groups: int,
     ) -> torch.Tensor:
         """Attend to the window and to entries, all that are past or the chosen; differentiable.
 
@@ -81,7 +85,8 @@ class Kernels(Protocol):
             plan: Which keys each query sees.
             scale: Score multiplier.
             eps: Added to the mean square of the norm.
+            groups: How many groups the output projection takes the heads in.
 
         Returns:
-            [B, L, N, D] of the queries' dtype.
+            [B, L, G, N / G * D] of the queries' dtype.
         """

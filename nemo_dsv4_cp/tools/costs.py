@@ -17,7 +17,7 @@ from nemo_dsv4_cp.tools.paths import ALL_GATHER, BOUNDARY, HOST
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
 _BF16, _FP32, _INT32 = 2, 4, 4
-_WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_BYTES = 512 << 20
 """``context_parallel.workspace_mib`` as the package sets it."""
 
 

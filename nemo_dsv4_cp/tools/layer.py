@@ -15,7 +15,7 @@ from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.options import AUTO
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.tools.paths import HOST
 
@@ -41,7 +41,7 @@ class Case:
     cp_size: int
     rank: int
     batch: int = 1
-    workspace_mib: int = 256
+    workspace_mib: int = ContextParallelOptions.workspace_mib
     kernels: str = AUTO
 
     @property

@@ -49,9 +49,9 @@ def test_what_a_host_lacks_is_named_with_the_tested_releases(signature, message)
 
 def test_a_host_that_changed_is_refused_when_the_config_is_named(monkeypatch):
     layers = importlib.import_module("nemo_automodel.components.models.deepseek_v4.layers")
-    monkeypatch.delattr(layers, "_apply_partial_rope")
+    monkeypatch.delattr(layers, "_dsv4_kernel_backend")
     contracts.check.cache_clear()  # it was found good before
-    with pytest.raises(UnknownHost, match=r"no .*layers\._apply_partial_rope"):
+    with pytest.raises(UnknownHost, match=r"no .*layers\._dsv4_kernel_backend"):
         DeepseekV4ContextParallelConfig()
     DeepseekV4ContextParallelConfig(context_parallel={"enabled": False})
 

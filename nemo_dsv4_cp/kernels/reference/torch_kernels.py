@@ -22,6 +22,11 @@ class TorchKernels:
         """Remember how much one chunk of scores or of float32 rows may take."""
         self.workspace_bytes = workspace_bytes
 
+    def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Return keys or entries with their last r dims rotated."""
+        rows = x_BLD.unsqueeze(2).clone()
+        return rotate_(rows, *rope, workspace_bytes=self.workspace_bytes).squeeze(2)
+
     def choose_entries(
         self,
         q_BLIF: torch.Tensor,
@@ -56,6 +61,7 @@ class TorchKernels:
         plan: AttentionPlan,
         scale: float,
         eps: float,
+        groups: int,
     ) -> torch.Tensor:
         """Attend to the window and to entries, all that are past or the chosen."""
         workspace, (cos, sin) = self.workspace_bytes, rope
@@ -63,7 +69,8 @@ class TorchKernels:
         out_BLND = self._attend_rotated(
             q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan=plan, scale=scale
         )
-        return rotate_(out_BLND, cos, -sin, workspace_bytes=workspace)
+        out_BLND = rotate_(out_BLND, cos, -sin, workspace_bytes=workspace)
+        return out_BLND.view(*out_BLND.shape[:2], groups, -1)
 
     def _attend_rotated(
         self,

@@ -2,11 +2,11 @@
 
 Forward norms and rotates the queries into the memory of the output, attends there and rotates
 back: three launches. Backward goes through chunks of queries whose probabilities fit the workspace,
-five launches each: few, and each large.
+four launches each, or five: few, and each large.
 """
 
 # B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
-# r rotary dims   C queries of a chunk
+# r rotary dims   C queries of a chunk   G groups of heads
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def attend_op(
     window: int,
     scale: float,
     eps: float,
+    groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output [B, L, N, D], rotated back, and log Z, float32 [B, L, N].
+    """Return the output [B, L, G, N / G * D], rotated back, and log Z, float32 [B, L, N].
 
     Args:
         x: Queries as projected [B, L, N, D].
@@ -73,6 +74,7 @@ def attend_op(
         window: W.
         scale: Score multiplier.
         eps: Of the norm.
+        groups: G.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     lse = x.new_empty(x.shape[:3], dtype=torch.float32)
@@ -80,12 +82,14 @@ def attend_op(
     tile = tiles.of(tiles.FORWARD, x)
     attend_into(out, lse, out, raw, entries, sinks, chosen, sight, scale, tile)
     rotate_(out, cos, sin, sign=-1.0)
-    return out, lse
+    return out.view(*x.shape[:2], groups, -1), lse
 
 
 @attend_op.register_fake
-def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, length, heads, width = x.shape
+    groups = others[-1]
+    out = x.new_empty(batch, length, groups, heads // groups * width)
     return out, x.new_empty(x.shape[:3], dtype=torch.float32)
 
 
@@ -110,8 +114,9 @@ def attend_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of x, raw, entries and sinks, summed in float32."""
     batch, length, heads, width = x.shape
-    x, grad = x.contiguous(), grad.contiguous()
-    grad_x = torch.empty_like(x)
+    x = x.contiguous()
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad_x = torch.empty_like(x)  # holds the queries of a chunk until their gradient is known
     grad_raw = torch.zeros_like(raw, dtype=torch.float32)
     grad_entries = torch.zeros_like(entries, dtype=torch.float32)
     delta = torch.empty_like(lse)
@@ -119,48 +124,47 @@ def attend_backward_op(
     block_d, rotary, slots = padded(width), cos.shape[-1], raw_slots(window)
     for chunk in chunks_of(chunks):
         rows = chunk.end - chunk.begin
-        first_raw, first_entry = (
-            first // tiles.ALIGNED * tiles.ALIGNED for first in (chunk.raw_begin, chunk.entry_begin)
-        )
+        first_entry = chunk.entry_begin // tiles.ALIGNED * tiles.ALIGNED
         entry_slots = chunk.entry_slots(None if chosen is None else n_chosen)
-        q, do = x.new_empty(2, batch, rows, heads, width)
+        do = x.new_empty(batch, rows, heads, width)
         ready_kernel[rows, triton.cdiv(heads, HEADS), batch](
-            x, out, grad, cos, sin, q, do, delta, chunk.begin, rows, length, heads, eps,
-            width, rotary, block_d, HEADS,
+            x, out, grad, cos, sin, grad_x, do, delta, chunk.begin, rows, length, heads,
+            heads // grad.shape[2], *grad.stride()[:3], eps, width, rotary, block_d, HEADS,
         )  # fmt: skip
-        p_raw, ds_raw = x.new_empty(2, batch, rows, heads, slots)
-        p_entries, ds_entries = x.new_empty(2, batch, rows, heads, entry_slots)
+        of_raw = x.new_empty(2, batch, rows, heads, slots)  # p and ds
+        of_entries = x.new_empty(2, batch, rows, heads, entry_slots)
         tile = tiles.of(tiles.SCORES, x)
         block_heads = min(tile.heads, padded(heads))
         scores_kernel[rows, triton.cdiv(heads, block_heads), batch](
-            q, do, raw, entries, sight, chosen, lse, delta, p_raw, ds_raw, p_entries, ds_entries,
+            grad_x, do, raw, entries, sight, chosen, lse, delta, *of_raw, *of_entries,
             chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], n_chosen,
             slots, entry_slots, first_entry, sight.shape[0], scale,
             D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED,
             CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        tile = tiles.of(tiles.KEYS_GRAD, x)
+        columns = min(tile.columns, block_d)
+        raw_blocks = in_blocks(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
+        entry_blocks = 0 if chosen is not None else entry_slots // tiles.ALIGNED
+        keys_kernel[raw_blocks + entry_blocks, triton.cdiv(width, columns), batch](
+            grad_x, do, *of_raw, *of_entries, sight, grad_raw, grad_entries,
+            chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], slots, entry_slots,
+            raw_blocks, chunk.raw_begin // tiles.ALIGNED * tiles.ALIGNED, first_entry,
+            sight.shape[0], D=width, HEADS=min(tile.heads, padded(heads)), ALIGNED=tiles.ALIGNED,
+            COLUMNS=columns, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if chosen is not None and n_chosen and chunk.entry_end > chunk.entry_begin:
+            _sum_chosen(grad_x, do, of_entries, sight, grad_entries, chunk, chosen, in_order)
         tile = tiles.of(tiles.QUERIES_GRAD, x)
         block_heads, columns = min(tile.heads, padded(heads)), min(tile.columns, block_d)
         parts = triton.cdiv(heads, block_heads) * triton.cdiv(width, columns)
         queries_kernel[rows, parts, batch](
-            raw, entries, sight, chosen, ds_raw, ds_entries, grad_x,
+            raw, entries, sight, chosen, of_raw[1], of_entries[1], grad_x,
             chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], n_chosen,
             slots, entry_slots, first_entry, sight.shape[0],
             D=width, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED, COLUMNS=columns,
             CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        blocks = in_blocks(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
-        _sum_keys(q, do, p_raw, ds_raw, sight, grad_raw, chunk, first_raw, blocks, raws=True)
-        if chunk.entry_end == chunk.entry_begin or not entry_slots:
-            continue
-        if chosen is None:
-            blocks = entry_slots // tiles.ALIGNED
-            _sum_keys(
-                q, do, p_entries, ds_entries, sight, grad_entries, chunk, first_entry, blocks,
-                raws=False,
-            )  # fmt: skip
-        else:
-            _sum_chosen(q, do, p_entries, ds_entries, sight, grad_entries, chunk, chosen, in_order)
     norm_rotate_backward_(grad_x, x, cos, sin, eps)
     grad_sinks = -((sinks.float() - lse).exp_() * delta).sum(dim=(0, 1))
     return (
@@ -171,36 +175,10 @@ def attend_backward_op(
     )
 
 
-def _sum_keys(
-    q: torch.Tensor,
-    do: torch.Tensor,
-    p: torch.Tensor,
-    ds: torch.Tensor,
-    sight: torch.Tensor,
-    grad: torch.Tensor,
-    chunk: Chunk,
-    first: int,
-    blocks: int,
-    *,
-    raws: bool,
-) -> None:
-    """Add what a chunk gives to ``blocks`` of keys from ``first`` on."""
-    batch, rows, heads, width = q.shape
-    tile = tiles.of(tiles.KEYS_GRAD, q)
-    columns = min(tile.columns, padded(width))
-    keys_kernel[blocks, triton.cdiv(width, columns), batch](
-        q, do, p, ds, sight, grad, chunk.begin, rows, sight.shape[1], heads, grad.shape[1],
-        p.shape[-1], first, sight.shape[0], D=width, HEADS=min(tile.heads, padded(heads)),
-        ALIGNED=tiles.ALIGNED, COLUMNS=columns, RAW=raws,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
 def _sum_chosen(
     q: torch.Tensor,
     do: torch.Tensor,
-    p: torch.Tensor,
-    ds: torch.Tensor,
+    p_ds: torch.Tensor,
     sight: torch.Tensor,
     grad: torch.Tensor,
     chunk: Chunk,
@@ -208,14 +186,14 @@ def _sum_chosen(
     in_order: bool,
 ) -> None:
     """Add what a chunk gives to the entries that its queries chose."""
-    batch, rows, heads, width = q.shape
+    batch, rows, heads, width = do.shape
     n_chosen = chosen.shape[-1]
     tile = tiles.of(tiles.CHOSEN_GRAD, q)
     columns = min(tile.columns, padded(width))
     to = grad.new_zeros(batch, rows, n_chosen, width) if in_order else grad
     chosen_kernel[rows, triton.cdiv(width, columns), batch](
-        q, do, p, ds, sight, chosen, to, chunk.begin, rows, sight.shape[1], heads,
-        grad.shape[1], n_chosen, p.shape[-1], sight.shape[0],
+        q, do, *p_ds, sight, chosen, to, chunk.begin, rows, sight.shape[1], heads,
+        grad.shape[1], n_chosen, p_ds.shape[-1], sight.shape[0],
         D=width, HEADS=padded(heads), KEYS=tile.keys, COLUMNS=columns, IN_ORDER=in_order,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -246,13 +224,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, raw, entries, sinks, chosen, cos, sin, sight, *options = inputs
     ctx.save_for_backward(x, raw, entries, sinks, chosen, cos, sin, sight, *output)
-    ctx.options = options
+    ctx.options = options[:-1]  # the gradient shows the groups
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     in_order = torch.are_deterministic_algorithms_enabled()
     grads = attend_backward_op(grad, *ctx.saved_tensors, *ctx.options, in_order)
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 9)
 
 
 attend_op.register_autograd(_backward, setup_context=_setup)
@@ -274,6 +252,7 @@ def attend(
     plan: AttentionPlan,
     scale: float,
     eps: float,
+    groups: int,
     workspace_bytes: int,
 ) -> torch.Tensor:
     """Norm and rotate queries, attend, rotate back; see :class:`Kernels`.
@@ -288,10 +267,11 @@ def attend(
         plan: Which keys each query sees.
         scale: Score multiplier.
         eps: Of the norm.
+        groups: How many groups the output shows the heads in.
         workspace_bytes: How much backward may store of a chunk of queries.
 
     Returns:
-        [B, L, N, D] of the queries' dtype.
+        [B, L, G, N / G * D] of the queries' dtype.
     """
     batch, _, heads, width = q_BLND.shape
     chunks = backward_chunks(
@@ -318,5 +298,6 @@ def attend(
         plan.window,
         scale,
         eps,
+        groups,
     )[0]
     return out

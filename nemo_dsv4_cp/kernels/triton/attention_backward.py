@@ -6,11 +6,12 @@ With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:
     dq = sum_j ds_j k_j,   dk_j = sum over queries and heads of ds_j q + p_j do
 
 It must equal ``kernels/reference/attention.py``. Five kernels: ``ready`` makes q and do of the
-chunk; ``scores`` recomputes p and ds and stores both in the keys' dtype; ``queries`` sums dq;
+chunk, q in the memory of dq; ``scores`` recomputes p and ds and stores both in the keys' dtype;
 ``keys`` sums the gradient of a block of keys over the queries that see it, in order; ``chosen``
 instead adds each query's contributions to its chosen entries, by atomics, or writes them out for a
-sum in order. A kernel that recomputes p and ds beside [64, 512] sums spills, or multiplies twice:
-stored for a chunk, they cost 4 bytes a (query, head, key) and leave plain products.
+sum in order; ``queries`` sums dq, and comes last. A kernel that recomputes p and ds beside
+[64, 512] sums spills, or multiplies twice: stored for a chunk, they cost 4 bytes a (query, head,
+key) and leave plain products.
 
 Stored keys stand in blocks of ``ALIGNED`` rows: slot 0 of a query's window is the multiple of
 ``ALIGNED`` at or before its first raw key, slot 0 of the entries that of the chunk's first.
@@ -42,15 +43,23 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     n_chunk,
     n_queries,
     n_heads,
+    group_heads,
+    row_stride,
+    token_stride,
+    group_stride,
     eps,
     D: tl.constexpr,
     ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta."""
+    """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta.
+
+    Heads of ``grad`` lie together in groups, and those as the output projection left them.
+    """
     row = tl.program_id(2).to(tl.int64)
-    token = row * n_queries + begin + tl.program_id(0)
+    query = begin + tl.program_id(0)
+    token = row * n_queries + query
     place = row * n_chunk + tl.program_id(0)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK_D)[None, :]
@@ -60,8 +69,11 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     c, s = angles(cos, sin, token, D, ROTARY, BLOCK_D // 2)
     rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     rows *= tl.rsqrt(tl.sum(rows * rows, axis=1, keep_dims=True) / D + eps)
-    tl.store(q + to, turn(rows, c, s, ROWS, BLOCK_D // 2).to(q.dtype.element_ty), mask=inside)
-    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(q + at, turn(rows, c, s, ROWS, BLOCK_D // 2).to(q.dtype.element_ty), mask=inside)
+    group = (head // group_heads).to(tl.int64) * group_stride
+    of_grad = row * row_stride + query.to(tl.int64) * token_stride + group
+    of_grad += head % group_heads * D + col
+    g = tl.load(grad + of_grad, mask=inside, other=0.0).to(tl.float32)
     o = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
     # Both are rotated back; a rotation changes no product.
     tl.store(delta + token * n_heads + head, tl.sum(g * o, 1, keep_dims=True), mask=head < n_heads)
@@ -124,7 +136,7 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     here = head < n_heads
     inside = here[:, None] & (col < D)
     of_head = head[:, None] * D + col
-    x = tl.load(q + place * n_heads * D + of_head, mask=inside, other=0.0)
+    x = tl.load(q + token * n_heads * D + of_head, mask=inside, other=0.0)
     g = tl.load(do + place * n_heads * D + of_head, mask=inside, other=0.0)
     log2_sum = tl.load(lse + token * n_heads + head, mask=here, other=0.0) * LOG2E
     d = tl.load(delta + token * n_heads + head, mask=here, other=0.0)
@@ -266,54 +278,67 @@ def _first_above(sight, column, bound, begin, end):  # type: ignore[no-untyped-d
 def keys_kernel(  # type: ignore[no-untyped-def]
     q,
     do,
-    p,
-    ds,
+    p_raw,
+    ds_raw,
+    p_entries,
+    ds_entries,
     sight,
-    grad,
+    grad_raw,
+    grad_entries,
     begin,
     n_chunk,
     n_queries,
     n_heads,
-    n_keys,
-    n_slots,
-    first_key,
+    n_raw,
+    n_entries,
+    raw_slots,
+    entry_slots,
+    raw_blocks,
+    raw_base,
+    entry_base,
     sight_rows,
     D: tl.constexpr,
     HEADS: tl.constexpr,
     ALIGNED: tl.constexpr,
     COLUMNS: tl.constexpr,
-    RAW: tl.constexpr,
 ):
-    """Grid (blocks of keys, D / COLUMNS, B): adds to float32 [B, T or P, D] of ``grad``."""
+    """Grid (blocks of keys, D / COLUMNS, B): adds to float32 [B, T, D] and [B, P, D].
+
+    The first ``raw_blocks`` are of raw keys, the others of entries.
+    """
     row = tl.program_id(2).to(tl.int64)
-    block = first_key + tl.program_id(0) * ALIGNED
+    raws = tl.program_id(0) < raw_blocks
+    p, ds = tl.where(raws, p_raw, p_entries), tl.where(raws, ds_raw, ds_entries)
+    grad = tl.where(raws, grad_raw, grad_entries)
+    n_keys, n_slots = tl.where(raws, n_raw, n_entries), tl.where(raws, raw_slots, entry_slots)
+    nth = tl.where(raws, tl.program_id(0), tl.program_id(0) - raw_blocks)
+    block = tl.where(raws, raw_base, entry_base) + nth * ALIGNED
     key = block + tl.arange(0, ALIGNED)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     sight += (row % sight_rows) * n_queries * 4
     end = begin + n_chunk
-    if RAW:  # of [first, last]
-        low = _first_above(sight, 1, block - 1, begin, end)
-        high = _first_above(sight, 0, block + ALIGNED - 1, begin, end)
-    else:  # of [first, stop)
-        low = _first_above(sight, 3, block, begin, end)
-        high = _first_above(sight, 2, block + ALIGNED - 1, begin, end)
+    # A query sees raw keys [first, last] and entries [first, stop).
+    ends, starts = tl.where(raws, 1, 3), tl.where(raws, 0, 2)
+    low = _first_above(sight, ends, tl.where(raws, block - 1, block), begin, end)
+    high = _first_above(sight, starts, block + ALIGNED - 1, begin, end)
     acc = tl.zeros((ALIGNED, COLUMNS), tl.float32)
     step = tl.arange(0, HEADS)
     blocks = (n_heads + HEADS - 1) // HEADS
     for i in range(low * blocks, high * blocks):
         query, head = i // blocks, i % blocks * HEADS + step[:, None]
-        place = row * n_chunk + query - begin
-        base = tl.load(sight + query * 4) // ALIGNED * ALIGNED if RAW else first_key
-        of_head = place * n_heads + head
+        of_window = tl.load(sight + query * 4) // ALIGNED * ALIGNED
+        base = tl.where(raws, of_window, entry_base)
+        of_head = (row * n_chunk + query - begin) * n_heads + head
         here = head < n_heads
         to = of_head * n_slots + (block - base + tl.arange(0, ALIGNED))[None, :]
-        at = of_head * D + col
         inside = here & (col < D)
         weights = tl.load(ds + to, mask=here, other=0.0)
-        rows = tl.load(q + at, mask=inside, other=0.0)
+        rows = tl.load(
+            q + ((row * n_queries + query) * n_heads + head) * D + col, mask=inside, other=0.0
+        )
         acc = tl.dot(tl.trans(weights), rows, acc, input_precision="ieee")
         weights = tl.load(p + to, mask=here, other=0.0)
-        rows = tl.load(do + at, mask=inside, other=0.0)
+        rows = tl.load(do + of_head * D + col, mask=inside, other=0.0)
         acc = tl.dot(tl.trans(weights), rows, acc, input_precision="ieee")
     at = (row * n_keys + key[:, None]) * D + col
     inside = (key[:, None] < n_keys) & (col < D)
@@ -351,10 +376,9 @@ def chosen_kernel(  # type: ignore[no-untyped-def]
     head = tl.arange(0, HEADS)[:, None]
     here = head < n_heads
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    at = (place * n_heads + head) * D + col
     inside = here & (col < D)
-    x = tl.load(q + at, mask=inside, other=0.0)
-    g = tl.load(do + at, mask=inside, other=0.0)
+    x = tl.load(q + (token * n_heads + head) * D + col, mask=inside, other=0.0)
+    g = tl.load(do + (place * n_heads + head) * D + col, mask=inside, other=0.0)
     sees = sight + ((row % sight_rows) * n_queries + query) * 4
     visible = tl.load(sees + 3) - tl.load(sees + 2)
     step = tl.arange(0, KEYS)

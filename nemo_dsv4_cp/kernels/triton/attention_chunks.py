@@ -1,7 +1,7 @@
 """How backward of attention cuts the local queries: into chunks whose stored numbers fit.
 
-Stored are, of each query and head of a chunk, the turned query and output gradient, and p and ds of
-its keys in whole blocks of ``tiles.ALIGNED``. Chunks are plain integers: an operation takes them.
+Stored are, of each query and head of a chunk, the turned output gradient, and p and ds of its keys
+in whole blocks of ``tiles.ALIGNED``. Chunks are plain integers: an operation takes them.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def raw_slots(window: int) -> int:
 def bytes_per_query(
     heads: int, width: int, window: int, slots: int, n_chosen: int, itemsize: int, in_order: bool
 ) -> int:
-    """Return what backward stores of a query: q, do, p, ds, and each choice's part if in order."""
-    stored = heads * 2 * (width + raw_slots(window) + slots) * itemsize
+    """Return what backward stores of a query: do, p, ds, and each choice's part if in order."""
+    stored = heads * (width + 2 * (raw_slots(window) + slots)) * itemsize
     return stored + (n_chosen * width * 4 if in_order else 0)
 
 

@@ -98,20 +98,28 @@ def backward_cost(
         of_entries = 2 * batch * rows * heads * slots * size
         raw_rows = batch * (chunk.raw_end - chunk.raw_begin) * width
         launches, most = (
-            launches + 3,
+            launches + 4,
             max(most, _stored(chunk, x, window, slots, n_chosen, in_order)),
         )
-        # ready: x, out, grad to q, do; queries: those and keys to p, ds, dq; keys: all again.
-        read += 3 * queries + 2 * queries + raw_rows * size + 2 * queries + of_raw + 4 * raw_rows
-        written += 2 * queries + of_raw + of_entries + queries + 4 * raw_rows
-        seen = chunk.entry_end - chunk.entry_begin
-        if not seen or not slots:
+        entry_rows = batch * (chunk.entry_end - chunk.entry_begin) * width
+        if chosen is not None:
+            entry_rows = min(entry_rows, batch * rows * chosen.shape[-1] * width)
+        # ready: x, out, grad to q, do. scores: those and keys to p, ds.
+        read += 3 * queries + 2 * queries + (raw_rows + entry_rows) * size
+        written += 2 * queries + of_raw + of_entries
+        # keys: q, do, p, ds, sums to sums. queries: ds of the window and of entries, keys to dq.
+        read += 2 * queries + of_raw + 4 * raw_rows
+        written += 4 * raw_rows
+        read += batch * rows * heads * window * size + of_entries // 2
+        read += (raw_rows + entry_rows) * size
+        written += queries
+        if not entry_rows:
             continue
         if chosen is not None:
-            seen = min(seen, rows * chosen.shape[-1])
-        launches += 4 if in_order and chosen is not None else 1
-        read += seen * batch * width * (2 * size + 4) + 2 * queries + of_entries * 3 // 2
-        written += 4 * seen * batch * width
+            launches += 4 if in_order else 1
+            read += 2 * queries
+        read += of_entries + 4 * entry_rows
+        written += 4 * entry_rows
     # The norm's backward in place, and the sinks' gradient: a few passes over log Z.
     launches, read, written = launches + 1 + 6, read + _bytes(x, x), written + _bytes(x)
     read, written = read + 5 * _bytes(lse), written + 3 * _bytes(lse)

@@ -16,6 +16,7 @@ from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.attention import attend
 from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
+from nemo_dsv4_cp.kernels.triton.rotary import rotate
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 
@@ -40,6 +41,10 @@ class TritonKernels:
         _check_device()
         self.workspace_bytes = workspace_bytes
         self._torch = TorchKernels(workspace_bytes=workspace_bytes)
+
+    def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Return keys or entries with their last r dims rotated."""
+        return rotate(x_BLD, rope)
 
     def choose_entries(
         self,
@@ -70,6 +75,7 @@ class TritonKernels:
         plan: AttentionPlan,
         scale: float,
         eps: float,
+        groups: int,
     ) -> torch.Tensor:
         """Attend to the window and to entries, all that are past or the chosen."""
         heads, width = q_BLND.shape[2:]
@@ -77,11 +83,12 @@ class TritonKernels:
             _say_torch_attends(heads, width)
             return self._torch.attend(
                 q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, rope,
-                plan=plan, scale=scale, eps=eps,
+                plan=plan, scale=scale, eps=eps, groups=groups,
             )  # fmt: skip
         return attend(
             q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, rope,
-            plan=plan, scale=scale, eps=eps, workspace_bytes=self.workspace_bytes,
+            plan=plan, scale=scale, eps=eps, groups=groups,
+            workspace_bytes=self.workspace_bytes,
         )  # fmt: skip
 
 

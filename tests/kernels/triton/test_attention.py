@@ -53,7 +53,8 @@ def cases(draw):
         random(generator, batch, entries, width),
         random(generator, heads),
     ]
-    options = {"plan": plan, "scale": width**-0.5, "eps": 1e-6}
+    groups = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
+    options = {"plan": plan, "scale": width**-0.5, "eps": 1e-6, "groups": groups}
     return tensors, chosen, (angles.cos(), angles.sin()), options, draw(st.sampled_from(WORKSPACES))
 
 
@@ -74,8 +75,10 @@ def with_gradients(attend_, tensors, chosen, rope, weight=None, **options):
     rope = tuple(part.to(DEVICE) for part in rope)
     chosen = None if chosen is None else chosen.to(DEVICE)
     out = attend_(leaves[0] * 1, *leaves[1:], chosen, rope, **options)
-    weight = random(torch.Generator().manual_seed(7), *out.shape)
-    (out * weight.to(DEVICE)).sum().backward()
+    # The output projection gives gradients of [G, B L, D N / G].
+    batch, length, groups, columns = out.shape
+    weight = random(torch.Generator().manual_seed(7), groups, batch, length, columns)
+    (out * weight.to(DEVICE).permute(1, 2, 0, 3)).sum().backward()
     return [out.detach(), *[leaf.grad for leaf in leaves]]
 
 
