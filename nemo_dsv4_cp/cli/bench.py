@@ -1,4 +1,4 @@
-"""``bench``: memory, bytes and time of the host's path and every transport, side by side."""
+"""``bench``: what a layer takes, by the host's path and every transport, side by side."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from rich.table import Table
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.cli.quiet import quiet
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.tools.paths import HOST
-from nemo_dsv4_cp.tools.sizes import GIB
+from nemo_dsv4_cp.tools.sizes import GIB, MODELS
 
 if TYPE_CHECKING:  # the host takes seconds to import, and every command would wait for it
     from nemo_dsv4_cp.tools.weighing import Weight
@@ -35,6 +36,7 @@ SeqLen = Annotated[int, typer.Option(help="Tokens in the whole row.")]
 CpSize = Annotated[int, typer.Option(help="Number of CP ranks.", min=1)]
 Ratios = Annotated[list[int], typer.Option("--ratio", help="Compress ratio; may be repeated.")]
 Workspace = Annotated[int, typer.Option(help="context_parallel.workspace_mib.", min=1)]
+KernelsName = Annotated[str, typer.Option("--kernels", help="context_parallel.kernels.")]
 Json = Annotated[Path | None, typer.Option("--json", help='Write the figures here; "-" prints.')]
 Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
 
@@ -83,8 +85,11 @@ def _weigh_all(
         for path in _paths()
     ]
     shown = console if sys.stdout.isatty() else Console(stderr=True)
-    with quiet():
-        return [weigh(case) for case in track(cases, "Weighing", console=shown, transient=True)]
+    try:
+        with quiet():
+            return [weigh(case) for case in track(cases, "Weighing", console=shown, transient=True)]
+    except ValueError as error:  # an option that the package refuses
+        raise typer.BadParameter(f"{error}") from error
 
 
 def _emit(table: Table, figures: Any, destination: Path | None) -> None:
@@ -159,7 +164,8 @@ def memory(
     seq_len: SeqLen = 131072,
     cp_size: CpSize = 8,
     ratio: Ratios = [0, 4, 128],  # noqa: B006
-    workspace_mib: Workspace = 256,
+    kernels: KernelsName = AUTO,
+    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
     json_: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -170,13 +176,90 @@ def memory(
     _check(seq_len, cp_size, ratio)
     _check_outputs(json_, plot=plot)
     # The last rank sees the most entries.
-    weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1, workspace_mib=workspace_mib)
+    options = {"workspace_mib": workspace_mib, "kernels": kernels}
+    weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1, **options)
     title = _WEIGHED.format(rows=1, seq_len=seq_len, cp_size=cp_size, rank=cp_size - 1)
     _emit(_weight_table(title, weights), _figures(weights), json_)
     if json_ is None or str(json_) != "-":
         console.print(_largest_table(weights))
     if plot is not None:
         _plot(seq_len // cp_size, ratio, plot)
+
+
+@app.command()
+def launches(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    kernels: KernelsName = AUTO,
+    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    json_: Json = None,
+) -> None:
+    """Count what one layer launches, and the GB of tensors that it reads and writes.
+
+    Example: python -m nemo_dsv4_cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
+    """
+    _check(seq_len, cp_size, ratio)
+    _check_outputs(json_)
+    options = {"workspace_mib": workspace_mib, "kernels": kernels}
+    # The last rank sees the most entries.
+    weights = _weigh_all(seq_len, cp_size, ratio, cp_size - 1, **options)
+    table = Table(
+        title=f"V4-Flash, bfloat16, a row of {seq_len:,} tokens on {cp_size} ranks, the last rank; "
+        f"kernels: {kernels}; GB of tensors read and written"
+    )
+    for header in ("ratio", "path"):
+        table.add_column(header)
+    for header in ("launches fwd", "GB fwd", "launches bwd", "GB bwd"):
+        table.add_column(header, justify="right")
+    for weight in weights:
+        parts = (weight.forward, weight.backward)
+        figures = [(f"{part.count:,}", f"{part.moved_bytes / 1e9:,.1f}") for part in parts]
+        table.add_row(str(weight.case.ratio), weight.case.path, *figures[0], *figures[1])
+    _emit(table, _figures(weights), json_)
+
+
+Models = Annotated[list[str], typer.Option("--model", help="v4_flash or v4_pro; may be repeated.")]
+Archs = Annotated[
+    list[int], typer.Option("--arch", help="Capability times 10: 80, 90, 100; may be repeated.")
+]
+
+
+@app.command()
+def kernels(
+    model: Models = list(MODELS),  # noqa: B006
+    arch: Archs = [80, 90, 100],  # noqa: B006
+    json_: Json = None,
+) -> None:
+    """Compile the Triton kernels for GPUs, without one, and read their binaries.
+
+    Registers and stack are a thread's, shared memory a program's, in bytes; stack beyond a few
+    bytes is spilled registers.
+
+    Example: python -m nemo_dsv4_cp bench kernels --arch 90
+    """
+    _check_outputs(json_)
+    for name in model:
+        if name not in MODELS:
+            raise typer.BadParameter(f"--model {name} is none of {', '.join(MODELS)}")
+    with quiet():
+        from nemo_dsv4_cp.tools.compiled_kernels import ARCHITECTURES, compile_all
+    for number in arch:
+        if number not in ARCHITECTURES:
+            known = ", ".join(map(str, ARCHITECTURES))
+            raise typer.BadParameter(f"--arch {number} is none of {known}")
+    shown = console if sys.stdout.isatty() else Console(stderr=True)
+    every = track(compile_all(model, arch), "Compiling", console=shown, transient=True)
+    try:
+        rows = [report.row() for report in every]
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{error}") from error
+    table = Table(title=f"Triton kernels of {', '.join(model)}, bfloat16, compiled for sm_*")
+    for header in rows[0]:
+        table.add_column(header, justify="left" if header in ("model", "kernel") else "right")
+    for row in rows:
+        table.add_row(*("-" if value is None else f"{value}" for value in row.values()))
+    _emit(table, rows, json_)
 
 
 def _largest_table(weights: Sequence[Weight]) -> Table:

@@ -62,6 +62,43 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
     assert "Traceback" not in done.output
 
 
-@pytest.mark.parametrize("command", ["bytes", "memory", "time"])
+def test_launches_counts_what_kernels_tell():
+    done = run("launches", *SMALL, "--kernels", "triton", "--json", "-")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout[done.stdout.index("[") :])
+    paths = {figure["case"]["path"]: figure for figure in figures}
+    assert set(paths) == {"host", "all_gather", "boundary"}
+    ours, hosts = paths["boundary"]["forward"], paths["host"]["forward"]
+    assert 0 < ours["count"] < hosts["count"]
+    assert 0 < ours["read_bytes"] + ours["written_bytes"] < hosts["read_bytes"]
+
+
+def test_kernels_prints_what_their_binaries_take(tmp_path):
+    figures = tmp_path / "figures.json"
+    done = run("kernels", "--model", "v4_flash", "--arch", "90", "--json", str(figures))
+    assert done.exit_code == 0, done.output
+    rows = json.loads(figures.read_text())
+    names = ["kernel", "model", "arch", "registers", "stack", "shared", "tensor_core"]
+    assert all(list(row) == names for row in rows)
+    found = {row["kernel"]: row["tensor_core"] for row in rows}
+    assert found["forward_kernel"] == "wgmma"
+    assert found["top_k_kernel"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["launches", *SMALL, "--kernels", "fastest"], "not installed"),
+        (["kernels", "--arch", "70"], "none of 80, 90, 100"),
+        (["kernels", "--model", "v3"], "none of v4_flash, v4_pro"),
+    ],
+)
+def test_kernels_that_nobody_has_are_named(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("command", ["bytes", "memory", "time", "launches", "kernels"])
 def test_every_command_shows_an_example(command):
     assert f"nemo_dsv4_cp bench {command}" in run(command, "--help").output

@@ -1,7 +1,10 @@
 import pytest
+import torch
 
+from nemo_dsv4_cp.kernels import costs
 from nemo_dsv4_cp.tools.layer import Case
-from nemo_dsv4_cp.tools.weighing import weigh
+from nemo_dsv4_cp.tools.weighing import Launches, weigh
+from nemo_dsv4_cp.tools.weighing import _Scale as Scale
 
 GIB = 1 << 30
 AT_128K = {"seq_len": 131072, "cp_size": 8, "rank": 4}
@@ -39,3 +42,65 @@ def test_what_is_saved_for_backward_is_queries_keys_and_little_else():
     assert 3 * per_head <= weight.saved_bytes <= 4 * per_head
     assert len(weight.largest) == 5
     assert weight.largest[0].bytes == per_head
+
+
+@pytest.mark.parametrize(
+    ("ratio", "launches", "gb"), [(0, 91, 101), (4, 246, 157), (128, 147, 114)]
+)
+def test_the_hosts_launches_are_what_was_counted_on_it(ratio, launches, gb):
+    forward = weigh(Case("host", ratio, 131072, 8, 7)).forward
+    assert forward.count == pytest.approx(launches, rel=0.1)
+    assert forward.moved_bytes == pytest.approx(gb * 1e9, rel=0.1)
+
+
+LIMITS = {  # ratio, ranks: launches forward and backward, GB forward and backward
+    (0, 8): (100, 140, 14, 40),
+    (128, 8): (120, 160, 15, 40),
+    (4, 8): (250, 250, 24, 45),
+    (4, 64): (450, 250, 60, 60),
+}
+
+
+@pytest.mark.parametrize(("ratio", "ranks"), LIMITS)
+def test_triton_launches_few_operations_that_touch_little(ratio, ranks):
+    weight = weigh(Case("boundary", ratio, 16384 * ranks, ranks, ranks - 1, kernels="triton"))
+    forward, backward, gb_forward, gb_backward = LIMITS[ratio, ranks]
+    assert weight.forward.count <= forward
+    assert weight.backward.count <= backward
+    assert weight.forward.moved_bytes <= gb_forward * 1e9
+    assert weight.backward.moved_bytes <= gb_backward * 1e9
+    assert weight.peak_bytes <= 7 * GIB
+
+
+def launched(run):
+    with Scale(Case("host", 0, 256, 2, 0)) as scale:
+        run()
+    return scale.launched
+
+
+def test_an_operation_reads_and_writes_the_tensors_it_sees():
+    x = torch.zeros(8, 4)
+    assert launched(lambda: x + 1) == Launches(1, 128, 128)
+    assert launched(lambda: x.add_(1)) == Launches(1, 128, 128)
+    assert launched(lambda: x.copy_(torch.empty(8, 4))) == Launches(1, 128, 128)
+    assert launched(lambda: x[:2] + 1) == Launches(1, 32, 32)
+    assert launched(lambda: x[:1].expand(8, 4) + 1) == Launches(1, 16, 128)
+
+
+def test_views_and_allocations_launch_nothing():
+    x = torch.zeros(8, 4)
+    assert launched(lambda: (x[1:].t(), torch.empty(3), x.view(-1).detach())) == Launches()
+    assert launched(lambda: torch.empty(0, 4) + 1) == Launches()
+
+
+@torch.library.custom_op("dsv4_cp_tests::tells", mutates_args=())
+def tells(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+def test_what_an_operation_tells_is_counted_and_its_scratch_is_in_the_peak():
+    costs.tell("dsv4_cp_tests::tells")(lambda x: costs.Cost(7, 11, 13, scratch_bytes=1000))
+    with Scale(Case("host", 0, 256, 2, 0)) as scale:
+        kept = tells(torch.zeros(8, 4))
+    assert scale.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
+    assert scale.peak == 128 + kept.nbytes + 1000

@@ -1,7 +1,7 @@
 """Kernels compiled without a GPU, and what the binary says of them.
 
-A kernel file offers ``ahead_of_time(...)``: its kernels at given sizes, as its launches would have
-them compiled, each a :class:`Specimen`. Triton must not be interpreting.
+Launches are recorded instead of run, so that what is compiled is what a GPU would be given. Triton
+must not be interpreting.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from nemo_dsv4_cp.kernels.triton import tiles
 
 # What PTX calls a product on tensor cores, newest first.
 _TENSOR_CORE = {
@@ -26,33 +31,95 @@ _TENSOR_CORE = {
 }
 
 
+# Multiplications of the largest of those instructions, and the warps that issue one together; one
+# thread issues tcgen05 for its whole program.
+_LARGEST = {
+    "tcgen05": (128 * 256 * 16, None),
+    "wgmma": (64 * 256 * 16, 4),
+    "mma.sync": (16 * 8 * 16, 1),
+}
+_DOT = re.compile(r"tt\.dot\b.*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
+
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+
+
 @dataclass(frozen=True)
 class Specimen:
-    """A kernel at one size.
+    """A kernel as one launch would have it compiled.
 
     Attributes:
         kernel: The function under ``triton.jit``.
         types: Type of each argument that is no constant, by name: ``"*bf16"``, ``"fp32"``,
             ``"i32"``; ``"i32:16"`` for a whole number that 16 divides. Pointers count as aligned to
             16 bytes, as torch's allocations are.
-        constants: Value of each ``tl.constexpr``.
+        constants: Value of each ``tl.constexpr``, and of what else Triton takes for one.
         warps: Warps a program.
         stages: Steps whose loads are in flight.
-        label: Tells apart specimens of one kernel.
     """
 
     kernel: Any
     types: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    warps: int = 4
-    stages: int = 1
-    label: str = ""
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
 
     @property
     def name(self) -> str:
-        """The kernel's name, and the label."""
+        """The kernel's name."""
         name: str = self.kernel.fn.__name__
-        return f"{name} {self.label}" if self.label else name
+        return name
+
+
+def record(run: Callable[[], Any], arch: int) -> list[Specimen]:
+    """Return what ``run`` would launch on devices of capability ``arch`` / 10, each kind once.
+
+    Nothing is launched: what kernels would write holds whatever the memory held.
+
+    Raises:
+        RuntimeError: If triton is interpreting.
+    """
+    _refuse_to_interpret()
+    found: list[Specimen] = []
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = (kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3))
+        specimen = _specimen(
+            kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options
+        )
+        if specimen not in found:
+            found.append(specimen)
+
+    with tiles.compiled_for(arch), mock.patch.object(JITFunction, "run", note):
+        run()
+    return found
+
+
+def _refuse_to_interpret() -> None:
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+
+
+def _specimen(kernel: Any, values: Mapping[str, Any], options: tuple[int, int]) -> Specimen:
+    """Specialise on what Triton specialises on: constants, ones, None and multiples of 16."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            types[parameter.name] = _TYPES[value.dtype]
+        elif isinstance(value, float):
+            types[parameter.name] = "fp32"
+        else:
+            kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+            types[parameter.name] = kind if value % 16 else f"{kind}:16"
+    return Specimen(kernel, types, constants, *options)
 
 
 @dataclass(frozen=True)
@@ -60,13 +127,14 @@ class Compiled:
     """What the binary of a kernel takes.
 
     Attributes:
-        kernel: Name of the specimen.
+        kernel: Its name.
         arch: 80, 90, 100.
         registers: A thread.
         stack: Bytes a thread; more than a few are spilled registers.
         shared: Bytes a program.
         tensor_core: ``"mma.sync"``, ``"wgmma"`` or ``"tcgen05"``; None where nothing multiplies.
         products: How many of that instruction.
+        needed: How many the products in the kernel's source take at least.
     """
 
     kernel: str
@@ -76,6 +144,7 @@ class Compiled:
     shared: int
     tensor_core: str | None
     products: int
+    needed: int
 
 
 def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
@@ -83,14 +152,9 @@ def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
 
     Raises:
         RuntimeError: If triton is interpreting.
-        ValueError: If the specimen leaves out an argument.
     """
-    if not hasattr(specimen.kernel, "arg_names") or knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile; unset it")
+    _refuse_to_interpret()
     names = specimen.kernel.arg_names
-    missing = [n for n in names if n not in specimen.types and n not in specimen.constants]
-    if missing:
-        raise ValueError(f"{specimen.name} says nothing of the arguments {missing}")
     signature, attributes = {}, {}
     for place, name in enumerate(names):
         kind, _, divisor = specimen.types.get(name, "constexpr").partition(":")
@@ -115,7 +179,17 @@ def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
         binary.metadata.shared,
         found,
         counts[found] if found else 0,
+        _needed(binary.asm["ttir"], arch, specimen.warps),
     )
+
+
+def _needed(ttir: str, arch: int, warps: int) -> int:
+    """Return how many of the largest instructions hold the products of a kernel, each once."""
+    instruction = "tcgen05" if arch >= 100 else "wgmma" if arch >= 90 else "mma.sync"
+    largest, together = _LARGEST[instruction]
+    programs = warps // together if together else 1
+    products = sum(int(m) * int(k) * int(n) for m, k, n in _DOT.findall(ttir))
+    return -(-products // (largest * programs))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

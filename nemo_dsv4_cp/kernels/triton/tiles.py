@@ -8,6 +8,9 @@ straight to shared memory; one takes them through registers that are not there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -92,11 +95,26 @@ TOP_K = {
 }
 
 
+_compiled_for: ContextVar[int | None] = ContextVar("_compiled_for", default=None)
+
+
+@contextmanager
+def compiled_for(arch: int) -> Iterator[None]:
+    """Take tensors without a GPU for those of an architecture, in this block."""
+    before = _compiled_for.set(arch)
+    try:
+        yield
+    finally:
+        _compiled_for.reset(before)
+
+
 def of(table: dict[int, Tile], x: torch.Tensor) -> Tile:
     """Return the tile for a tensor: of its device's architecture, or the last before that."""
-    if not x.is_cuda:
+    arch = _compiled_for.get()
+    if x.is_cuda:
+        arch = torch.cuda.get_device_capability(x.device)[0] * 10
+    elif arch is None:
         return table[90 if 90 in table else 80]  # interpreted, the walk of a GPU
     if x.dtype == torch.float32:
         return table[FLOAT32]
-    number = torch.cuda.get_device_capability(x.device)[0] * 10
-    return table[max(arch for arch in table if arch <= number)]
+    return table[max(known for known in table if known <= arch)]

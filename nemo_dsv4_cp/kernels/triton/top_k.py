@@ -84,9 +84,9 @@ def top_k_kernel(  # type: ignore[no-untyped-def]
     tl.store(chosen + tl.cumsum(above) - 1, group, mask=above == 1)
     tl.debug_barrier()
     held = tl.load(chosen + slot, mask=slot < n_above, other=0)
-    place = held[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    seen = (slot < n_above)[:, None] & (place >= first) & (place < stop)
-    few = tl.load(scores + place, mask=seen, other=0).to(tl.uint32, bitcast=True)
+    of_held = held[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    in_sight = (slot < n_above)[:, None] & (of_held >= first) & (of_held < stop)
+    few = tl.load(scores + of_held, mask=in_sight, other=0).to(tl.uint32, bitcast=True)
     threshold = tl.maximum(bound, _kth(few, K))
     lacking = K - tl.sum((few > threshold).to(tl.int32))
     tl.debug_barrier()
@@ -96,11 +96,10 @@ def top_k_kernel(  # type: ignore[no-untyped-def]
         of = begin + tl.arange(0, STEP)
         reach = tl.load(maxima + of, mask=of <= last_group, other=0).to(tl.uint32, bitcast=True)
         reaches = (of <= last_group) & (reach >= threshold)
-        place = of[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        seen = reaches[:, None] & (place >= first) & (place < stop)
+        place = tl.reshape(of[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (STEP * GROUP,))
+        reached = tl.reshape(tl.broadcast_to(reaches[:, None], (STEP, GROUP)), (STEP * GROUP,))
+        seen = reached & (place >= first) & (place < stop)
         x = tl.load(scores + place, mask=seen, other=0).to(tl.uint32, bitcast=True)
-        place = tl.reshape(place, (STEP * GROUP,))
-        x, seen = tl.reshape(x, (STEP * GROUP,)), tl.reshape(seen, (STEP * GROUP,))
         higher, tie = seen & (x > threshold), seen & (x == threshold)
         both = higher.to(tl.int32) | (tie.to(tl.int32) << TIES)
         before = tl.cumsum(both) - both

@@ -1,0 +1,118 @@
+"""The Triton kernels at the sizes of the published models, compiled without a GPU."""
+
+# L local queries   N heads   D head_dim   r rotary dims   T raw keys   P entries   K chosen entries
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp.kernels.triton.ahead import Compiled, Specimen, compile_kernel, record
+from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
+from nemo_dsv4_cp.kernels.triton.rotary import rotate
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.tools.sizes import read_model_fields
+
+ARCHITECTURES = (80, 90, 100)
+"""Capabilities of CUDA devices, times 10: A100; H100 and H200; B200."""
+
+_SHARD = 64
+_WORKSPACE = 1 << 30
+
+
+@dataclass(frozen=True)
+class Report:
+    """A kernel of one model's layers on one architecture."""
+
+    model: str
+    compiled: Compiled
+
+    def row(self) -> dict[str, Any]:
+        """Return what ``bench kernels`` prints."""
+        names = ("kernel", "arch", "registers", "stack", "shared", "tensor_core")
+        told = {name: asdict(self.compiled)[name] for name in names}
+        return {"kernel": told.pop("kernel"), "model": self.model} | told
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(1, *shape, dtype=torch.bfloat16)
+
+
+def _attention(fields: dict[str, Any], ratio: int) -> None:
+    """Run a layer's attention forward and backward on the last shard of 8K tokens."""
+    layout = SequenceLayout(_SHARD, 127, 128)
+    heads, width, rotary = (
+        fields[name] for name in ("num_attention_heads", "head_dim", "qk_rope_head_dim")
+    )
+    window = fields["sliding_window"]
+    first = layout.start - window + 1
+    entries = layout.seq_len // ratio if ratio else 0
+    chosen = None
+    if ratio == 4:
+        chosen = torch.zeros(1, _SHARD, fields["index_topk"], dtype=torch.int32)
+    rope = (_zeros(_SHARD, rotary), _zeros(_SHARD, rotary))
+    out = attend(
+        _zeros(_SHARD, heads, width).requires_grad_(),
+        rotate(_zeros(layout.end - first, width), (_zeros(layout.end - first, rotary),) * 2),
+        _zeros(entries, width),
+        torch.zeros(heads),
+        chosen,
+        rope,
+        plan=AttentionPlan(layout, first, window, ratio),
+        scale=width**-0.5,
+        eps=fields["rms_norm_eps"],
+        groups=fields["o_groups"],
+        workspace_bytes=_WORKSPACE,
+    )
+    out.backward(torch.zeros_like(out))
+
+
+def _index_choice(fields: dict[str, Any]) -> None:
+    """Run the index choice on the last shard of 1M tokens."""
+    layout = SequenceLayout(_SHARD, (1 << 14) - 1, 1 << 14)
+    heads, width = fields["index_n_heads"], fields["index_head_dim"]
+    rotary = fields["qk_rope_head_dim"]
+    choose_entries(
+        _zeros(_SHARD, heads, width),
+        torch.zeros(1, _SHARD, heads),
+        _zeros(layout.seq_len // 4, width),
+        (_zeros(_SHARD, rotary), _zeros(_SHARD, rotary)),
+        layout=layout,
+        ratio=4,
+        topk=fields["index_topk"],
+        workspace_bytes=_WORKSPACE,
+    )
+
+
+def kernels_of(model: str, arch: int) -> list[Specimen]:
+    """Return the kernels that the layers of one of ``sizes.MODELS`` launch, each kind once.
+
+    Args:
+        model: Its name.
+        arch: One of :data:`ARCHITECTURES`.
+
+    Raises:
+        RuntimeError: If triton is interpreting.
+    """
+    fields = read_model_fields(model)
+    found: list[Specimen] = []
+    for run in (
+        *(partial(_attention, fields, ratio) for ratio in (0, 4, 128)),
+        partial(_index_choice, fields),
+    ):
+        found += [specimen for specimen in record(run, arch) if specimen not in found]
+    return found
+
+
+def compile_all(models: Sequence[str], archs: Sequence[int]) -> Iterator[Report]:
+    """Compile the kernels of models for architectures, one after the other."""
+    for model in models:
+        for arch in archs:
+            for specimen in kernels_of(model, arch):
+                yield Report(model, compile_kernel(specimen, arch))
