@@ -53,7 +53,7 @@ def test_a_block_may_be_any_mapping(wrap):
             {"pad_multiple": 96},
             r"pad_multiple=96 .* 128, the LCM .*\[4, 128\].* use 128 or \"auto\"",
         ),
-        ({"pad_multiple": 200}, r"use 512"),
+        ({"pad_multiple": 200}, r"use 256"),
         ({"pad_multiple": 0}, r'pad_multiple=0 .*use "auto"'),
         ({"pad_multiple": "all"}, r"pad_multiple='all' .*use \"auto\""),
         ({"enabled": "maybe"}, r"enabled='maybe' .* works is True"),

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.verification import packed_batch
+from tests.examples import MANY
 from tests.packed_parity import packed_attention_job, packed_model_job
 from tests.parity import GroupMesh, assert_parity, cpu_backend, randomise, tiny_config
 
@@ -31,7 +32,7 @@ def window_job(group, rank, ratio, documents, options, recompute, seed, spare, w
 
 
 @settings(
-    max_examples=150,
+    max_examples=150 if MANY else 60,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],

@@ -211,12 +211,9 @@ def assert_same_steps(one: Training, other: Training, *, later: float = 1e-5) ->
 
 
 @pytest.mark.capability("pipeline parallelism")
-def test_two_stages_at_cp_2_log_the_losses_and_norms_of_either_alone(launch, trained):
-    changes = {"step_scheduler": FEW_STEPS}
-    both = launch("stages_cp_2", 4, distributed=STAGES, **changes)
+def test_two_stages_at_cp_2_log_the_losses_and_norms_of_one(launch, trained):
+    both = launch("stages_cp_2", 4, distributed=STAGES, step_scheduler=FEW_STEPS)
     assert_same_steps(both, trained[0])
-    stages = launch("stages", 2, distributed=STAGES | {"cp_size": 1}, **changes)
-    assert_same_steps(both, stages)
 
 
 @pytest.mark.capability("pipeline parallelism")

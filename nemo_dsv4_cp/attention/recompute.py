@@ -2,7 +2,8 @@
 
 The choice is made of integers, [B, L, K] int32, and costs scores over all entries and a gather of
 index keys. Checkpointing hands the tensors a block was called with to the recomputation, so the
-rotary embedding that belongs to one forward tells which choice to take back.
+rotary embedding that belongs to one forward tells which choice to take back. A compiled layer makes
+its choice anew: what its recomputation saves, the compiler decides.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def unseen_by_checkpointing() -> AbstractContextManager[None]:
     Its policies save results of ``topk`` and matrix products and hand them to the recomputation by
     their number, so a recomputation that skips some would receive those of others.
     """
+    if torch.compiler.is_compiling():
+        return nullcontext()
     if any(isinstance(mode, SELECTIVE_CHECKPOINTING) for mode in current_modes()):
         hidden: AbstractContextManager[None] = without_modes()
         return hidden
@@ -43,12 +46,14 @@ class KeptChoices:
 
         Two forwards with one key cannot be told apart later: neither choice is kept.
         """
+        if torch.compiler.is_compiling():
+            return
         if torch.is_grad_enabled() and not in_backward():
             self._choices[key] = None if key in self._choices else chosen
 
     def recall(self, key: torch.Tensor) -> torch.Tensor | None:
         """Return the choice to take back in a recomputation, None if there is none."""
-        if not in_backward():
+        if torch.compiler.is_compiling() or not in_backward():
             return None
         chosen: torch.Tensor | None = self._choices.get(key)
         return chosen

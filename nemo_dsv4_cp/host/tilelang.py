@@ -28,6 +28,10 @@ _SCORES_KNOW_PLACES = "query_start" in inspect.signature(dsv4_indexer_scores).pa
 """Whether the host's kernel can score queries that do not start the row (since 0.6)."""
 
 
+_SCORE_BYTES = 4
+"""What the kernel writes: the heads it sums itself."""
+
+
 class TileLangKernels(TorchKernels):
     """What the host runs for ``attn: tilelang``."""
 
@@ -58,9 +62,11 @@ class TileLangKernels(TorchKernels):
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best of the entries that each may see."""
 
-        def score(q_BCIF: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            # The kernel leaves out what lies ahead of a query: put all behind the last key.
-            queries, ahead = q_BCIF.shape[1], keys.shape[1] * ratio
+        def score(
+            q_BCIF: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, first_query: int
+        ) -> torch.Tensor:
+            # The kernel leaves out keys from (place + 1) // ratio on.
+            place = first_query + ratio - 1
             scores: torch.Tensor = dsv4_indexer_scores(
                 q_BCIF,
                 keys,
@@ -68,8 +74,8 @@ class TileLangKernels(TorchKernels):
                 compress_ratio=ratio,
                 softmax_scale=1.0,
                 backend="tilelang",
-                query_start=ahead,
-                query_total_len=ahead + queries,
+                query_start=place,
+                query_total_len=place + q_BCIF.shape[1],
             )
             return scores
 
@@ -82,6 +88,7 @@ class TileLangKernels(TorchKernels):
             topk=topk,
             workspace_bytes=self.workspace_bytes,
             score=score if _SCORES_KNOW_PLACES else index_scores,
+            score_bytes=_SCORE_BYTES if _SCORES_KNOW_PLACES else None,
         )
 
     def _attend_rotated(

@@ -17,8 +17,9 @@ from nemo_dsv4_cp.tools.paths import ALL_GATHER, BOUNDARY, HOST
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
 _BF16, _FP32, _INT32 = 2, 4, 4
-_WORKSPACE_BYTES = 512 << 20
-"""``context_parallel.workspace_mib`` as the package sets it."""
+_WORKSPACE_BYTES = 256 << 20
+"""What the torch path's chunks take of ``context_parallel.workspace_mib`` as the package sets it.
+"""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import HAS_T
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.kernels.reference import TorchKernels
+from tests.examples import MANY
 from tests.meshes import FakeMesh
 from tests.parity import assert_parity, attention_job, cpu_backend, randomise, tiny_config
 from tests.ranks import RankError
@@ -58,7 +59,7 @@ def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
 
 # No shrinking: after a failed case the workers start anew, which takes seconds.
 @settings(
-    max_examples=300,
+    max_examples=300 if MANY else 100,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],

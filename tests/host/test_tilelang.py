@@ -1,11 +1,14 @@
 """What the host's TileLang kernels are handed, and where they are refused."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
     HAS_TILELANG,
     build_dsv4_sparse_topk_indices,
+    indexer_scores_torch,
     sparse_attention_torch,
 )
 
@@ -14,6 +17,7 @@ from nemo_dsv4_cp.host.tilelang import TileLangKernels, key_indices
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from tests.kernels.choices import choices
 from tests.kernels.test_reference_attention import cases
 
 
@@ -97,6 +101,34 @@ def test_the_output_that_the_host_keeps_for_backward_is_not_written_over(monkeyp
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, atol=2e-5, rtol=2e-5)
+
+
+def causal_scores(q, keys, weights, *, compress_ratio, query_start, query_total_len, **_):
+    """Score as the host's kernel does, NaN where it would not write."""
+    scores = indexer_scores_torch(q, keys, weights, 1.0)
+    assert query_start >= 0
+    assert query_total_len == query_start + q.shape[1]
+    places = torch.arange(query_start, query_total_len)
+    seen = torch.arange(keys.shape[1]) < (places[:, None] + 1) // compress_ratio
+    return scores.masked_fill(~seen, torch.nan)
+
+
+@pytest.mark.skipif(not tilelang._SCORES_KNOW_PLACES, reason="the host scores whole rows only")
+@settings(deadline=None)
+@given(choices())
+def test_scores_that_leave_out_what_lies_ahead_choose_the_same(case):
+    tensors, rope, options, workspace = case
+    with (
+        mock.patch.object(tilelang, "HAS_TILELANG", True),
+        mock.patch.object(tilelang, "dsv4_indexer_scores", causal_scores),
+    ):
+        mine = TileLangKernels(workspace_bytes=workspace).choose_entries(
+            tensors[0].clone(), *tensors[1:], rope, **options
+        )
+    theirs = TorchKernels(workspace_bytes=1 << 20).choose_entries(
+        tensors[0].clone(), *tensors[1:], rope, **options
+    )
+    assert torch.equal(mine, theirs)
 
 
 @pytest.mark.skipif(HAS_TILELANG, reason="TileLang is installed here")

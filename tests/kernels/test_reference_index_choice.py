@@ -11,7 +11,7 @@ def test_scores_are_the_hosts():
     shapes = [(2, 7, 3, 16), (2, 5, 16), (2, 7, 3)]
     q, keys, weights = (torch.randn(shape, generator=generator) for shape in shapes)
     expected = indexer_scores_torch(q, keys, weights, 0.25)
-    assert torch.equal(index_scores(q, keys, weights * 0.25), expected)
+    assert torch.equal(index_scores(q, keys, weights * 0.25, 0), expected)
 
 
 @given(

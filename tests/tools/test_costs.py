@@ -84,4 +84,4 @@ def test_a_single_rank_receives_nothing():
 
 
 def test_the_workspace_is_the_packages_own():
-    assert ContextParallelOptions().workspace_mib << 20 == costs._WORKSPACE_BYTES
+    assert ContextParallelOptions().workspace_mib << 20 == 2 * costs._WORKSPACE_BYTES

@@ -15,16 +15,24 @@ import torch
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING
 
-Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""``(q [B, C, I, D], keys [B, P, D], weights [B, C, I]) -> float32 [B, C, P]``."""
+Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""``(q [B, C, I, D], keys [B, P, D], weights [B, C, I], first_query) -> float32 [B, C, P]``.
+
+``first_query`` counts from the first token that the first key could pool: a key w that a query may
+see has w < (first_query + c + ratio) // ratio. What no query may see may hold anything.
+"""
+
+_RANKED = 16
+"""Bytes that a score takes while it is ranked: itself, a whole number with its place, a mask."""
 
 
 def index_scores(
-    q_BCID: torch.Tensor, keys_BPD: torch.Tensor, weights_BCI: torch.Tensor
+    q_BCID: torch.Tensor, keys_BPD: torch.Tensor, weights_BCI: torch.Tensor, first_query: int
 ) -> torch.Tensor:
     """Score every query against every index key: sum over heads of weight * relu(q . k).
 
-    The formula is the host's ``indexer_scores_torch``, its scale among the weights.
+    The formula is the host's ``indexer_scores_torch``, its scale among the weights. ``first_query``
+    is not read: keys ahead of a query are scored too.
 
     Returns:
         Float32 [B, C, P].
@@ -43,6 +51,7 @@ def choose_entries(
     topk: int,
     workspace_bytes: int,
     score: Score = index_scores,
+    score_bytes: int | None = None,
 ) -> torch.Tensor:
     """Score the entries that each query may see and keep the K best.
 
@@ -55,6 +64,7 @@ def choose_entries(
         topk: How many entries a query may choose.
         workspace_bytes: How much the scores of one chunk of rows may take.
         score: What computes the scores.
+        score_bytes: What it takes a score; None for a float32 a head.
 
     Returns:
         Int32 [B, L, min(topk, P)]: entry indices, the best first, ``NOTHING`` in unused slots.
@@ -65,10 +75,9 @@ def choose_entries(
     chosen = torch.full((batch, length, kept), NOTHING, dtype=torch.int32, device=q_BLID.device)
     if not kept:
         return chosen
+    taken = max(4 * heads if score_bytes is None else score_bytes, _RANKED)
     rows = length
-    while (
-        rows > 1 and rows * batch * heads * layout.most_entries(rows, ratio) * 4 > workspace_bytes
-    ):
+    while rows > 1 and rows * batch * taken * layout.most_entries(rows, ratio) > workspace_bytes:
         rows = (rows + 1) // 2
     for begin in range(0, length, rows):
         chunk = slice(begin, min(begin + rows, length))
@@ -76,7 +85,8 @@ def choose_entries(
         if not len(span):
             continue
         keys = keys_BPD[:, span.start : span.stop]
-        scores_BCP = score(q_BLID[:, chunk], keys, weights_BLI[:, chunk])
+        first_query = layout.start + begin - span.start * ratio
+        scores_BCP = score(q_BLID[:, chunk], keys, weights_BLI[:, chunk], first_query)
         first, stop = (
             bound[..., None] - span.start
             for bound in layout.visible_entries(chunk, ratio, scores_BCP.device)
@@ -93,14 +103,18 @@ def _best(
 ) -> torch.Tensor:
     """Return the ``kept`` best entries of each row, the earlier of two equal ones first.
 
+    The scores' memory is written over.
+
     ``topk`` breaks ties as its algorithm happens to, which depends on more than the row. Ranking
     whole numbers that hold score and place leaves no ties. Entries outside [first, stop)
     come last.
     """
-    bits = (scores_BCP + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # in the order of the floats
+    bits = scores_BCP.add_(0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # in the order of the floats
     entry = torch.arange(scores_BCP.shape[-1], device=scores_BCP.device)
     lowest = torch.iinfo(torch.int32).min + 1  # below -inf, above overflow
     hidden = (entry < first) | (entry >= stop)
-    ranked = (ordered.masked_fill_(hidden, lowest) << 32) - entry
+    ranked = bits.masked_fill_(hidden, lowest).long()
+    ranked <<= 32
+    ranked -= entry
     return ranked.topk(kept, dim=-1).indices

@@ -19,8 +19,11 @@ class TorchKernels:
     """Operations of torch in chunks, on any device."""
 
     def __init__(self, *, workspace_bytes: int) -> None:
-        """Remember how much one chunk of scores or of float32 rows may take."""
-        self.workspace_bytes = workspace_bytes
+        """Remember how much one chunk of scores or of float32 rows may take.
+
+        Half of what an operation may: a result and what it is made of are there together.
+        """
+        self.workspace_bytes = workspace_bytes // 2
 
     def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Return keys or entries with their last r dims rotated."""

@@ -6,5 +6,3 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-MANY = os.environ.get("HYPOTHESIS_PROFILE") == "many"
-"""Whether all cases are wanted, which take an hour interpreted."""

@@ -6,29 +6,16 @@ from hypothesis import strategies as st
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.attention import attend
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
-from tests.kernels.triton.device import DEVICE, MANY
+from tests.examples import MANY
+from tests.kernels.choices import layouts
+from tests.kernels.triton.device import DEVICE
 
 WORKSPACES = [1, 60_000, 1 << 20]
 
 
 def random(generator, *shape):
     return torch.randn(*shape, generator=generator)
-
-
-def layouts(draw, batch):
-    """Draw a rank of a row of one document, or of rows of several."""
-    local_len, ranks = draw(st.sampled_from([1, 2, 5, 9, 16])), draw(st.integers(1, 3))
-    rank = draw(st.integers(0, ranks - 1))
-    if not draw(st.booleans()):
-        return SequenceLayout(local_len, rank, ranks)
-    total = local_len * ranks
-    rows = [sorted(draw(st.sets(st.integers(1, total), max_size=3)) | {0}) for _ in range(batch)]
-    longest = max(map(len, rows))
-    starts = torch.tensor([row + [total] * (longest - len(row)) for row in rows])
-    return PackedLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
 
 
 @st.composite

@@ -3,41 +3,13 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries, score_chunks
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING
+from tests.kernels.choices import choices
 from tests.kernels.triton.device import DEVICE
-from tests.kernels.triton.test_attention import layouts
-
-WORKSPACES = [1, 3_000, 1 << 20]
-
-
-@st.composite
-def cases(draw):
-    """Draw whole numbers, whose scores are exact in any order, and of few values: many tie."""
-    batch = draw(st.integers(1, 3))
-    layout, ratio = layouts(draw, batch), draw(st.sampled_from([1, 2, 4]))
-    heads, width = draw(st.integers(1, 20)), draw(st.sampled_from([8, 16, 40]))
-    entries = -(-layout.seq_len // ratio)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    largest = draw(st.sampled_from([0, 1, 30]))
-
-    def whole(*shape):
-        return torch.randint(-largest, largest + 1, shape, generator=generator).float()
-
-    # Quarter turns keep whole numbers whole.
-    turns = torch.randint(0, 4, (batch, layout.local_len, 4), generator=generator).repeat(1, 1, 2)
-    cos, sin = (torch.tensor(values)[turns] for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
-    tensors = [
-        whole(batch, layout.local_len, heads, width),
-        whole(batch, layout.local_len, heads),
-        whole(batch, entries, width),
-    ]
-    options = {"layout": layout, "ratio": ratio, "topk": draw(st.integers(1, 50))}
-    return tensors, (cos, sin), options, draw(st.sampled_from(WORKSPACES))
 
 
 def chosen_by(choose, tensors, rope, **options):
@@ -51,7 +23,7 @@ def by_place(choice):
     return choice.masked_fill(choice == NOTHING, last).sort(dim=-1).values
 
 
-@given(cases())
+@given(choices())
 def test_the_same_entries_are_chosen_ties_by_place(case):
     tensors, rope, options, workspace = case
     theirs = chosen_by(

@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
 
-from tests.kernels.triton.device import INTERPRETED, MANY
+from tests.examples import MANY
+from tests.kernels.triton.device import INTERPRETED
 from tests.packed_parity import packed_model_job
 from tests.parity import assert_parity, model_job
 
@@ -13,13 +14,13 @@ OPTIONS = {"kernels": "triton"}
 RATIOS = [0, 4, 128]
 
 
-@pytest.mark.parametrize("size", [2, 3] if MANY else [3])
+@pytest.mark.parametrize("size", [2, 3] if MANY else [2])
 def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, size):
     arguments = (RATIOS, 1, 128 * size - 5, OPTIONS, False, 0, 24)
     assert_parity(ranks.run(model_job, size, *arguments))
 
 
-@pytest.mark.parametrize("size", [2, 3] if MANY else [2])
+@pytest.mark.parametrize("size", [2, 3] if MANY else [3])
 def test_a_moe_model_keeps_documents_apart(ranks, size):
     documents = [[150, 128 * size - 157]]
     assert_parity(ranks.run(packed_model_job, size, RATIOS, documents, OPTIONS, 0))

@@ -1,0 +1,163 @@
+"""The kernels as operations of torch: what counts, saves, fakes and compiles them sees them."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+from torch.utils.flop_counter import FlopCounterMode
+from triton.runtime import interpreter
+
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
+from nemo_dsv4_cp.kernels.triton.rotary import rotate
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from tests.examples import MANY
+from tests.kernels.triton.device import DEVICE, INTERPRETED
+
+LENGTH, HEADS, WIDTH, WINDOW, RATIO, TOPK = 16, 4, 16, 3, 4, 2
+OPERATIONS = {"dsv4_cp::rotate", "dsv4_cp::choose_entries", "dsv4_cp::attend"}
+
+
+def layer(q, keys, entries):
+    """Rotate keys, choose entries and attend: all operations, with gradients."""
+    layout = SequenceLayout(LENGTH)
+    rope = (q.new_ones(1, LENGTH, 4), q.new_zeros(1, LENGTH, 4))
+    with torch.no_grad():
+        chosen = choose_entries(
+            q.clone(), q.new_ones(1, LENGTH, HEADS), entries, rope,
+            layout=layout, ratio=RATIO, topk=TOPK, workspace_bytes=1 << 20,
+        )  # fmt: skip
+    return attend(
+        q, rotate(keys, rope), entries, q.new_zeros(HEADS), chosen, rope,
+        plan=AttentionPlan(layout, 0, WINDOW, RATIO), scale=0.25, eps=1e-6, groups=2,
+        workspace_bytes=1 << 20,
+    )  # fmt: skip
+
+
+def inputs():
+    shapes = [(1, LENGTH, HEADS, WIDTH), (1, LENGTH, WIDTH), (1, LENGTH // RATIO, WIDTH)]
+    return [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
+
+
+def test_flops_are_those_of_the_products():
+    with FlopCounterMode(display=False) as counted:
+        layer(*inputs()).sum().backward()
+    counts = {str(name): count for name, count in counted.get_flop_counts()["Global"].items()}
+    product = 2 * LENGTH * HEADS * WIDTH * (WINDOW + TOPK)
+    assert counts["dsv4_cp.attend"] == 2 * product
+    assert counts["dsv4_cp.attend_backward"] == 5 * product
+    assert counts["dsv4_cp.choose_entries"] == 2 * LENGTH * HEADS * WIDTH * (LENGTH // RATIO)
+
+
+def test_fake_tensors_take_the_shapes_and_dtypes_of_real_ones():
+    real = inputs()
+    out = layer(*real)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in real]
+        fake = layer(*fakes)
+        gradients = torch.autograd.grad(fake.sum(), fakes)
+    assert (fake.shape, fake.dtype, fake.stride()) == (out.shape, out.dtype, out.stride())
+    assert [g.shape for g in gradients] == [x.shape for x in real]
+
+
+def test_selective_checkpointing_may_save_each_operation():
+    asked = set()
+
+    def policy(context, operation, *args, **kwargs):
+        asked.add(operation.name())
+        saved = operation.name() == "dsv4_cp::attend"
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    given, again = inputs(), None
+    expected = torch.autograd.grad(layer(*given).square().sum(), given)
+    out = checkpoint(
+        layer,
+        *given,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    again = torch.autograd.grad(out.square().sum(), given)
+    assert asked >= OPERATIONS
+    for mine, theirs in zip(again, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128] if MANY else [4])
+def test_a_layer_of_one_rank_compiles_without_a_break(ratio):
+    pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
+    from nemo_dsv4_cp.tools.layer import Case, build
+    from nemo_dsv4_cp.tools.timing import CPU_SIZES
+
+    case = Case("boundary", ratio, 256, 1, 0, kernels="triton")
+    forward = build(case, None, dtype=torch.float32, device=DEVICE, **CPU_SIZES)
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("default"):
+        told = torch._dynamo.explain(forward)()
+    assert told.graph_break_count == 0, told.break_reasons
+    seen = {node.target for graph in told.graphs for node in graph.graph.nodes}
+    assert torch.ops.dsv4_cp.attend.default in seen
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Mend the interpreter, which multiplies the bits of bfloat16 as whole numbers."""
+
+    def floats(x):
+        if x.dtype.scalar != triton.language.bfloat16:
+            return x.data
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
+
+    def create_dot(self, a, b, d, *_):
+        product = np.matmul(floats(a), floats(b), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+def errors(run, exact, given):
+    """Return the largest error of the output and of each gradient, over the largest entry."""
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    out = run(*leaves)
+    found = [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+    return [
+        ((a.double() - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(found, exact, strict=True)
+    ]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU sums in an order of its own")
+@pytest.mark.parametrize("width", [64, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_the_torch_path(dtype, width, bfloat16_products):
+    generator = torch.Generator().manual_seed(0)
+    length, ratio = 12, 4
+    layout = SequenceLayout(length, 1, 2)
+    shapes = [(1, length, 3, width), (1, 2 * length, width), (1, 6, width), (3,)]
+    given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    angles = torch.randn(1, length, 8, generator=generator).repeat(1, 1, 2)
+    chosen = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, length, -1)
+    options = {
+        "plan": AttentionPlan(layout, 0, 5, ratio), "scale": width**-0.5, "eps": 1e-6, "groups": 3
+    }  # fmt: skip
+
+    def by(attend_, dtype, **more):
+        rope = (angles.cos().to(dtype), angles.sin().to(dtype))
+        return lambda *leaves: attend_(*leaves, chosen, rope, **options, **more)
+
+    torch_path = TorchKernels(workspace_bytes=1 << 20).attend
+    leaves = [x.double().requires_grad_() for x in given]
+    rounded = tuple(part.to(dtype).double() for part in (angles.cos(), angles.sin()))
+    out = torch_path(*leaves, chosen, rounded, **options)
+    exact = [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+    mine = errors(by(attend, dtype, workspace_bytes=1 << 20), exact, given)
+    theirs = errors(by(torch_path, dtype), exact, given)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a <= 1.5 * b + 2 * torch.finfo(dtype).eps
