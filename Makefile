@@ -11,12 +11,13 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-hosts test-torch lint clean
+.PHONY: help demo test gpu test-hosts test-torch lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
+	@echo "make gpu    tests of the kernels and times of one emulated rank, on this machine's GPU"
 	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make clean  remove .venv and all that was built"
@@ -30,6 +31,14 @@ test: lint
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
 	$(MAKE) $(OTHER_HOSTS:%=test-briefly-%)
+
+# The last rank alone, forward and backward, by every path.
+SHAPES := 131072/8 262144/16 1048576/64
+gpu: $(INSTALLED)
+	$(BIN)/python -m pytest tests/kernels/triton
+	for shape in $(SHAPES); do for kernels in triton torch; do \
+		$(BIN)/python -m nemo_dsv4_cp bench time --kernels $$kernels \
+			--seq-len $${shape%/*} --cp-size $${shape#*/} || exit 1; done; done
 
 # Releases of the host, each in an environment on top of .venv: they pin different transformers.
 OTHER_HOSTS := 0.6.0 0.5.0

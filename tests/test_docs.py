@@ -30,7 +30,15 @@ FRONT_PAGE_LINES = 150
 ENTRANCES = ("python -m nemo_dsv4_cp ", "nemo-dsv4-cp ")
 PLACEHOLDER = "\0"
 # The errors of commands are the commands' own matter: typer shows them with the option.
-ROOMS = ("sequence", "exchange", "attention", "kernels", "kernels/reference", "host")
+ROOMS = (
+    "sequence",
+    "exchange",
+    "attention",
+    "kernels",
+    "kernels/reference",
+    "kernels/triton",
+    "host",
+)
 TRAINING = ["*.py", *(f"{room}/*.py" for room in ROOMS), "tools/weighing.py"]
 
 

@@ -284,6 +284,7 @@ def time_(
     seq_len: SeqLen = 8192,
     cp_size: CpSize = 2,
     ratio: Ratios = [0, 4, 128],  # noqa: B006
+    kernels: KernelsName = AUTO,
     repeats: Annotated[int, typer.Option(help="Measurements of each path.", min=1)] = 5,
     json_: Json = None,
 ) -> None:
@@ -311,8 +312,10 @@ def time_(
             timings = [
                 timing
                 for each in track(ratio, "Timing", console=shown, transient=True)
-                for timing in measure(_paths(), each, seq_len, cp_size, repeats)
+                for timing in measure(_paths(), each, seq_len, cp_size, repeats, kernels)
             ]
+    except ValueError as error:  # an option that the package refuses
+        raise typer.BadParameter(f"{error}") from error
     except RankFailed as error:
         failed = Console(stderr=True)
         failed.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -324,8 +327,8 @@ def time_(
         else f"hidden {CPU_SIZES['hidden_size']}, float32, gloo ranks of one thread each"
     )
     table = Table(
-        title=f"{seq_len:,} tokens on {cp_size} ranks, {what}; median of {repeats}, in turn; "
-        f"{describe_machine()}"
+        title=f"{seq_len:,} tokens on {cp_size} ranks, {what}; kernels: {kernels}; "
+        f"median of {repeats}, in turn; {describe_machine()}"
     )
     for header in ("ratio", "path"):
         table.add_column(header)

@@ -1,4 +1,7 @@
-"""``verify``: a recipe's model under CP against AutoModel's own on one rank, on this machine."""
+"""``verify``: a recipe's model under CP against AutoModel's own on one rank, on this machine.
+
+Or its kernels against the torch path.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
 import yaml
 from rich.console import Console
@@ -16,6 +20,9 @@ from rich.table import Table
 
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.tools.sizes import complete_fields
+
+if TYPE_CHECKING:  # the host takes seconds to import
+    from nemo_dsv4_cp.tools.verification import Difference
 
 _SHOWN = 8
 
@@ -26,6 +33,10 @@ def verify(
         int | None,
         typer.Option(help="CP ranks on this machine; by default the recipe's, 4 at most.", min=1),
     ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Compare the kernels alone, at the model's full sizes."),
+    ] = False,
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write every difference here.")
     ] = None,
@@ -34,7 +45,9 @@ def verify(
 
     Runs both from the same weights on the same batch in float32, on this machine's GPUs if there
     is one a rank and on CPU processes otherwise, and prints the largest differences and what of the
-    recipe was left out.
+    recipe was left out. With --kernels it compares every kernel that the recipe names (auto:
+    triton) with the torch path instead, on one GPU, in the recipe's dtype and at its model's own
+    sizes.
 
     Example: nemo-dsv4-cp verify recipe.yaml
 
@@ -42,6 +55,10 @@ def verify(
     arguments or the recipe.
     """
     fields, config, cp_size, packed = _read(recipe)
+    if kernels:
+        named = fields["model"].get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
+        _verify_kernels(recipe, config, str(named).split(".")[-1], json_)
+        return
     if ranks is None:
         ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
     with quiet():
@@ -61,24 +78,12 @@ def verify(
         errors.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
 
-    if json_ is not None:
-        figures = [d.__dict__ | {"passes": d.passes} for d in differences]
-        json_.write_text(json.dumps(figures, indent=2))
-    worst = sorted(differences, key=lambda d: -(d.value / d.limit if d.value == d.value else 1e30))
     what = "packed documents" if packed else "one document a row"
-    table = Table(title=f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}")
-    table.add_column("tensor", overflow="fold")
-    for header in ("difference", "allowed"):
-        table.add_column(header, justify="right")
-    table.add_column("")
-    for d in worst[:_SHOWN]:
-        verdict = "ok" if d.passes else "[red]differs[/red]"
-        table.add_row(d.name, f"{d.value:.1e}", f"{d.limit:.0e}", verdict)
-    console.print(table)
+    title = f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}"
+    failed = _show(console, title, differences, json_)
     if omitted := left_out(fields):
         line = f"Left out of the comparison: {', '.join(omitted)}."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    failed = [d for d in worst if not d.passes]
     if failed:
         console.print(
             f"[red]Differs:[/red] {len(failed)} of {len(differences)} tensors, above all "
@@ -87,6 +92,57 @@ def verify(
         )
         raise typer.Exit(1)
     console.print(f"[green]The same:[/green] all {len(differences)} tensors agree.")
+
+
+def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Path | None) -> None:
+    """Compare the kernels that a recipe names with the torch path."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"{recipe}: torch_dtype {dtype} is no dtype of activations")
+    with quiet():
+        from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+        from nemo_dsv4_cp.tools.kernel_verification import verify_kernels
+    console = Console()
+    try:
+        options = ContextParallelOptions.from_block(config.get("context_parallel"))
+        name = "triton" if options.kernels == AUTO else options.kernels
+        with quiet():
+            differences = verify_kernels(
+                config,
+                name,
+                dtype=getattr(torch, dtype),
+                workspace_bytes=options.workspace_mib << 20,
+            )
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{recipe}: {error}") from error
+    title = f"{recipe.name}: kernels: {name} against the torch path, {dtype}"
+    failed = _show(console, title, differences, json_)
+    if failed:
+        console.print(
+            f"[red]Differs:[/red] {len(failed)} of {len(differences)} results, above all "
+            f"{failed[0].name}. Set context_parallel.kernels: torch."
+        )
+        raise typer.Exit(1)
+    console.print(f"[green]The same:[/green] all {len(differences)} results agree.")
+
+
+def _show(
+    console: Console, title: str, differences: list[Difference], json_: Path | None
+) -> list[Difference]:
+    """Print the largest differences, write them all, and return those beyond their limits."""
+    if json_ is not None:
+        figures = [d.__dict__ | {"passes": d.passes} for d in differences]
+        json_.write_text(json.dumps(figures, indent=2))
+    worst = sorted(differences, key=lambda d: -d.share)
+    table = Table(title=title)
+    table.add_column("tensor", overflow="fold")
+    for header in ("difference", "allowed"):
+        table.add_column(header, justify="right")
+    table.add_column("")
+    for d in worst[:_SHOWN]:
+        verdict = "ok" if d.passes else "[red]differs[/red]"
+        table.add_row(d.name, f"{d.value:.1e}", f"{d.limit:.0e}", verdict)
+    console.print(table)
+    return [d for d in worst if not d.passes]
 
 
 def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:

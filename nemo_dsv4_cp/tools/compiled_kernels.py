@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.kernels.triton.ahead import Compiled, Specimen, compile_kernel, record
 from nemo_dsv4_cp.kernels.triton.attention import attend
 from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
 from nemo_dsv4_cp.kernels.triton.rotary import rotate
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.tools.ahead import Compiled, Specimen, compile_kernel, record
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 ARCHITECTURES = (80, 90, 100)

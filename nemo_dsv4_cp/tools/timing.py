@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
+from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.layer import Case, Forward, build
 from nemo_dsv4_cp.tools.paths import HOST
@@ -72,7 +73,7 @@ def host_kernels() -> str:
 
 
 def time_gloo_ranks(
-    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int
+    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, kernels: str = AUTO
 ) -> list[Timing]:
     """Time real gloo ranks on this CPU, one thread each, the paths in turn (float32).
 
@@ -82,18 +83,28 @@ def time_gloo_ranks(
         seq_len: S, tokens in the whole row.
         cp_size: Number of ranks, a process each.
         repeats: Measurements of each path, after one that is not counted.
+        kernels: ``context_parallel.kernels`` of the transports.
     """
-    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats)
-    return [Timing(Case(path, ratio, seq_len, cp_size, 0), tuple(seconds[path])) for path in paths]
+    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats, kernels)
+    return [
+        Timing(Case(path, ratio, seq_len, cp_size, 0, kernels=kernels), tuple(seconds[path]))
+        for path in paths
+    ]
 
 
 def _gloo_rank(
-    group: Any, rank: int, paths: list[str], ratio: int, seq_len: int, repeats: int
+    group: Any,
+    rank: int,
+    paths: list[str],
+    ratio: int,
+    seq_len: int,
+    repeats: int,
+    kernels: str,
 ) -> dict[str, list[float]]:
     ranks = cp_size(group)
     forwards = {
         path: build(
-            Case(path, ratio, seq_len, ranks, rank),
+            Case(path, ratio, seq_len, ranks, rank, kernels=kernels),
             group,
             dtype=torch.float32,
             device=torch.device("cpu"),
@@ -114,7 +125,7 @@ def _gloo_rank(
 
 
 def time_one_gpu_rank(
-    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int
+    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, kernels: str = AUTO
 ) -> list[Timing]:
     """Time the last rank alone on this GPU, V4-Flash sizes, bfloat16.
 
@@ -125,7 +136,7 @@ def time_one_gpu_rank(
     timings = []
     with process_group("fake", rank=rank, size=cp_size) as group:
         for path in paths:
-            case = Case(path, ratio, seq_len, cp_size, rank)
+            case = Case(path, ratio, seq_len, cp_size, rank, kernels=kernels)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             forward = build(

@@ -86,6 +86,13 @@ class Difference:
         """Return whether the difference is within its limit (NaN is not)."""
         return self.value <= self.limit
 
+    @property
+    def share(self) -> float:
+        """Return the difference over its limit, infinite for NaN."""
+        if self.limit == 0 or self.value != self.value:
+            return 0.0 if self.value == 0 else math.inf
+        return self.value / self.limit
+
 
 def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config of a few layers that has every kind of layer of the given one.

@@ -166,3 +166,11 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(text, message, tmp_path
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.output.replace("│", " ").split())
     assert "Traceback" not in done.output
+
+
+def test_kernels_that_cannot_run_here_are_refused_with_what_to_set(recipe):
+    done = CliRunner().invoke(app, ["verify", str(recipe("tiny_cpu")), "--kernels"])
+    assert done.exit_code == 2
+    told = " ".join(done.output.replace("│", " ").split())
+    assert "needs a CUDA device" in told
+    assert "kernels: torch" in told

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from nemo_dsv4_cp.kernels.triton.ahead import compile_kernel
+from nemo_dsv4_cp.tools.ahead import compile_kernel
 from nemo_dsv4_cp.tools.compiled_kernels import kernels_of
 
 pytestmark = pytest.mark.skipif(

@@ -58,6 +58,7 @@ class TritonKernels:
         topk: int,
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best of the entries that each may see."""
+        _check_dtype(q_BLIF)
         return choose_entries(
             q_BLIF, weights_BLI, keys_BPF, rope,
             layout=layout, ratio=ratio, topk=topk, workspace_bytes=self.workspace_bytes,
@@ -78,6 +79,7 @@ class TritonKernels:
         groups: int,
     ) -> torch.Tensor:
         """Attend to the window and to entries, all that are past or the chosen."""
+        _check_dtype(q_BLND)
         heads, width = q_BLND.shape[2:]
         if width > WIDEST or (chosen_BLK is not None and heads > MANY_HEADS):
             _say_torch_attends(heads, width)
@@ -106,6 +108,14 @@ def _check_device() -> None:
         raise ValueError(
             f"context_parallel.kernels='triton' needs a CUDA device of capability 8.0 or more, and "
             f"this one has {capability[0]}.{capability[1]}; set context_parallel.kernels: torch"
+        )
+
+
+def _check_dtype(q: torch.Tensor) -> None:
+    if q.dtype is torch.bfloat16 and triton.knobs.runtime.interpret:
+        raise ValueError(
+            "Triton's interpreter multiplies the bits of bfloat16 as whole numbers; under "
+            "TRITON_INTERPRET=1 set torch_dtype: float32"
         )
 
 

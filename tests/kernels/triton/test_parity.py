@@ -1,9 +1,13 @@
 """A whole model through the Triton kernels against the host's own at one rank."""
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
 
+from nemo_dsv4_cp.cli.app import app
+from nemo_dsv4_cp.tools.recipes import compose
 from tests.examples import MANY
 from tests.kernels.triton.device import INTERPRETED
 from tests.packed_parity import packed_model_job
@@ -24,3 +28,12 @@ def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, size):
 def test_a_moe_model_keeps_documents_apart(ranks, size):
     documents = [[150, 128 * size - 157]]
     assert_parity(ranks.run(packed_model_job, size, RATIOS, documents, OPTIONS, 0))
+
+
+def test_verification_passes_them(tmp_path):
+    fields = compose("tiny_cpu").fields
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    done = CliRunner().invoke(app, ["verify", str(path), "--kernels"])
+    assert done.exit_code == 0, done.output
+    assert "The same" in done.output

@@ -1,0 +1,206 @@
+"""Whether kernels compute what the torch path computes, at a model's own sizes, on this machine."""
+
+# L local queries   I index heads   F index width   N heads   D head_dim   P entries
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
+from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+from nemo_dsv4_cp.tools.verification import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
+
+_SIZES = (
+    "compress_ratios",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "o_groups",
+    "sliding_window",
+    "rms_norm_eps",
+)
+_ROW = 16384
+_SHARD = 256
+_SHARD_ON_CPU = 4
+"""An interpreter takes a second for a few queries of V4's size."""
+
+Run = Callable[..., torch.Tensor]
+
+
+def verify_kernels(
+    fields: Mapping[str, Any], name: str, *, dtype: torch.dtype, workspace_bytes: int
+) -> list[Difference]:
+    """Run every operation of a model's layers, with gradients, and compare it with the torch path.
+
+    The queries are the last of a row of 16,384 tokens. In float32 results may differ by what the
+    package allows everywhere; in a shorter type by twice what the torch path in that type is from
+    itself in float64.
+
+    Args:
+        fields: A model config's fields.
+        name: Of kernels in the entry-point group.
+        dtype: Of activations.
+        workspace_bytes: How much scratch an operation may take.
+
+    Returns:
+        Differences over the largest entry; of the choice, the share of entries that differ.
+
+    Raises:
+        ValueError: If the kernels cannot run here.
+    """
+    given = {name: fields[name] for name in _SIZES if fields.get(name) is not None}
+    sizes = DeepseekV4ContextParallelConfig(**given)  # the host's defaults for the rest
+    kernels: Kernels = plugins.load(plugins.KERNELS, name)(workspace_bytes=workspace_bytes)
+    reference = TorchKernels(workspace_bytes=workspace_bytes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shard = _SHARD if device.type == "cuda" else _SHARD_ON_CPU
+    layout = SequenceLayout(shard, _ROW // shard - 1, _ROW // shard)
+    draw = _Draw(device, dtype)
+    found: list[Difference] = []
+    layers = sizes.num_hidden_layers
+    for ratio in dict.fromkeys(int(each) for each in sizes.compress_ratios[:layers]):
+        chosen = None
+        if ratio == OVERLAP_RATIO:
+            chosen = _choose(reference, sizes, layout, ratio, draw)
+            mine = _choose(kernels, sizes, layout, ratio, draw)
+            share = (_by_place(mine) != _by_place(chosen)).double().mean()
+            found.append(Difference(f"ratio {ratio}: index choice", float(share), 0.0))
+        tensors, options = _attention(sizes, layout, ratio, draw)
+
+        rotary = sizes.qk_rope_head_dim
+        attend = partial(
+            _attend, chosen=chosen, options=options, rope=partial(draw.rope, layout, rotary)
+        )
+        names = ("output", "queries", "raw keys", "entries", "sinks")
+        found += _compare(f"ratio {ratio}: ", names, attend, kernels, reference, tensors)
+
+    def rotate(by: Kernels, keys: torch.Tensor) -> torch.Tensor:
+        return by.rotate(keys, draw.rope(layout, sizes.qk_rope_head_dim, keys.dtype))
+
+    keys = draw(1, shard, sizes.head_dim)
+    return found + _compare("rotary: ", ("output", "keys"), rotate, kernels, reference, [keys])
+
+
+def _attend(
+    by: Kernels,
+    q: torch.Tensor,
+    raw: torch.Tensor,
+    entries: torch.Tensor,
+    sinks: torch.Tensor,
+    *,
+    chosen: torch.Tensor | None,
+    options: dict[str, Any],
+    rope: Callable[[torch.dtype], Rope],
+) -> torch.Tensor:
+    return by.attend(q, raw, entries, sinks, chosen, rope(q.dtype), **options)
+
+
+class _Draw:
+    """Draws tensors from one generator."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._device, self._dtype = device, dtype
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator).to(self._device, self._dtype)
+
+    def whole(self, *shape: int) -> torch.Tensor:
+        """Draw whole numbers, the same each time, whose scores are exact and often tie."""
+        generator = torch.Generator().manual_seed(1)
+        numbers = torch.randint(-3, 4, shape, generator=generator)
+        return numbers.to(self._device, self._dtype)
+
+    def rope(self, layout: SequenceLayout, rotary: int, dtype: torch.dtype) -> Rope:
+        """Return the angles of a shard, rounded to the dtype of activations."""
+        positions = layout.positions(self._device).double()[:, None]
+        angles = positions / 10000 ** torch.linspace(0, 1, rotary // 2, device=self._device)
+        twice = angles.repeat(1, 2)[None]
+        cos, sin = (part.to(self._dtype).to(dtype) for part in (twice.cos(), twice.sin()))
+        return cos, sin
+
+
+def _choose(
+    kernels: Kernels, sizes: Any, layout: SequenceLayout, ratio: int, draw: _Draw
+) -> torch.Tensor:
+    heads, width, rotary = sizes.index_n_heads, sizes.index_head_dim, sizes.qk_rope_head_dim
+    no_turn = draw.whole(1, layout.local_len, rotary)
+    return kernels.choose_entries(
+        draw.whole(1, layout.local_len, heads, width),
+        draw.whole(1, layout.local_len, heads).float(),
+        draw.whole(1, layout.seq_len // ratio, width),
+        (torch.ones_like(no_turn), torch.zeros_like(no_turn)),
+        layout=layout,
+        ratio=ratio,
+        topk=sizes.index_topk,
+    )
+
+
+def _by_place(chosen: torch.Tensor) -> torch.Tensor:
+    """Sort each query's entries: they may come in any order."""
+    return chosen.masked_fill(chosen == NOTHING, torch.iinfo(chosen.dtype).max).sort(-1).values
+
+
+def _attention(
+    sizes: Any, layout: SequenceLayout, ratio: int, draw: _Draw
+) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    heads, width = sizes.num_attention_heads, sizes.head_dim
+    window = sizes.sliding_window
+    first = max(0, layout.start - window + 1)
+    tensors = [
+        draw(1, layout.local_len, heads, width),
+        draw(1, layout.end - first, width),
+        draw(1, layout.seq_len // ratio if ratio else 0, width),
+        draw(heads),
+    ]
+    return tensors, {
+        "plan": AttentionPlan(layout, first, window, ratio),
+        "scale": width**-0.5,
+        "eps": sizes.rms_norm_eps,
+        "groups": sizes.o_groups,
+    }
+
+
+def _compare(
+    prefix: str,
+    names: tuple[str, ...],
+    run: Run,
+    kernels: Kernels,
+    reference: Kernels,
+    tensors: list[torch.Tensor],
+) -> list[Difference]:
+    """Compare the output and every gradient."""
+    dtype = tensors[0].dtype
+    exact = _with_gradients(run, reference, [tensor.double() for tensor in tensors])
+    mine = _with_gradients(run, kernels, tensors)
+    theirs = mine if dtype is torch.float32 else _with_gradients(run, reference, tensors)
+    found = []
+    for name, a, b, truth in zip(names, mine, theirs, exact, strict=True):
+        if not truth.numel():
+            continue
+        largest = truth.abs().max().clamp(min=1e-30)
+        value, rounding = (float((x.double() - truth).abs().max() / largest) for x in (a, b))
+        limit = OUTPUT_LIMIT if name == "output" else GRADIENT_LIMIT
+        if dtype is not torch.float32:
+            limit = 2 * rounding + torch.finfo(dtype).eps
+        what = name if name == "output" else f"gradient of {name}"
+        found.append(Difference(prefix + what, value, limit))
+    return found
+
+
+def _with_gradients(run: Run, by: Kernels, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = run(by, *leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.tools.kernel_verification import verify_kernels
+from nemo_dsv4_cp.tools.recipes import compose
+
+
+class LosesSinks(TorchKernels):
+    def attend(self, q, raw, entries, sinks, *others, **options):
+        return super().attend(q, raw, entries, sinks * 0 - 100, *others, **options)
+
+
+class ChoosesTheFirst(TorchKernels):
+    def choose_entries(self, *tensors, topk, **options):
+        chosen = super().choose_entries(*tensors, topk=topk, **options)
+        return torch.arange(topk, dtype=torch.int32).expand_as(chosen)
+
+
+class TurnsBack(TorchKernels):
+    def rotate(self, x, rope):
+        return super().rotate(x, (rope[0], -rope[1]))
+
+
+def differences(kernels, monkeypatch, dtype=torch.float32):
+    monkeypatch.setattr(plugins, "load", lambda *_: kernels)
+    fields = compose("tiny_cpu").fields["model"]["config"] | {"index_topk": 32}
+    return verify_kernels(fields, "mine", dtype=dtype, workspace_bytes=1 << 26)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_torch_path_passes(monkeypatch, dtype):
+    found = differences(TorchKernels, monkeypatch, dtype)
+    assert all(difference.passes for difference in found), found
+    assert {"ratio 4: index choice", "ratio 128: output", "rotary: gradient of keys"} <= {
+        difference.name for difference in found
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernels", "name"),
+    [
+        (LosesSinks, "ratio 0: output"),
+        (LosesSinks, "ratio 0: gradient of sinks"),
+        (ChoosesTheFirst, "ratio 4: index choice"),
+        (TurnsBack, "rotary: output"),
+    ],
+)
+def test_what_a_kernel_gets_wrong_is_named(monkeypatch, kernels, name):
+    failed = {each.name for each in differences(kernels, monkeypatch) if not each.passes}
+    assert name in failed
