@@ -16,6 +16,7 @@ from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.attention import attend
 from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
+from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
 from nemo_dsv4_cp.kernels.triton.rotary import rotate
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
@@ -27,6 +28,10 @@ WIDEST = 512
 
 MANY_HEADS = 128
 """The most heads that the sums of chosen entries take at a time."""
+
+
+INDEX_TILE = 64 * 128
+"""The most numbers of one index query: they stay in shared memory beside a block of keys."""
 
 
 class TritonKernels:
@@ -59,6 +64,12 @@ class TritonKernels:
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best of the entries that each may see."""
         _check_dtype(q_BLIF)
+        heads, width = q_BLIF.shape[2:]
+        if padded(heads) * padded(width) > INDEX_TILE:
+            _say_torch_chooses(heads, width)
+            return self._torch.choose_entries(
+                q_BLIF, weights_BLI, keys_BPF, rope, layout=layout, ratio=ratio, topk=topk
+            )
         return choose_entries(
             q_BLIF, weights_BLI, keys_BPF, rope,
             layout=layout, ratio=ratio, topk=topk, workspace_bytes=self.workspace_bytes,
@@ -117,6 +128,17 @@ def _check_dtype(q: torch.Tensor) -> None:
             "Triton's interpreter multiplies the bits of bfloat16 as whole numbers; under "
             "TRITON_INTERPRET=1 set torch_dtype: float32"
         )
+
+
+@functools.cache
+def _say_torch_chooses(heads: int, width: int) -> None:
+    logger.info(
+        "The index choice of %d heads of %d goes through torch: the Triton kernels take %d numbers "
+        "a query.",
+        heads,
+        width,
+        INDEX_TILE,
+    )
 
 
 @functools.cache

@@ -1,0 +1,54 @@
+"""What the kernels do not take goes through torch, and one line of the log says so."""
+
+import logging
+
+import pytest
+import torch
+
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.triton import TritonKernels
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from tests.kernels.triton.device import DEVICE, INTERPRETED
+
+KERNELS = TritonKernels(workspace_bytes=1 << 20)
+REFERENCE = TorchKernels(workspace_bytes=1 << 20)
+LAYOUT = SequenceLayout(4)
+
+
+def rope():
+    return torch.ones(1, 4, 4, device=DEVICE), torch.zeros(1, 4, 4, device=DEVICE)
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def test_attention_of_head_dims_beyond_512(caplog):
+    tensors = [random(1, 4, 1, 528), random(1, 4, 528), random(1, 0, 528), random(1)]
+    options = {"plan": AttentionPlan(LAYOUT, 0, 2, 0), "scale": 0.1, "eps": 1e-6, "groups": 1}
+    with caplog.at_level(logging.INFO):
+        outs = [KERNELS.attend(*tensors, None, rope(), **options) for _ in range(2)]
+    assert torch.equal(outs[0], REFERENCE.attend(*tensors, None, rope(), **options))
+    assert [record.message for record in caplog.records if "goes through torch" in record.message]
+    assert len(caplog.records) == 1
+
+
+def test_an_index_choice_of_more_numbers_than_fit(caplog):
+    q, weights, keys = random(1, 4, 65, 128), random(1, 4, 65), random(1, 2, 128)
+    options = {"layout": LAYOUT, "ratio": 2, "topk": 1}
+    with caplog.at_level(logging.INFO):
+        mine, _ = (KERNELS.choose_entries(q.clone(), weights, keys, rope(), **options),) * 2
+    assert torch.equal(mine, REFERENCE.choose_entries(q.clone(), weights, keys, rope(), **options))
+    assert len(caplog.records) == 1
+    assert "65 heads of 128" in caplog.text
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU multiplies bfloat16")
+def test_bfloat16_is_not_interpreted():
+    q = random(1, 4, 1, 16).bfloat16()
+    with pytest.raises(ValueError, match="torch_dtype: float32"):
+        KERNELS.attend(
+            q, q[:, :, 0], q[:, :0, 0], q[0, 0, 0, :1], None, rope(),
+            plan=AttentionPlan(LAYOUT, 0, 2, 0), scale=1.0, eps=1e-6, groups=1,
+        )  # fmt: skip
