@@ -220,7 +220,6 @@ def test_two_stages_at_cp_2_log_the_losses_and_norms_of_one(launch, trained):
 def test_two_stages_of_packed_rows_and_experts_on_either_rank_do_as_well(launch):
     changes = PACKED | {"step_scheduler": FEW_STEPS | {"max_steps": 2}}
     both = launch("packed_stages_cp_2", 4, distributed=STAGES | {"ep_size": 2}, **changes)
-    assert_same_steps(both, launch("packed_rows_cp_2", 2, **changes))
     stages = launch("packed_stages", 2, distributed=STAGES | {"cp_size": 1}, **changes)
     # The step between may take roundings of the cut rows far, with pipeline stages or without.
     assert_same_steps(both, stages, later=1e-4)
