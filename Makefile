@@ -26,10 +26,13 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python -m nemo_dsv4_cp.cli.demo
 
+# Much of a test is waiting for processes to import the host.
+TWO_FILES_AT_A_TIME := -n 2 --dist loadfile
+
 # First all tests with the release of constraints.txt, then some with every other one.
 test: lint
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton
+	$(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) tests/kernels/triton
 	$(MAKE) $(OTHER_HOSTS:%=test-briefly-%)
 
 # The last rank alone, forward and backward, by every path.
