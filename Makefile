@@ -39,6 +39,9 @@ test: lint
 SHAPES := 131072/8 262144/16 1048576/64
 gpu: $(INSTALLED)
 	$(BIN)/python -m pytest tests/kernels/triton
+	for shape in $(SHAPES); do \
+		$(BIN)/python -m nemo_dsv4_cp bench operations \
+			--seq-len $${shape%/*} --cp-size $${shape#*/} || exit 1; done
 	for shape in $(SHAPES); do for kernels in triton torch; do \
 		$(BIN)/python -m nemo_dsv4_cp bench time --kernels $$kernels \
 			--seq-len $${shape%/*} --cp-size $${shape#*/} || exit 1; done; done

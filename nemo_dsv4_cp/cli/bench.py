@@ -343,6 +343,54 @@ def time_(
     _emit(table, {"machine": describe_machine(), "timings": figures}, json_)
 
 
+@app.command()
+def operations(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    repeats: Annotated[int, typer.Option(help="Measurements of each operation.", min=1)] = 5,
+    json_: Json = None,
+) -> None:
+    """Time each Triton operation of a layer alone, on this GPU, with TFLOP/s and share of its peak.
+
+    Example: python -m nemo_dsv4_cp bench operations --seq-len 131072 --cp-size 8 --ratio 4
+    """
+    _check(seq_len, cp_size, ratio)
+    _check_outputs(json_)
+    with quiet():
+        from nemo_dsv4_cp.tools.operation_timing import peak_tflops, time_operations
+        from nemo_dsv4_cp.tools.sizes import read_model_fields
+        from nemo_dsv4_cp.tools.timing import describe_machine
+    try:
+        times = [
+            each
+            for of_layer in ratio
+            for each in time_operations(
+                read_model_fields("v4_flash"), of_layer, seq_len, cp_size,
+                dtype=torch.bfloat16, workspace_bytes=workspace_mib << 20, repeats=repeats,
+            )
+        ]  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}") from error
+    peak = peak_tflops()
+    table = Table(
+        title=f"V4-Flash, bfloat16, a row of {seq_len:,} tokens on {cp_size} ranks, the last rank; "
+        f"median of {repeats}; {describe_machine()}"
+    )
+    for header in ("ratio", "operation"):
+        table.add_column(header)
+    for header in ("ms", "TFLOP/s", "of peak"):
+        table.add_column(header, justify="right")
+    for each in times:
+        share = f"{each.tflops / peak:.0%}" if peak and each.flops else "-"
+        speed = f"{each.tflops:,.1f}" if each.flops else "-"
+        table.add_row(str(each.ratio), each.operation, f"{each.seconds * 1e3:,.3f}", speed, share)
+    figures = [dataclasses.asdict(t) | {"tflops": t.tflops} for t in times]
+    machine = {"machine": describe_machine(), "peak_tflops": peak, "operations": figures}
+    _emit(table, machine, json_)
+
+
 def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
     """Draw memory and bytes against the row's length at one shard length, log-log."""
     import matplotlib  # an extra that only plots need

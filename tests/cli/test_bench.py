@@ -90,6 +90,7 @@ def test_kernels_prints_what_their_binaries_take(tmp_path):
     [
         (["launches", *SMALL, "--kernels", "fastest"], "not installed"),
         (["kernels", "--arch", "70"], "none of 80, 90, 100"),
+        (["operations", *SMALL], "needs a CUDA device"),
         (["kernels", "--model", "v3"], "none of v4_flash, v4_pro"),
     ],
 )
@@ -99,6 +100,8 @@ def test_kernels_that_nobody_has_are_named(arguments, message):
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("command", ["bytes", "memory", "time", "launches", "kernels"])
+@pytest.mark.parametrize(
+    "command", ["bytes", "memory", "time", "launches", "kernels", "operations"]
+)
 def test_every_command_shows_an_example(command):
     assert f"nemo_dsv4_cp bench {command}" in run(command, "--help").output

@@ -1,0 +1,32 @@
+import pytest
+
+pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
+
+import torch
+
+from nemo_dsv4_cp.tools.operation_timing import time_operations
+
+SIZES = {
+    "sliding_window": 3,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "qk_rope_head_dim": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 2,
+    "rms_norm_eps": 1e-6,
+    "o_groups": 1,
+}
+
+
+@pytest.mark.parametrize(("ratio", "keys"), [(0, 3), (4, 3 + 2), (128, 3 + 2)])
+def test_operations_are_timed_with_their_products(ratio, keys):
+    times = time_operations(
+        SIZES, ratio, 256, 16, dtype=torch.float32, workspace_bytes=1 << 20, repeats=1
+    )
+    flops = {each.operation: each.flops for each in times}
+    product = 2 * 16 * 2 * 16 * keys
+    assert flops["attention forward"] == 2 * product
+    assert flops["attention backward"] == 5 * product
+    assert ("index choice" in flops) == (ratio == 4)
+    assert all(each.seconds > 0 for each in times)
