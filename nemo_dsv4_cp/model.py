@@ -367,7 +367,9 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 "batch and shard what it returns, or set num_nextn_predict_layers: 0"
             )
         if shifted_ids is None:
-            documents = None if layout is None else layout.first_keys(slice(0, length))
+            documents = (
+                None if layout is None else layout.first_keys(layout.positions(input_ids.device))
+            )
             shifted_ids = [tokens_ahead(input_ids, depth, documents) for depth in depths]
         hidden, streams = self.model(
             input_ids,

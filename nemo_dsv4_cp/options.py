@@ -34,6 +34,10 @@ class ContextParallelOptions:
         kernels: What computes index choice, attention, norms and rotary: a name in
             ``nemo_dsv4_cp.kernels``, or ``"auto"`` for what the host's ``backend.attn`` asks for,
             its TileLang kernels or torch.
+        balance: Whether queries of compressing layers are computed where ranks would else wait:
+            ``"on"``, ``"off"``, or ``"auto"``, which weighs what is spared against what moves.
+            YAML's on and off are true and false, and mean the same.
+        overlap: Whether collectives go on behind what is computed until their output is read.
         pad_multiple: What a shard's length is a multiple of: ``"auto"`` for the LCM that the
             compress ratios need, or a multiple of that LCM.
         pad_documents: Pad every document of packed rows to a multiple of ``pad_multiple``, as the
@@ -50,6 +54,8 @@ class ContextParallelOptions:
     enabled: bool = True
     transport: str = "boundary"
     kernels: str = AUTO
+    balance: bool | str = AUTO
+    overlap: bool = True
     pad_multiple: int | str = AUTO
     pad_documents: bool = False
     compare_ranks: str = "first"
@@ -106,6 +112,12 @@ class ContextParallelOptions:
             raise ValueError(
                 f'context_parallel.pad_multiple={multiple!r} is neither "auto" nor a positive '
                 'integer; use "auto"'
+            )
+        if isinstance(self.balance, bool):  # what YAML reads on and off as
+            object.__setattr__(self, "balance", "on" if self.balance else "off")
+        if self.balance not in (AUTO, "on", "off"):
+            raise ValueError(
+                f"context_parallel.balance={self.balance!r} is none of auto, on and off; use auto"
             )
         if self.compare_ranks not in ("first", "every", "never"):
             raise ValueError(

@@ -28,6 +28,12 @@ def test_disabled_names_the_hosts_own_model():
     assert make({"enabled": False}).architectures == HOST
 
 
+@pytest.mark.parametrize(("balance", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto")])
+def test_balance_means_the_same_quoted_or_not(balance, meant):
+    for block in (OmegaConf.create(f"balance: {balance}"), {"balance": balance}):
+        assert make(block).context_parallel.balance == meant
+
+
 @pytest.mark.parametrize("wrap", [dict, OmegaConf.create, types.MappingProxyType])
 def test_a_block_may_be_any_mapping(wrap):
     options = make(wrap({"pad_multiple": 256, "transport": "all_gather"})).context_parallel
@@ -59,6 +65,8 @@ def test_a_block_may_be_any_mapping(wrap):
         ({"enabled": "maybe"}, r"enabled='maybe' .* works is True"),
         ({"workspace_mib": 0}, r"workspace_mib=0 .*use 512"),
         (["all_gather"], r"is not a mapping"),
+        ({"balance": "always"}, r"balance='always' is none of auto, on and off"),
+        ({"balance": [1]}, r"balance=\[1\] has the wrong type"),
         ({"compare_ranks": "once"}, r"compare_ranks='once' is none of first, every and never"),
     ],
 )

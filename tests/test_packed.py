@@ -40,7 +40,9 @@ def window_job(group, rank, ratio, documents, options, recompute, seed, spare, w
 )
 @given(
     transport=st.sampled_from(TRANSPORTS),
-    size=st.sampled_from([2, 3, 4]),
+    size=st.sampled_from([2, 3, 4, 5]),
+    balance=st.sampled_from(["on", "on", "off"]),
+    overlap=st.booleans(),
     ratio=st.sampled_from([0, 4, 4, 16]),
     documents=st.lists(
         st.lists(st.one_of(st.integers(1, 12), st.integers(1, 90)), min_size=1, max_size=6),
@@ -54,9 +56,11 @@ def window_job(group, rank, ratio, documents, options, recompute, seed, spare, w
     seed=st.integers(0, 99),
 )
 def test_any_documents_stay_apart(
-    ranks, transport, size, ratio, documents, window, recompute, spare, workspace_mib, seed
-):
+    ranks, transport, size, balance, overlap, ratio, documents, window, recompute, spare,
+    workspace_mib, seed,
+):  # fmt: skip
     options = {"transport": transport, "workspace_mib": workspace_mib}
+    options |= {"balance": balance, "overlap": overlap}
     arguments = (ratio, documents, options, recompute, seed, spare, window)
     assert_parity(ranks.run(window_job, size, *arguments))
 
@@ -65,7 +69,7 @@ def test_any_documents_stay_apart(
 @pytest.mark.parametrize("mtp_layers", [0, 2])
 def test_a_moe_model_keeps_documents_apart(ranks, size, mtp_layers):
     documents = [[70, 5, 140, 1], [216]]
-    options = {"transport": "boundary"}
+    options = {"transport": "boundary", "balance": "on"}
     assert_parity(
         ranks.run(packed_model_job, size, [0, 4, 128, 4], documents, options, 0, mtp_layers)
     )
@@ -78,7 +82,7 @@ def test_padding_documents_changes_no_number(ranks):
 
 
 def test_multi_token_prediction_of_one_document_a_row(ranks):
-    options = {"transport": "boundary"}
+    options = {"transport": "boundary", "balance": "on"}
     assert_parity(ranks.run(packed_model_job, 2, [4, 128], [[300], [211]], options, 0, 1))
 
 

@@ -8,13 +8,72 @@ the same document. Either may lie on the ranks before.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.exchange.transport import LeftContext
 from nemo_dsv4_cp.kernels.protocol import Kernels
-from nemo_dsv4_cp.sequence.layout import Windows
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, Windows
+from nemo_dsv4_cp.sequence.routes import before_shards
+
+
+@dataclass(frozen=True)
+class LeftContext:
+    """A per-token tensor of this rank, extended to the left.
+
+    Attributes:
+        tensor: [B, T, F]; this rank's own L tokens and those before them.
+        first: Global position of row 0. Rows before token 0 are zeros, so it may be negative.
+    """
+
+    tensor: torch.Tensor
+    first: int
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Return the tokens at global positions [begin, end) as a view."""
+        return self.tensor[:, begin - self.first : end - self.first]
+
+
+class Pooling:
+    """One compressor's windows: features now, entries once those before the shard are here.
+
+    Attributes:
+        module: The host's ``DeepseekV4Compressor`` or ``DeepseekV4Indexer``.
+        asked: What must be fetched: features, and which tokens of them.
+    """
+
+    def __init__(self, module: Any, hidden_BLE: torch.Tensor, layout: SequenceLayout) -> None:
+        """Project this rank's tokens.
+
+        Raises:
+            ValueError: If a window would straddle a cut.
+        """
+        ratio = module.compress_ratio
+        self.module, self._layout = module, layout
+        self._windows = layout.windows(ratio, hidden_BLE.device)
+        features, straddling = window_features(module, hidden_BLE), layout.straddling(ratio)
+        self._tokens_before = [straddling]
+        tensors = [features]
+        if ratio == OVERLAP_RATIO:
+            self._tokens_before.append(ratio + straddling)
+            tensors.append(overlap_half(module, features))
+        self.asked = [
+            (tensor, before_shards(layout, before))
+            for tensor, before in zip(tensors, self._tokens_before, strict=True)
+        ]
+
+    def entries(
+        self, answers: Iterator[torch.Tensor], rotary: Any, dtype: torch.dtype, kernels: Kernels
+    ) -> torch.Tensor:
+        """Pool this rank's windows, given what was asked for: :func:`pool_windows`."""
+        contexts = [
+            LeftContext(next(answers), self._layout.start - before)
+            for before in self._tokens_before
+        ]
+        features, overlap = contexts if len(contexts) == 2 else (contexts[0], None)
+        return pool_windows(self.module, features, overlap, self._windows, rotary, dtype, kernels)
 
 
 def window_features(module: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:

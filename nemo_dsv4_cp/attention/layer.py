@@ -1,21 +1,25 @@
 """V4 attention that sees across the cuts of a context-parallel sequence.
 
-# B batch rows   L local tokens   E hidden   N heads   D head_dim   T raw keys   P entries
+# B batch rows   L local tokens   E hidden   C queries of a part
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.attention.compressor import overlap_half, pool_windows, window_features
-from nemo_dsv4_cp.attention.indexer import select_entries
+from nemo_dsv4_cp.attention.compressor import Pooling
+from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
+from nemo_dsv4_cp.attention.parts import Part, Tokens
 from nemo_dsv4_cp.attention.recompute import KeptChoices, unseen_by_checkpointing
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled, cp_rank, cp_size
-from nemo_dsv4_cp.exchange.transport import LeftContext, Transport
+from nemo_dsv4_cp.exchange.rows import start_exchange
+from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.host.deepseek_v4 import (
     kernel_backend,
     keywords_of,
@@ -25,6 +29,8 @@ from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.routes import routes
+from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
 
 LAYOUT_KEY = "cp_layout"
 """Keyword under which the model hands a step's layout to attention."""
@@ -64,6 +70,8 @@ class ContextParallelAttention(DeepseekV4Attention):
         make_norms_uniform(self)
         options = getattr(self.config, "context_parallel", None) or ContextParallelOptions()
         self._transport_cls = plugins.load(plugins.TRANSPORTS, options.transport)
+        self._overlap, self._balance = options.overlap, str(options.balance)
+        self._query_cost = QueryCost.of(self.config, self.compress_ratio)
         named = kernel_backend(self.backend) if options.kernels == AUTO else options.kernels
         self._kernels: Kernels = plugins.load(plugins.KERNELS, named)(
             workspace_bytes=options.workspace_mib << 20
@@ -118,98 +126,161 @@ class ContextParallelAttention(DeepseekV4Attention):
         if start_pos:
             raise ValueError(f"start_pos={start_pos} is not supported in training; use 0")
 
-        batch, length = hidden_states.shape[:2]
-        layout = kwargs.get(LAYOUT_KEY) or SequenceLayout(length, cp_rank(group), cp_size(group))
-        transport: Transport = self._transport_cls(group, layout)
+        layout = kwargs.get(LAYOUT_KEY) or SequenceLayout(
+            hidden_states.shape[1], cp_rank(group), cp_size(group)
+        )
         compresses = self.compressor is not None
         rope = position_embeddings_compress if compresses else position_embeddings
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
-
-        q_residual = self.q_norm(self.wq_a(hidden_states))
-        q_BLND = self.wq_b(q_residual).view(batch, length, self.num_heads, self.head_dim)
-        kv_BLD = self.kv_norm(self.wkv(hidden_states))
-        kv_BLD = self._kernels.rotate(kv_BLD, rope)
-
-        if compresses:
-            raw, entries_BPD, chosen_BLK = self._compressed(
-                hidden_states, q_residual, kv_BLD, rope, rotary_compress, layout, transport
-            )
-        else:
-            (raw,) = transport.left_context([kv_BLD], [self.sliding_window - 1])
-            entries_BPD, chosen_BLK = kv_BLD[:, :0], None
-
-        plan = AttentionPlan(
-            layout=layout,
-            raw_first=raw.first,
-            window=self.sliding_window,
-            ratio=self.compress_ratio,
+        transport: Transport = self._transport_cls(group, overlap=self._overlap)
+        tokens = Tokens(
+            hidden=hidden_states,
+            q_residual=self.q_norm(self.wq_a(hidden_states)),
+            keys=self._kernels.rotate(self.kv_norm(self.wkv(hidden_states)), rope),
+            rope=rope,
         )
-        # Per-head norm without weight: DeepSeek's inference code has it, transformers' port not.
-        grouped = self._kernels.attend(
-            q_BLND,
-            raw.tensor,
-            entries_BPD,
-            self.sinks_param(q_BLND),
-            chosen_BLK,
-            rope,
-            plan=plan,
-            scale=self.scaling,
-            eps=self.config.rms_norm_eps,
-            groups=self.config.o_groups,
-        )
-        return self.wo_b(self.wo_a(grouped).flatten(2)), None
+        if not compresses:
+            return self._windowed(tokens, layout, transport), None
+        return self._compressed(tokens, layout, transport, group, rotary_compress), None
+
+    def _windowed(
+        self, tokens: Tokens, layout: SequenceLayout, transport: Transport
+    ) -> torch.Tensor:
+        """Attend to the window alone."""
+        route = routes(layout, contiguous(layout), self.sliding_window)
+        fetched = transport.fetch([tokens.keys], [route.kept_keys])
+        part = Part.of_own(route.kept, tokens)
+        self._project(part)
+        (part.raw,) = fetched.wait()
+        return self._attend(part, tokens.keys[:, :0], None)
 
     def _compressed(
         self,
-        hidden_BLE: torch.Tensor,
-        q_residual: torch.Tensor,
-        kv_BLD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        rotary: Any,
+        tokens: Tokens,
         layout: SequenceLayout,
         transport: Transport,
-    ) -> tuple[LeftContext, torch.Tensor, torch.Tensor | None]:
-        """Return raw keys, all ranks' entries, and for CSA the indexer's choice."""
-        compressor, indexer = self.compressor, self.compressor.indexer
-        dtype, kernels = hidden_BLE.dtype, self._kernels
-        ratio, window_left = self.compress_ratio, self.sliding_window - 1
-        windows, straddling = layout.windows(ratio, hidden_BLE.device), layout.straddling(ratio)
-        halos = [kv_BLD, window_features(compressor, hidden_BLE)]
-        tokens = [window_left, straddling]
-        if indexer is None:
-            raw, features = transport.left_context(halos, tokens)
-            entries = pool_windows(compressor, features, None, windows, rotary, dtype, kernels)
-            return raw, self._gather(entries, layout, transport), None
-
-        halos.append(overlap_half(compressor, halos[-1]))
-        tokens.append(ratio + straddling)
-        chosen = self._kept.recall(rope[0]) if self._kept else None
-        if chosen is None:
-            with torch.no_grad(), unseen_by_checkpointing():
-                index_features = window_features(indexer, hidden_BLE)
-                halos += [index_features, overlap_half(indexer, index_features)]
-            tokens += tokens[1:]
-        raw, features, before, *index = transport.left_context(halos, tokens)
-        entries = pool_windows(compressor, features, before, windows, rotary, dtype, kernels)
-        if chosen is None:
-            with torch.no_grad(), unseen_by_checkpointing():  # the choice is made of integers
-                index_keys = pool_windows(
-                    indexer, index[0], index[1], windows, rotary, dtype, kernels
-                )
-                chosen = select_entries(
-                    indexer,
-                    hidden_BLE,
-                    q_residual,
-                    rope,
-                    self._gather(index_keys, layout, transport),
-                    layout,
-                    kernels,
-                )
-            if self._kept:
-                self._kept.keep(rope[0], chosen)
-        return raw, self._gather(entries, layout, transport), chosen
-
-    def _gather(
-        self, entries: torch.Tensor, layout: SequenceLayout, transport: Transport
+        group: Group | None,
+        rotary: Any,
     ) -> torch.Tensor:
-        return layout.entries_in_order(transport.gather_entries(entries), self.compress_ratio)
+        """Attend to the window and to past entries, each query where the schedule says.
+
+        What hides what, in forward and the same in backward: projections of the kept queries the
+        exchange, those of the taken ones (or, where none are, the main projection) the gather of
+        index keys, the choice that of entries, and attention of the kept queries the way home of
+        what the taken ones yield.
+        """
+        ratio, indexer = self.compress_ratio, self.compressor.indexer
+        schedule = schedule_of(layout, ratio, self._balance, self._query_cost)
+        route = routes(layout, schedule, self.sliding_window)
+        moved = route.moved
+        recalled = self._kept.recall(tokens.rope[0]) if self._kept else None
+        choices: Sequence[torch.Tensor | None] = recalled or (None, None)
+        chooses = indexer is not None and recalled is None
+
+        pools = [Pooling(self.compressor, tokens.hidden, layout)]
+        if chooses:
+            with _whole_numbers_only():
+                pools.insert(0, Pooling(indexer, tokens.hidden, layout))
+                tokens.index_weights = head_weights(indexer, tokens.hidden)
+        asked = [(tokens.keys, route.kept_keys)]
+        if moved is not None:
+            asked.append((tokens.keys, moved.keys))
+            asked += [(rows, moved.rows) for rows in tokens.of_queries()]
+        for pool in pools:
+            asked += pool.asked
+        fetched = transport.fetch([rows for rows, _ in asked], [moves for _, moves in asked])
+
+        kept = Part.of_own(route.kept, tokens)
+        parts = [kept]
+        if chooses:
+            self._project_index(kept)
+        if moved is not None:
+            self._project(kept)
+        answers = iter(fetched.wait())
+        kept.raw = next(answers)
+        if moved is not None:
+            raw = next(answers)
+            rows = [next(answers) for _ in tokens.of_queries()]
+            parts.insert(0, Part.of_rows(moved.queries, rows, raw))
+        gathers = []
+        for pool in pools:
+            with _whole_numbers_only() if pool.module is indexer else nullcontext():
+                entries = pool.entries(answers, rotary, tokens.hidden.dtype, self._kernels)
+                gathers.append(transport.gather_entries(entries))
+
+        for part in parts:
+            if chooses:
+                self._project_index(part)
+            self._project(part)
+        if chooses:
+            with _whole_numbers_only():
+                index_keys = layout.entries_in_order(gathers[0].wait(), ratio)
+                choices = made = [self._choose(part, index_keys) for part in parts]
+            if self._kept:
+                self._kept.keep(tokens.rope[0], made)
+        every = layout.entries_in_order(gathers[-1].wait(), ratio)
+        if moved is None:
+            return self._attend(kept, every, choices[0])
+        taken = self._attend(parts[0], every, choices[0])
+        home = start_exchange([taken], [moved.returned], cp_group=group, overlap=self._overlap)
+        return home([self._attend(kept, every, choices[1])])[0]
+
+    def _project(self, part: Part) -> None:
+        """Compute a part's queries, unless they are there."""
+        if part.q is None:
+            batch = part.q_residual.shape[0]
+            q = self.wq_b(part.q_residual)
+            part.q = q.view(batch, len(part.queries), self.num_heads, self.head_dim)
+
+    def _project_index(self, part: Part) -> None:
+        """Compute a part's index queries, unless they are there."""
+        if part.q_index is None:
+            with _whole_numbers_only():
+                part.q_index = index_queries(self.compressor.indexer, part.q_residual)
+
+    def _choose(self, part: Part, index_keys: torch.Tensor) -> torch.Tensor:
+        """Choose the entries of a part's queries."""
+        if not len(part.queries):
+            return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
+        assert part.q_index is not None and part.index_weights is not None
+        return self._kernels.choose_entries(
+            part.q_index,
+            part.index_weights,
+            index_keys,
+            part.rope,
+            queries=part.queries,
+            ratio=self.compress_ratio,
+            topk=self.compressor.indexer.index_topk,
+        )
+
+    def _attend(
+        self, part: Part, entries: torch.Tensor, chosen: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return a part's share of the layer's output, [B, C, E]."""
+        q, groups = part.q, self.config.o_groups
+        assert q is not None and part.raw is not None
+        if len(part.queries):
+            # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
+            grouped = self._kernels.attend(
+                q,
+                part.raw,
+                entries,
+                self.sinks_param(q),
+                chosen,
+                part.rope,
+                plan=AttentionPlan(part.queries, self.sliding_window, self.compress_ratio),
+                scale=self.scaling,
+                eps=self.config.rms_norm_eps,
+                groups=groups,
+            )
+        else:  # other ranks have them all, and wait for gradients, be they of nothing
+            grouped = (q + part.raw[:, :0, None]).flatten(2).unflatten(2, (groups, -1))
+        out: torch.Tensor = self.wo_b(self.wo_a(grouped).flatten(2))
+        return out
+
+
+@contextmanager
+def _whole_numbers_only() -> Iterator[None]:
+    """Compute what a choice is made of: whole numbers, without gradient."""
+    with torch.no_grad(), unseen_by_checkpointing():
+        yield

@@ -8,6 +8,7 @@ its choice anew: what its recomputation saves, the compiler decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -41,8 +42,8 @@ class KeptChoices:
     def __init__(self) -> None:
         self._choices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def keep(self, key: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Remember the choice of the forward that ``key`` belongs to.
+    def keep(self, key: torch.Tensor, chosen: Sequence[torch.Tensor]) -> None:
+        """Remember the choices of the forward that ``key`` belongs to, of all its queries.
 
         Two forwards with one key cannot be told apart later: neither choice is kept.
         """
@@ -51,9 +52,9 @@ class KeptChoices:
         if torch.is_grad_enabled() and not in_backward():
             self._choices[key] = None if key in self._choices else chosen
 
-    def recall(self, key: torch.Tensor) -> torch.Tensor | None:
+    def recall(self, key: torch.Tensor) -> Sequence[torch.Tensor] | None:
         """Return the choice to take back in a recomputation, None if there is none."""
         if torch.compiler.is_compiling() or not in_backward():
             return None
-        chosen: torch.Tensor | None = self._choices.get(key)
+        chosen: Sequence[torch.Tensor] | None = self._choices.get(key)
         return chosen

@@ -1,6 +1,6 @@
 """Miles-style transport: every rank receives every token.
 
-# B batch rows   L local tokens   S global tokens   F features
+# B batch rows   L local tokens   S global tokens   T tokens of an answer
 """
 
 from __future__ import annotations
@@ -8,40 +8,52 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import pad
 
-from nemo_dsv4_cp.exchange.collectives import Group, all_gather
-from nemo_dsv4_cp.exchange.transport import LeftContext
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.exchange.collectives import Group
+from nemo_dsv4_cp.exchange.gather import start_gather
+from nemo_dsv4_cp.exchange.in_flight import Pending
+from nemo_dsv4_cp.exchange.rows import unmoved
+from nemo_dsv4_cp.sequence.queries import Runs
+from nemo_dsv4_cp.sequence.transfers import Transfers
 
 
 class AllGatherTransport:
     """Gathers whole tensors, as AutoModel's own path does: simple, and linear in S."""
 
-    def __init__(self, cp_group: Group | None, layout: SequenceLayout) -> None:
-        """Bind the CP group (None without CP) and the positions of this step."""
-        self.cp_group = cp_group
-        self.layout = layout
+    def __init__(self, cp_group: Group | None, *, overlap: bool) -> None:
+        """Bind the CP group (None without CP)."""
+        self.cp_group, self.overlap = cp_group, overlap
 
-    def left_context(
-        self, tensors: Sequence[torch.Tensor], tokens: Sequence[int]
-    ) -> list[LeftContext]:
-        """Return each tensor [B, L, F] as [B, H + S, F], H the zero rows asked for before token 0.
+    def fetch(
+        self, tensors: Sequence[torch.Tensor], transfers: Sequence[Transfers]
+    ) -> Pending[list[torch.Tensor]]:
+        """Start to gather each tensor [B, L, ...] once, and take of [B, S, ...] what is wanted."""
+        asked = list(zip(tensors, transfers, strict=True))
+        moving = {id(tensor): tensor for tensor, transfer in asked if transfer.any_moves}
+        gathers = {name: self.gather_entries(tensor) for name, tensor in moving.items()}
 
-        Args:
-            tensors: Per-token tensors of this rank.
-            tokens: H of each: how many tokens before the shard must be addressable.
-        """
-        return [
-            LeftContext(
-                pad(all_gather(tensor, dim=1, cp_group=self.cp_group), (0, 0, before, 0)),
-                first=-before,
-            )
-            if before
-            else LeftContext(tensor, first=self.layout.start)
-            for tensor, before in zip(tensors, tokens, strict=True)
-        ]
+        def wait() -> list[torch.Tensor]:
+            whole = {name: gather.wait() for name, gather in gathers.items()}
+            return [
+                _tokens(whole[id(tensor)], transfer.wanted)
+                if transfer.any_moves
+                else unmoved(transfer, tensor)
+                for tensor, transfer in asked
+            ]
 
-    def gather_entries(self, entries: torch.Tensor) -> torch.Tensor:
-        """Return all ranks' entries [B, R * n, D] in window order."""
-        return all_gather(entries, dim=1, cp_group=self.cp_group)
+        return Pending(wait)
+
+    def gather_entries(self, entries: torch.Tensor) -> Pending[torch.Tensor]:
+        """Start to fetch all ranks' entries [B, R * n, D] in window order."""
+        return start_gather(entries, dim=1, cp_group=self.cp_group, overlap=self.overlap)
+
+
+def _tokens(whole_BSF: torch.Tensor, wanted: Runs) -> torch.Tensor:
+    """Return tokens of whole rows in the order wanted, zeros before the first: [B, T, ...]."""
+    parts = []
+    for run in wanted:
+        if run.start < 0:
+            missing = min(run.stop, 0) - run.start
+            parts.append(whole_BSF.new_zeros(whole_BSF.shape[0], missing, *whole_BSF.shape[2:]))
+        parts.append(whole_BSF[:, max(run.start, 0) : max(run.stop, 0)])
+    return torch.cat(parts, dim=1) if parts else whole_BSF[:, :0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from nemo_dsv4_cp.host.torch_api import all_gather_single, reduce_scatter_single
 
 Group = dist.ProcessGroup
+Work = dist.Work
 
 CP_GROUP_KEY = "_dsv4_cp_group"
 """Batch key under which the CP process group travels to attention, as in the host."""
@@ -50,178 +50,57 @@ def mesh_rank(cp_mesh: Any) -> int:
     return int(getattr(cp_mesh, "get_local_rank", int)())
 
 
-def _gather_concat(tensor: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    shares = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    all_gather_single(shares.flatten(0, 1), tensor.contiguous(), group=group)
-    return torch.cat(shares.unbind(), dim=dim)
+def start_all_gather(every: torch.Tensor, shard: torch.Tensor, group: Group) -> Work:
+    """Begin to fill ``every`` [R, *shape] with the ranks' shards [*shape]."""
+    started: Work = all_gather_single(
+        every.flatten(0, 1), shard.contiguous(), group=group, async_op=True
+    )
+    return started
 
 
-class _AllGather(torch.autograd.Function):
-    # forward:   y   = concat_k x_k                   (all-gather)
-    # backward:  dx_r = sum_k (dy_k)[slice of rank r]  (reduce-scatter)
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-        ctx.dim, ctx.group = dim, group
-        return _gather_concat(tensor, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        shares = torch.stack(grad.chunk(dist.get_world_size(ctx.group), dim=ctx.dim))
-        own = torch.empty_like(shares[0])
-        reduce_scatter_single(own, shares.flatten(0, 1), group=ctx.group)
-        return own, None, None
+def start_reduce_scatter(own: torch.Tensor, every: torch.Tensor, group: Group) -> Work:
+    """Begin to fill ``own`` [*shape] with the sum over the ranks of their ``every`` [R, *shape]."""
+    started: Work = reduce_scatter_single(own, every.flatten(0, 1), group=group, async_op=True)
+    return started
 
 
-def all_gather(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:
-    """All-gather equal shards in rank order and concatenate them on ``dim``, with autograd.
-
-    Args:
-        tensor: This rank's shard [..., n, ...]; the same shape and dtype on every rank.
-        dim: Dimension to concatenate on.
-        cp_group: CP group; without CP the tensor is returned as it is.
-
-    Returns:
-        [..., R * n, ...]. Its gradient is reduce-scattered to the ranks that own the slices.
-    """
-    if not cp_enabled(cp_group):
-        return tensor
-    gathered: torch.Tensor = _AllGather.apply(tensor, dim % tensor.dim(), cp_group)  # type: ignore[no-untyped-call]
-    return gathered
+def start_all_to_all(
+    arriving: torch.Tensor,
+    leaving: torch.Tensor,
+    arriving_sizes: Sequence[int],
+    leaving_sizes: Sequence[int],
+    group: Group,
+) -> Work:
+    """Begin to send each rank its part of ``leaving`` and to fill ``arriving`` with theirs."""
+    started: Work = dist.all_to_all_single(
+        arriving,
+        leaving,
+        output_split_sizes=list(arriving_sizes),
+        input_split_sizes=list(leaving_sizes),
+        group=group,
+        async_op=True,
+    )
+    return started
 
 
 def all_gather_metadata(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:
-    """All-gather as :func:`all_gather` does, for tensors that carry no gradient (masks, ids)."""
-    if cp_group is None or not cp_enabled(cp_group):
-        return tensor
-    return _gather_concat(tensor, dim, cp_group)
-
-
-class _ExchangeLeft(torch.autograd.Function):
-    # forward:   rank r receives, per tensor, the tokens [rL - H, rL) from their owners
-    # backward:  each owner adds up the gradients of the tokens that it sent
-    # One all-to-all carries all tensors as bytes, whatever their dtypes. It runs on the group's
-    # own stream of collectives, so it can neither overtake nor deadlock with the others.
-
-    @staticmethod
-    def forward(
-        ctx: Any, plan: Sequence[Transfers], group: Group, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.group = group
-        # Index features ride along without gradient: nothing of them is sent back.
-        ctx.moved = [i for i in range(len(tensors)) if ctx.needs_input_grad[2 + i]]
-        ctx.plan, ctx.shapes = [plan[i] for i in ctx.moved], [tensors[i].shape for i in ctx.moved]
-        sent = [
-            [t[:, rows] for rows in transfer.send]
-            for t, transfer in zip(tensors, plan, strict=True)
-        ]
-        room = [
-            t.new_zeros(t.shape[0], transfer.length, *t.shape[2:])
-            for t, transfer in zip(tensors, plan, strict=True)
-        ]
-        received = [
-            [halo[:, rows] for rows in transfer.receive]
-            for halo, transfer in zip(room, plan, strict=True)
-        ]
-        _exchange(sent, received, group)
-        ctx.mark_non_differentiable(*(t for i, t in enumerate(room) if i not in ctx.moved))
-        return tuple(room)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *all_grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = [all_grads[i] for i in ctx.moved]
-        back = [
-            [grad[:, rows] for rows in transfer.receive]
-            for grad, transfer in zip(grads, ctx.plan, strict=True)
-        ]
-        mine = [
-            [grad.new_empty(shape[0], _length(rows), *shape[2:]) for rows in transfer.send]
-            for grad, shape, transfer in zip(grads, ctx.shapes, ctx.plan, strict=True)
-        ]
-        _exchange(back, mine, ctx.group)
-        out: list[torch.Tensor | None] = [None] * len(all_grads)
-        for i, shape, parts, transfer in zip(ctx.moved, ctx.shapes, mine, ctx.plan, strict=True):
-            total = all_grads[i].new_zeros(shape)
-            for part, rows in zip(parts, transfer.send, strict=True):
-                total[:, rows] += part
-            out[i] = total
-        return None, None, *out
-
-
-@dataclass(frozen=True)
-class Transfers:
-    """Which rows of a per-token tensor go to each rank, and where received rows land.
-
-    Attributes:
-        send: Per destination rank, rows of the local tensor.
-        receive: Per source rank, rows of the halo.
-        length: Rows of the halo.
-    """
-
-    send: Sequence[slice]
-    receive: Sequence[slice]
-    length: int
-
-
-def _length(rows: slice) -> int:
-    length: int = rows.stop - rows.start
-    return length
-
-
-def _exchange(
-    sent: Sequence[Sequence[torch.Tensor]],
-    received: Sequence[Sequence[torch.Tensor]],
-    group: Group,
-) -> None:
-    """Send tensors [i][rank] and fill [i][rank], all in one all-to-all of bytes."""
-    outgoing = [
-        [parts[rank].contiguous().flatten().view(torch.uint8) for parts in sent]
-        for rank in range(dist.get_world_size(group))
-    ]
-    sizes = [
-        [parts[rank].numel() * parts[rank].element_size() for parts in received]
-        for rank in range(len(outgoing))
-    ]
-    buffer = torch.cat([part for parts in outgoing for part in parts])
-    arrived = buffer.new_empty(sum(map(sum, sizes)))
-    dist.all_to_all_single(
-        arrived,
-        buffer,
-        output_split_sizes=[sum(of_rank) for of_rank in sizes],
-        input_split_sizes=[sum(part.numel() for part in parts) for parts in outgoing],
-        group=group,
-    )
-    pieces = iter(arrived.split([size for of_rank in sizes for size in of_rank]))
-    for rank in range(len(outgoing)):
-        for parts in received:
-            piece = next(pieces)
-            if piece.numel():
-                # clone: a view in a wider dtype needs memory that is aligned for it
-                parts[rank].copy_(piece.clone().view(parts[rank].dtype).view(parts[rank].shape))
-
-
-def exchange_left(
-    tensors: Sequence[torch.Tensor], transfers: Sequence[Transfers], *, cp_group: Group | None
-) -> tuple[torch.Tensor, ...]:
-    """Fetch rows of other ranks' per-token tensors, in one exchange and with autograd.
+    """All-gather equal shards in rank order and concatenate them on ``dim``.
 
     Args:
-        tensors: [B, L, ...] each; one shape and dtype a tensor on every rank.
-        transfers: What moves of each; the ranks' plans must fit together.
-        cp_group: CP group; without CP nothing moves.
-
-    Returns:
-        Per tensor its halo [B, ``length``, ...], zero where nothing arrived. Gradients of the halo
-        return to the rows' owners.
+        tensor: This rank's shard [..., n, ...], without gradient (masks, ids, numbers).
+        dim: Dimension to concatenate on.
+        cp_group: CP group; without CP the tensor is returned as it is.
     """
-    if not cp_enabled(cp_group):
-        return tuple(
-            t.new_zeros(t.shape[0], transfer.length, *t.shape[2:])
-            for t, transfer in zip(tensors, transfers, strict=True)
-        )
-    halos: tuple[torch.Tensor, ...] = _ExchangeLeft.apply(transfers, cp_group, *tensors)  # type: ignore[no-untyped-call]
-    return halos
+    if cp_group is None or not cp_enabled(cp_group):
+        return tensor
+    every = tensor.new_empty(dist.get_world_size(cp_group), *tensor.shape)
+    start_all_gather(every, tensor, cp_group).wait()
+    return concatenated(every, dim % tensor.dim())
+
+
+def concatenated(every: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the shards in [R, *shape] one after another on ``dim``, a view where that can be."""
+    return every.movedim(0, dim).flatten(dim, dim + 1)
 
 
 def all_reduce_sum(tensor: torch.Tensor, groups: Sequence[Group | None]) -> torch.Tensor:

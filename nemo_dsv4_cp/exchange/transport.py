@@ -1,50 +1,39 @@
-"""What a transport answers: the tokens left of the shard, and all ranks' compressed entries.
+"""What a transport answers: rows of other ranks' tokens, and all ranks' compressed entries."""
 
-# B batch rows   L local tokens   R CP ranks   H left-context tokens   P entries (S / ratio)
-"""
+# B batch rows   L local tokens   R CP ranks   T tokens of an answer   P entries (S / ratio)
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from nemo_dsv4_cp.exchange.collectives import Group
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
-
-
-@dataclass(frozen=True)
-class LeftContext:
-    """A per-token tensor, extended to the left by other ranks' tokens.
-
-    Attributes:
-        tensor: [B, T, F]; this rank's own L tokens and what the transport fetched around them.
-        first: Global position of row 0. Rows before token 0 are zeros, so it may be negative.
-    """
-
-    tensor: torch.Tensor
-    first: int
-
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """Return the tokens at global positions [begin, end) as a view."""
-        return self.tensor[:, begin - self.first : end - self.first]
+from nemo_dsv4_cp.exchange.in_flight import Pending
+from nemo_dsv4_cp.sequence.transfers import Transfers
 
 
 class Transport(Protocol):
     """How a rank sees beyond its own shard. Both calls are collective and differentiable."""
 
-    def __init__(self, cp_group: Group | None, layout: SequenceLayout) -> None:
-        """Bind the CP group (None without CP) and the positions of this step."""
+    def __init__(self, cp_group: Group | None, *, overlap: bool) -> None:
+        """Bind the CP group (None without CP).
 
-    def left_context(
-        self, tensors: Sequence[torch.Tensor], tokens: Sequence[int]
-    ) -> list[LeftContext]:
-        """Extend each tensor [B, L, F] by at least ``tokens`` many tokens before the shard.
-
-        A tensor of which 0 are asked stays as it is.
+        Args:
+            cp_group: Who takes part.
+            overlap: Whether collectives go on behind what is computed until they are waited for.
         """
 
-    def gather_entries(self, entries: torch.Tensor) -> torch.Tensor:
-        """Return all ranks' entries [B, R * n, D] in window order, from this rank's [B, n, D]."""
+    def fetch(
+        self, tensors: Sequence[torch.Tensor], transfers: Sequence[Transfers]
+    ) -> Pending[list[torch.Tensor]]:
+        """Start to fetch, of each tensor [B, L, ...], the tokens that ``transfers`` want.
+
+        Returns:
+            Of each its answer [B, T, ...], the tokens of ``wanted`` in their order; those before
+            the row's first are zeros.
+        """
+
+    def gather_entries(self, entries: torch.Tensor) -> Pending[torch.Tensor]:
+        """Start to fetch all ranks' entries [B, R * n, D] in window order, from [B, n, D] each."""

@@ -21,8 +21,8 @@ from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.reference.index_choice import choose_entries, index_scores
 from nemo_dsv4_cp.kernels.reference.rotary import rotate_
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 
 _SCORES_KNOW_PLACES = "query_start" in inspect.signature(dsv4_indexer_scores).parameters
 """Whether the host's kernel can score queries that do not start the row (since 0.6)."""
@@ -56,7 +56,7 @@ class TileLangKernels(TorchKernels):
         keys_BPF: torch.Tensor,
         rope: Rope,
         *,
-        layout: SequenceLayout,
+        queries: Queries,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
@@ -83,7 +83,7 @@ class TileLangKernels(TorchKernels):
             rotate_(q_BLIF, *rope, workspace_bytes=self.workspace_bytes),
             weights_BLI,
             keys_BPF,
-            layout=layout,
+            queries=queries,
             ratio=ratio,
             topk=topk,
             workspace_bytes=self.workspace_bytes,
@@ -123,19 +123,16 @@ def key_indices(
         Int32 [B, L, W + K] into the raw keys followed by the entries, -1 for none. K is for HCA the
         number of entries that the queries see between them.
     """
-    batch, raw_count = raw_BTD.shape[:2]
-    device, layout = raw_BTD.device, plan.layout
-    queries = layout.positions(device)[:, None]
-    window = queries - torch.arange(plan.window - 1, -1, -1, device=device)
-    first = layout.first_keys(slice(0, layout.local_len), device)
-    earliest = 0 if first is None else first[..., None]
-    raw = torch.where(window < earliest, NOTHING, window - plan.raw_first)
+    (batch, raw_count), device = raw_BTD.shape[:2], raw_BTD.device
+    sight = plan.sight(device)
+    raw_first, raw_last, entry_first, entry_stop = sight[..., None, :].unbind(-1)
+    window = raw_last - torch.arange(plan.window - 1, -1, -1, device=device)
+    raw = torch.where(window < raw_first, NOTHING, window)
     if chosen_BLK is not None:
         entries = torch.where(chosen_BLK == NOTHING, NOTHING, chosen_BLK + raw_count)
     else:
-        whole = slice(0, layout.local_len)
-        span = plan.entry_span(whole)
-        every = torch.arange(span.start, span.stop, device=device) + raw_count
-        hidden = plan.entries_hidden(whole, device)
-        entries = torch.where(hidden, NOTHING, every).expand(batch, layout.local_len, -1)
+        span = plan.entry_span(slice(0, len(plan.queries)))
+        every = torch.arange(span.start, span.stop, device=device)
+        hidden = (every < entry_first) | (every >= entry_stop)
+        entries = torch.where(hidden, NOTHING, every + raw_count).expand(batch, -1, -1)
     return torch.cat((raw.expand(batch, -1, -1), entries), dim=-1).to(torch.int32)

@@ -1,6 +1,6 @@
 """What attention asks of the device: three operations, each with or without kernels behind it."""
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
 # I index heads   F index width   r rotary dims   G groups of heads
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cos and sin from the host's rotary embedding, [B, L, r] each: the r / 2 angles, twice."""
@@ -42,7 +42,7 @@ class Kernels(Protocol):
         keys_BPF: torch.Tensor,
         rope: Rope,
         *,
-        layout: SequenceLayout,
+        queries: Queries,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
@@ -76,8 +76,8 @@ class Kernels(Protocol):
 
         Args:
             q_BLND: Queries as projected.
-            raw_BTD: Raw keys (= values), rotated, ``plan.raw_first`` the first.
-            entries_BPD: Entries in the order that ``plan.layout`` counts them; P may be 0.
+            raw_BTD: Raw keys (= values), rotated, in the order of :func:`raw_tokens`.
+            entries_BPD: Entries in the order that the layout counts them; P may be 0.
             sinks_N: Logit per head of the sink, which takes probability and adds nothing.
             chosen_BLK: Entries that each query attends to, as :meth:`choose_entries` returns them;
                 None means all that it may see.

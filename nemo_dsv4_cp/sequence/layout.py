@@ -8,9 +8,11 @@ of the windows that end there. Every other file asks here instead of computing a
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -112,22 +114,21 @@ class SequenceLayout:
         """S, tokens in the whole row."""
         return self.local_len * self.cp_size
 
+    @property
+    def own(self) -> range:
+        """Positions of this rank's tokens."""
+        return range(self.start, self.end)
+
     def positions(self, device: torch.device | None = None) -> torch.Tensor:
         """Return the global position of each local token, int64 [L]."""
         return torch.arange(self.start, self.end, device=device)
 
-    def halo_to(self, rank: int, tokens: int) -> slice:
-        """Return which local rows lie in the ``tokens`` tokens before ``rank``'s shard."""
-        reader = rank * self.local_len
-        begin = max(reader - tokens, self.start)
-        return slice(begin - self.start, max(min(reader, self.end), begin) - self.start)
+    def shard(self, rank: int, *, before: int = 0) -> range:
+        """Return the positions of ``rank``'s tokens, and of as many before them.
 
-    def halo_from(self, rank: int, tokens: int) -> slice:
-        """Return which rows of a halo of ``tokens`` tokens before this shard ``rank`` owns."""
-        owner = rank * self.local_len
-        first = self.start - tokens
-        begin = max(first, owner)
-        return slice(begin - first, max(min(self.start, owner + self.local_len), begin) - first)
+        Before the row's first token they are negative.
+        """
+        return range(rank * self.local_len - before, (rank + 1) * self.local_len)
 
     def windows(self, ratio: int, device: torch.device | None = None) -> Windows:
         """Return the complete windows that this rank pools: those whose last token it owns.
@@ -149,8 +150,8 @@ class SequenceLayout:
         """Return how many tokens of this rank's windows may lie before its shard."""
         return 0
 
-    def first_keys(self, rows: slice, device: torch.device | None = None) -> torch.Tensor | None:
-        """Return the first position that each local query in ``rows`` may see, int64 [B, rows].
+    def first_keys(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """Return the first position that a query at each of ``positions`` [C] may see, [B, C].
 
         None where documents end no query's view: one document a row.
         """
@@ -160,28 +161,66 @@ class SequenceLayout:
         """Put the entries of all ranks' windows, in rank order, where queries look for them."""
         return gathered_BPD
 
-    def entry_span(self, rows: slice, ratio: int) -> range:
-        """Return which entries the local queries in ``rows`` see between them."""
-        return range((self.start + rows.stop) // ratio)
+    def entry_span(self, span: range, ratio: int) -> range:
+        """Return which entries the queries at the positions in ``span`` see between them."""
+        return range(span.stop // ratio)
 
     def most_entries(self, rows: int, ratio: int) -> int:
         """Return how many entries ``rows`` neighbouring queries may see between them at most."""
         return self.seq_len // ratio
 
     def visible_entries(
-        self, rows: slice, ratio: int, device: torch.device | None = None
+        self, positions: torch.Tensor, ratio: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first entry that each local query sees and the one after its last.
+        """Return the first entry that each query sees and the one after its last.
 
         Entry w covers tokens [w * ratio, (w + 1) * ratio) of its document and is seen once
         complete: w < (i + 1) // ratio for the query at document position i (DeepSeek-V4 report;
         host ``DeepseekV4Attention.forward``).
 
+        Args:
+            positions: Of the queries, int64 [C].
+            ratio: Compress ratio.
+
         Returns:
-            Int64 [B, rows] each; B is 1 where all rows of the batch are alike.
+            Int64 [B, C] each; B is 1 where all rows of the batch are alike.
         """
-        stop = (self.positions(device)[rows] + 1) // ratio
+        stop = (positions + 1) // ratio
         return torch.zeros_like(stop)[None], stop[None]
+
+    def entries_seen(self, span: range, ratio: int) -> int:
+        """Return how many entries the queries at ``span`` see, query by query, over all rows."""
+        return entries_seen(span, ratio)
+
+
+def entries_seen(span: range, ratio: int) -> int:
+    """Return the sum of (i + 1) // ratio over the document positions i in ``span``."""
+
+    def before(end: int) -> int:
+        full, rest = divmod(end, ratio)
+        return ratio * full * (full - 1) // 2 + full * (rest + 1)
+
+    return before(span.stop) - before(span.start)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def once_a_layout(function: F) -> F:
+    """Compute a function of a layout, and of others, once for all layers of a step.
+
+    The last few layouts are remembered. Not within them: FSDP2 walks through what a block is called
+    with. A compiler, which would trace and warn about the memory, computes anew.
+    """
+    remembered = functools.lru_cache(maxsize=32)(function)
+
+    @functools.wraps(function)
+    def once(layout: SequenceLayout, *others: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(layout, *others)
+        return remembered(layout, *others)
+
+    return cast(F, once)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from itertools import pairwise
 
 import torch
 
-from nemo_dsv4_cp.sequence.layout import SequenceLayout, Windows
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, Windows, entries_seen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedLayout(SequenceLayout):
-    """One rank's view of packed rows.
+    """One rank's view of packed rows. Two are equal if they are one.
 
     Attributes:
         document_starts: Int64 [B, D]: where each document starts, ascending from 0; S fills up
@@ -31,6 +31,9 @@ class PackedLayout(SequenceLayout):
 
     document_starts: torch.Tensor = None  # type: ignore[assignment]
     bounds: tuple[tuple[int, ...], ...] = ()
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     @classmethod
     def of_documents(
@@ -75,9 +78,9 @@ class PackedLayout(SequenceLayout):
         """Return r - 1: a window that ends with the shard's first token."""
         return ratio - 1
 
-    def first_keys(self, rows: slice, device: torch.device | None = None) -> torch.Tensor:
-        """Return where each local query's document starts, int64 [B, rows]."""
-        return self._documents_at(self.positions(device)[rows])[0]
+    def first_keys(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return where the document of each of ``positions`` [C] starts, int64 [B, C]."""
+        return self._documents_at(positions)[0]
 
     def entries_in_order(self, gathered_BPD: torch.Tensor, ratio: int) -> torch.Tensor:
         """Return entry g as the one whose window contains token g * r: [B, ceil(S / r), D].
@@ -95,15 +98,15 @@ class PackedLayout(SequenceLayout):
         slot = slot.clamp(max=gathered_BPD.shape[1] - 1)  # an incomplete window's: nobody looks
         return gathered_BPD.gather(1, slot[..., None].expand(-1, -1, gathered_BPD.shape[2]))
 
-    def entry_span(self, rows: slice, ratio: int) -> range:
-        """Return which entries the local queries in ``rows`` see between them."""
-        first, last = self.start + rows.start, self.start + rows.stop - 1
+    def entry_span(self, span: range, ratio: int) -> range:
+        """Return which entries the queries at the positions in ``span`` see between them."""
+        first, last = span.start, span.stop - 1
         spans = []
         for bounds in self.bounds:
             begin = bounds[bisect_right(bounds, first) - 1]
             latest = bounds[bisect_right(bounds, last) - 1]
             spans.append((-(-begin // ratio), -(-latest // ratio) + (last - latest + 1) // ratio))
-        return range(min(span[0] for span in spans), max(span[1] for span in spans))
+        return range(min(start for start, _ in spans), max(stop for _, stop in spans))
 
     def most_entries(self, rows: int, ratio: int) -> int:
         """Return how many entries ``rows`` neighbouring queries may see between them at most."""
@@ -111,10 +114,21 @@ class PackedLayout(SequenceLayout):
         return min(-(-self.seq_len // ratio), (longest + rows) // ratio + 1)
 
     def visible_entries(
-        self, rows: slice, ratio: int, device: torch.device | None = None
+        self, positions: torch.Tensor, ratio: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first entry that each local query sees and the one after its last."""
-        positions = self.positions(device)[rows]
+        """Return the first entry that each query sees and the one after its last."""
         begin, _ = self._documents_at(positions)
         first = (begin + ratio - 1) // ratio
         return first, first + (positions - begin + 1) // ratio
+
+    def entries_seen(self, span: range, ratio: int) -> int:
+        """Return how many entries the queries at ``span`` see, query by query, over all rows."""
+        seen = 0
+        for bounds in self.bounds:
+            for place in range(bisect_right(bounds, span.start) - 1, len(bounds) - 1):
+                begin, end = bounds[place], bounds[place + 1]
+                if begin >= span.stop:
+                    break
+                inside = range(max(span.start, begin) - begin, min(span.stop, end) - begin)
+                seen += entries_seen(inside, ratio) if inside else 0
+        return seen

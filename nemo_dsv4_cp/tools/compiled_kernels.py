@@ -16,6 +16,7 @@ from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
 from nemo_dsv4_cp.kernels.triton.rotary import rotate
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 from nemo_dsv4_cp.tools.ahead import Compiled, Specimen, compile_kernel, record
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
@@ -51,7 +52,7 @@ def _attention(fields: dict[str, Any], ratio: int) -> None:
         fields[name] for name in ("num_attention_heads", "head_dim", "qk_rope_head_dim")
     )
     window = fields["sliding_window"]
-    first = layout.start - window + 1
+    n_raw = _SHARD + window - 1
     entries = layout.seq_len // ratio if ratio else 0
     chosen = None
     if ratio == 4:
@@ -59,12 +60,12 @@ def _attention(fields: dict[str, Any], ratio: int) -> None:
     rope = (_zeros(_SHARD, rotary), _zeros(_SHARD, rotary))
     out = attend(
         _zeros(_SHARD, heads, width).requires_grad_(),
-        rotate(_zeros(layout.end - first, width), (_zeros(layout.end - first, rotary),) * 2),
+        rotate(_zeros(n_raw, width), (_zeros(n_raw, rotary),) * 2),
         _zeros(entries, width),
         torch.zeros(heads),
         chosen,
         rope,
-        plan=AttentionPlan(layout, first, window, ratio),
+        plan=AttentionPlan(Queries.own(layout), window, ratio),
         scale=width**-0.5,
         eps=fields["rms_norm_eps"],
         groups=fields["o_groups"],
@@ -83,7 +84,7 @@ def _index_choice(fields: dict[str, Any]) -> None:
         torch.zeros(1, _SHARD, heads),
         _zeros(layout.seq_len // 4, width),
         (_zeros(_SHARD, rotary), _zeros(_SHARD, rotary)),
-        layout=layout,
+        queries=Queries.own(layout),
         ratio=4,
         topk=fields["index_topk"],
         workspace_bytes=_WORKSPACE,

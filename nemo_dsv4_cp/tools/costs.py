@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
+from nemo_dsv4_cp.sequence.schedule import QueryCost
 from nemo_dsv4_cp.tools.paths import ALL_GATHER, BOUNDARY, HOST
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
@@ -45,7 +46,9 @@ class Shape:
         return self.layout.start
 
 
-def received_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> tuple[int, int]:
+def received_bytes(
+    sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, balanced: bool = False
+) -> tuple[int, int]:
     """Return what other ranks send to one layer of a rank with neighbours on both sides.
 
     Args:
@@ -53,6 +56,7 @@ def received_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> tu
         shape: The batch and how it is cut.
         ratio: The layer's compress ratio.
         path: One of ``paths.PATHS``.
+        balanced: Whether half of the layer's queries are computed by another rank.
 
     Returns:
         Bytes in forward and in backward, whatever algorithm carries them. Backward carries
@@ -80,11 +84,25 @@ def received_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> tu
     if overlaps:
         both += before * halves * width * _FP32
         index_only += before * halves * index_width * _FP32
-    return both + index_only, both
+    forward, backward = both + index_only, both
+    if balanced and ratio and path != HOST:
+        moved, cost = shape.batch * (shape.layout.local_len // 2), QueryCost.of(sizes, ratio)
+        home = moved * sizes.hidden_size * _BF16
+        if path == BOUNDARY:  # the keys before the half that is taken come with it
+            halo = shape.batch * (sizes.sliding_window - 1) * width * _BF16
+            forward += moved * cost.sent_forward + halo
+            backward += moved * cost.sent_backward + halo
+        else:  # every rank has the keys; the other rows of every token's query
+            keys_and_home = (width + sizes.hidden_size) * _BF16
+            forward += remote * (cost.sent_forward - keys_and_home) + home
+            backward += remote * (cost.sent_backward - keys_and_home) + home
+    return forward, backward
 
 
 def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> int:
     """Return the peak memory of one attention layer's forward and backward on the last rank.
+
+    Without balance: a rank that attends its queries in two halves takes less.
 
     Its tensors at each of the moments where the peak may lie; parameters and input count where an
     operation keeps a view of them, as ``bench memory`` counts them. The host's is of its TileLang

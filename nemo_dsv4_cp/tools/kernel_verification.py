@@ -16,6 +16,7 @@ from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 from nemo_dsv4_cp.tools.verification import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
 
 _SIZES = (
@@ -142,7 +143,7 @@ def _choose(
         draw.whole(1, layout.local_len, heads).float(),
         draw.whole(1, layout.seq_len // ratio, width),
         (torch.ones_like(no_turn), torch.zeros_like(no_turn)),
-        layout=layout,
+        queries=Queries.own(layout),
         ratio=ratio,
         topk=sizes.index_topk,
     )
@@ -158,15 +159,14 @@ def _attention(
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     heads, width = sizes.num_attention_heads, sizes.head_dim
     window = sizes.sliding_window
-    first = max(0, layout.start - window + 1)
     tensors = [
         draw(1, layout.local_len, heads, width),
-        draw(1, layout.end - first, width),
+        draw(1, layout.local_len + window - 1, width),
         draw(1, layout.seq_len // ratio if ratio else 0, width),
         draw(heads),
     ]
     return tensors, {
-        "plan": AttentionPlan(layout, first, window, ratio),
+        "plan": AttentionPlan(Queries.own(layout), window, ratio),
         "scale": width**-0.5,
         "eps": sizes.rms_norm_eps,
         "groups": sizes.o_groups,

@@ -33,6 +33,8 @@ class Case:
         batch: B, rows.
         workspace_mib: ``context_parallel.workspace_mib`` of a transport.
         kernels: ``context_parallel.kernels`` of a transport.
+        balance: ``context_parallel.balance`` of a transport.
+        overlap: ``context_parallel.overlap`` of a transport.
     """
 
     path: str
@@ -43,6 +45,8 @@ class Case:
     batch: int = 1
     workspace_mib: int = ContextParallelOptions.workspace_mib
     kernels: str = AUTO
+    balance: str = AUTO
+    overlap: bool = True
 
     @property
     def layout(self) -> SequenceLayout:
@@ -79,6 +83,7 @@ def build(
     options: dict[str, Any] = {"workspace_mib": case.workspace_mib}
     if case.path != HOST:
         options |= {"transport": case.path, "kernels": case.kernels}
+        options |= {"balance": case.balance, "overlap": case.overlap}
     config = DeepseekV4ContextParallelConfig(
         compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=options, **sizes
     )

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 """Dense bfloat16 products a second, times 1e12, of GPUs by a word of their name (data sheets)."""
@@ -73,7 +74,7 @@ def time_operations(
     layout = SequenceLayout.of_padded(seq_len, cp_rank=cp_size - 1, cp_size=cp_size)
     length, window = layout.local_len, fields["sliding_window"]
     heads, width = fields["num_attention_heads"], fields["head_dim"]
-    first = max(0, layout.start - window + 1)
+    queries = Queries.own(layout)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, dtype=dtype, device=device)
@@ -91,13 +92,13 @@ def time_operations(
             draw(length, index_heads).float(),
             draw(layout.seq_len // ratio, index_width),
             rope,
-            layout=layout,
+            queries=queries,
             ratio=ratio,
             topk=fields["index_topk"],
         )
         chosen = choose()
         found.append(measure("index choice", choose))
-    q, raw = draw(length, heads, width), draw(layout.end - first, width)
+    q, raw = draw(length, heads, width), draw(length + window - 1, width)
     entries, sinks = draw(layout.seq_len // ratio if ratio else 0, width), draw(heads)[0]
     leaves = [leaf.requires_grad_() for leaf in (q, raw, entries, sinks)]
     attend = partial(
@@ -108,7 +109,7 @@ def time_operations(
         sinks,
         chosen,
         rope,
-        plan=AttentionPlan(layout, first, window, ratio),
+        plan=AttentionPlan(queries, window, ratio),
         scale=width**-0.5,
         eps=fields["rms_norm_eps"],
         groups=fields["o_groups"],

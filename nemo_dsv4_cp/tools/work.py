@@ -6,20 +6,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, entries_seen
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
 
-def _windows_complete(end: int, ratio: int) -> int:
-    """Return the sum over queries 0 .. end-1 of the entries each sees, (i + 1) // ratio."""
-    full, rest = divmod(end, ratio)
-    return ratio * full * (full - 1) // 2 + full * (rest + 1)
-
-
 def _at_most(end: int, ratio: int, limit: int) -> int:
-    """Return the same sum with at most ``limit`` for each query."""
+    """Return the entries that queries 0 .. end-1 see, at most ``limit`` each."""
     reached = min(end, max(limit * ratio - 1, 0))
-    return _windows_complete(reached, ratio) + (end - reached) * limit
+    return entries_seen(range(reached), ratio) + (end - reached) * limit
 
 
 def work(sizes: ModelSizes, layout: SequenceLayout) -> int:
@@ -50,12 +44,11 @@ def work(sizes: ModelSizes, layout: SequenceLayout) -> int:
             width = s.index_n_heads * s.index_head_dim
             index = tokens * s.hidden_size * (4 * s.index_head_dim + s.index_n_heads)
             index += tokens * s.q_lora_rank * width
-            scored = _windows_complete(layout.end, ratio) - _windows_complete(layout.start, ratio)
-            index += scored * width
+            index += entries_seen(layout.own, ratio) * width
             limit = s.index_topk
             seen += _at_most(layout.end, ratio, limit) - _at_most(layout.start, ratio, limit)
         elif ratio:
             linear += s.hidden_size * 2 * s.head_dim
-            seen += _windows_complete(layout.end, ratio) - _windows_complete(layout.start, ratio)
+            seen += entries_seen(layout.own, ratio)
         total += layers * (3 * tokens * linear + 7 * seen * per_head + index)
     return total

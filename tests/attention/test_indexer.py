@@ -3,10 +3,11 @@ import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention.indexer import select_entries
+from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING
+from nemo_dsv4_cp.sequence.queries import Queries
 from tests.parity import cpu_backend, randomise, tiny_config
 
 
@@ -22,8 +23,15 @@ def choose(workspace_bytes, layout, index_topk=8, rows=2):
     rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
     embeddings = rope(hidden, layout.positions().expand(rows, -1))
     with torch.no_grad():
-        kernels = TorchKernels(workspace_bytes=workspace_bytes)
-        return select_entries(indexer, hidden, residual, embeddings, keys, layout, kernels)
+        return TorchKernels(workspace_bytes=workspace_bytes).choose_entries(
+            index_queries(indexer, residual),
+            head_weights(indexer, hidden),
+            keys,
+            embeddings,
+            queries=Queries.own(layout),
+            ratio=4,
+            topk=index_topk,
+        )
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 50_000, 300_000])

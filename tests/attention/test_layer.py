@@ -51,10 +51,11 @@ def test_a_layer_equals_the_hosts_at_one_rank(ranks, transport, ratio, size, row
 
 
 @pytest.mark.usefixtures("tell_the_limit")
-@pytest.mark.parametrize("size", [3, 8])
+@pytest.mark.parametrize("size", [3, 5, 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
-    assert_parity(ranks.run(oracle_job, size, ratio, 1, 500, {"transport": "boundary"}))
+    options = {"transport": "boundary", "balance": "on"}
+    assert_parity(ranks.run(oracle_job, size, ratio, 1, 500, options))
 
 
 # No shrinking: after a failed case the workers start anew, which takes seconds.
@@ -67,8 +68,10 @@ def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
 )
 @given(
     transport=st.sampled_from(TRANSPORTS),
-    size=st.sampled_from([2, 4]),
+    size=st.sampled_from([2, 3, 4, 5]),
     ratio=st.sampled_from([0, 4, 4, 16]),
+    balance=st.sampled_from(["on", "on", "off"]),
+    overlap=st.booleans(),
     rows=st.integers(1, 3),
     seq_len=st.integers(1, 140),
     window=st.integers(1, 40),
@@ -77,9 +80,11 @@ def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
     seed=st.integers(0, 99),
 )
 def test_any_layer_equals_the_hosts(
-    ranks, transport, size, ratio, rows, seq_len, window, recompute, workspace_mib, seed
-):
+    ranks, transport, size, ratio, balance, overlap, rows, seq_len, window, recompute,
+    workspace_mib, seed,
+):  # fmt: skip
     options = {"transport": transport, "workspace_mib": workspace_mib}
+    options |= {"balance": balance, "overlap": overlap}
     assert_parity(
         ranks.run(
             attention_window_job, size, ratio, rows, seq_len, options, recompute, seed, window

@@ -7,7 +7,6 @@ from nemo_automodel.components.distributed.activation_checkpointing import (
 from torch.utils.checkpoint import checkpoint
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention import layer as attention_module
 from nemo_dsv4_cp.attention.recompute import KeptChoices
 from tests.parity import cpu_backend, randomise, rope_of, tiny_config
 
@@ -20,14 +19,14 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False):
     layer._cp_group = group
     saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
     made = 0
-    original = attention_module.select_entries
+    original = layer._kernels.choose_entries
 
     def counting(*args, **kwargs):
         nonlocal made
         made += 1
         return original(*args, **kwargs)
 
-    attention_module.select_entries = counting
+    layer._kernels.choose_entries = counting
     try:
         gradients = {}
         for recompute in (False, True):
@@ -61,7 +60,7 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False):
             ]
             again = made - counted
     finally:
-        attention_module.select_entries = original
+        layer._kernels.choose_entries = original
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients.values(), strict=True))
     return same, again
 

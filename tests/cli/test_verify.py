@@ -18,29 +18,35 @@ COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 BROKEN = """
 import torch
 from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
+from nemo_dsv4_cp.exchange.collectives import cp_rank
+from nemo_dsv4_cp.exchange.in_flight import Pending
 
 
 class NoWindowBeforeTheCut(BoundaryTransport):
-    def left_context(self, tensors, tokens):
-        contexts = super().left_context(tensors, tokens)
-        raw = contexts[0]
-        if self.layout.cp_rank:  # the keys before the cut are lost
-            own = raw.tensor[:, tokens[0] :]
-            lost = torch.zeros_like(raw.tensor[:, : tokens[0]])
-            contexts[0] = type(raw)(torch.cat((lost, own), dim=1), raw.first)
-        return contexts
+    def fetch(self, tensors, transfers):
+        answers = super().fetch(tensors, transfers)
+
+        def wait():
+            raw, *others = answers.wait()
+            if cp_rank(self.cp_group):  # the keys before the cut are lost
+                before = raw.shape[1] - tensors[0].shape[1]
+                raw = torch.cat((torch.zeros_like(raw[:, :before]), raw[:, before:]), dim=1)
+            return [raw, *others]
+
+        return Pending(wait)
 """
 
 
 RAISING = """
 from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
+from nemo_dsv4_cp.exchange.collectives import cp_rank
 
 
 class Raises(BoundaryTransport):
-    def left_context(self, tensors, tokens):
-        if self.layout.cp_rank:
+    def fetch(self, tensors, transfers):
+        if cp_rank(self.cp_group):
             raise ArithmeticError("no left [context] here")
-        return super().left_context(tensors, tokens)
+        return super().fetch(tensors, transfers)
 """
 
 

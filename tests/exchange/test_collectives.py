@@ -3,12 +3,12 @@ import torch
 import torch.distributed as dist
 
 from nemo_dsv4_cp.exchange.collectives import (
-    all_gather,
     all_gather_metadata,
     cp_enabled,
     cp_rank,
     cp_size,
 )
+from nemo_dsv4_cp.exchange.gather import all_gather
 
 
 def gather_job(group, rank, dim, dtype):

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 import nemo_dsv4_cp
-from nemo_dsv4_cp.exchange.collectives import all_gather, cp_rank, cp_size, process_group
+from nemo_dsv4_cp.exchange.collectives import cp_rank, cp_size, process_group
+from nemo_dsv4_cp.exchange.gather import all_gather
 
 PACKAGE = Path(nemo_dsv4_cp.__file__).parent
 

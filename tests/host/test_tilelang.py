@@ -16,22 +16,24 @@ from nemo_dsv4_cp.host import tilelang
 from nemo_dsv4_cp.host.tilelang import TileLangKernels, key_indices
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
+from nemo_dsv4_cp.sequence.queries import Queries
 from tests.kernels.choices import choices
 from tests.kernels.test_reference_attention import cases
 
 
 @settings(deadline=None)
-@given(cases())
+@given(cases().filter(lambda case: not isinstance(case[0].queries.layout, PackedLayout)))
 def test_the_indices_for_the_hosts_kernels_are_the_hosts(case):
     plan, _, (_, raw, entries, _), chosen, _ = case
-    layout = plan.layout
+    queries, layout = plan.queries, plan.queries.layout
     rows, count = raw.shape[0], entries.shape[1]
     mine = key_indices(plan, raw, entries, chosen).long()
     # The host addresses all S raw keys from position 0.
     theirs = build_dsv4_sparse_topk_indices(
         batch_size=rows,
-        seq_len=layout.local_len,
+        seq_len=len(queries),
         key_len=layout.seq_len + count,
         window_size=plan.window,
         device=raw.device,
@@ -39,13 +41,13 @@ def test_the_indices_for_the_hosts_kernels_are_the_hosts(case):
         compressed_topk=None if chosen is None else chosen.long(),
         n_pooled=count,
         vanilla_key_len=layout.seq_len,
-        q_positions=layout.positions().expand(rows, -1),
+        q_positions=queries.positions().expand(rows, -1),
     )
-    in_mine = raw.shape[1]
-    as_theirs = torch.where(mine >= in_mine, mine - in_mine + layout.seq_len, mine + plan.raw_first)
-    as_theirs = torch.where(mine < 0, -1, as_theirs)
+    tokens = [token for run in raw_tokens(queries.runs, plan.window) for token in run]
+    places = torch.tensor([*tokens, *range(layout.seq_len, layout.seq_len + count)])
+    as_theirs = torch.where(mine < 0, -1, places[mine.clamp(min=0)])
     for row in range(rows):
-        for query in range(layout.local_len):
+        for query in range(len(queries)):
             expected = {i for i in theirs[row, query].tolist() if i >= 0}
             assert {i for i in as_theirs[row, query].tolist() if i >= 0} == expected
 
@@ -79,9 +81,9 @@ def test_the_output_that_the_host_keeps_for_backward_is_not_written_over(monkeyp
             q, kv, sinks, indices.long(), scale
         ),
     )
-    plan = AttentionPlan(SequenceLayout(16), raw_first=0, window=4, ratio=0)
+    plan = AttentionPlan(Queries.own(SequenceLayout(16)), window=4, ratio=0)
     torch.manual_seed(0)
-    queries, raw = torch.randn(1, 16, 2, 8), torch.randn(1, 16, 8)
+    queries, raw = torch.randn(1, 16, 2, 8), torch.randn(1, 16 + 3, 8)
     angles = torch.randn(1, 16, 2).repeat(1, 1, 2)
     results = []
     for kernels in (TileLangKernels, TorchKernels):

@@ -1,10 +1,11 @@
-"""Ranks of rows, and index choices that they make, drawn."""
+"""Ranks of rows, queries, and index choices that they make, drawn."""
 
 import torch
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.queries import Queries
 
 WORKSPACES = [1, 3_000, 1 << 20]
 
@@ -22,11 +23,23 @@ def layouts(draw, batch):
     return PackedLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
 
 
+def queries_of(draw, batch):
+    """Draw a rank's own queries, or runs of a row's that it computes for others."""
+    layout = layouts(draw, batch)
+    if draw(st.booleans()):
+        return Queries.own(layout)
+    ends = st.sets(st.integers(0, layout.seq_len), min_size=2, max_size=6)
+    bounds = sorted(draw(ends))
+    runs = zip(bounds[0::2], bounds[1::2], strict=False)
+    return Queries(layout, tuple(range(begin, end) for begin, end in runs))
+
+
 @st.composite
 def choices(draw):
     """Draw whole numbers, whose scores are exact in any order, and of few values: many tie."""
     batch = draw(st.integers(1, 3))
-    layout, ratio = layouts(draw, batch), draw(st.sampled_from([1, 2, 4]))
+    queries, ratio = queries_of(draw, batch), draw(st.sampled_from([1, 2, 4]))
+    layout, length = queries.layout, len(queries)
     heads, width = draw(st.integers(1, 20)), draw(st.sampled_from([8, 16, 40]))
     entries = -(-layout.seq_len // ratio)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -36,12 +49,12 @@ def choices(draw):
         return torch.randint(-largest, largest + 1, shape, generator=generator).float()
 
     # Quarter turns keep whole numbers whole.
-    turns = torch.randint(0, 4, (batch, layout.local_len, 4), generator=generator).repeat(1, 1, 2)
+    turns = torch.randint(0, 4, (batch, length, 4), generator=generator).repeat(1, 1, 2)
     cos, sin = (torch.tensor(values)[turns] for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
     tensors = [
-        whole(batch, layout.local_len, heads, width),
-        whole(batch, layout.local_len, heads),
+        whole(batch, length, heads, width),
+        whole(batch, length, heads),
         whole(batch, entries, width),
     ]
-    options = {"layout": layout, "ratio": ratio, "topk": draw(st.integers(1, 50))}
+    options = {"queries": queries, "ratio": ratio, "topk": draw(st.integers(1, 50))}
     return tensors, (cos, sin), options, draw(st.sampled_from(WORKSPACES))

@@ -9,49 +9,50 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import spars
 from nemo_dsv4_cp.host.tilelang import key_indices
 from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
+from nemo_dsv4_cp.sequence.queries import Queries
+from tests.kernels.choices import queries_of
 
 OPTIONS = {"scale": 0.25, "workspace_bytes": 1 << 20}
 
 
 @st.composite
 def cases(draw):
-    """Draw a rank's queries and keys, as any transport may answer them."""
+    """Draw queries, a rank's own or others, and their keys."""
     ratio = draw(st.sampled_from([0, 4, 8]))
-    local_len = 8 * draw(st.integers(1, 4))
-    cp_size = draw(st.integers(1, 3))
-    layout = SequenceLayout(local_len, draw(st.integers(0, cp_size - 1)), cp_size)
-    window = draw(st.integers(1, 20))
-    first = draw(st.sampled_from([1 - window, layout.start - window + 1]))
     rows = draw(st.integers(1, 2))
+    queries = queries_of(draw, rows)
+    layout, count = queries.layout, len(queries)
+    window = draw(st.integers(1, 20))
     seed = draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
-    heads, width, entries = 3, 6, layout.seq_len // ratio if ratio else 0
+    heads, width, entries = 3, 6, -(-layout.seq_len // ratio) if ratio else 0
 
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
     chosen = None
     if ratio == 4:
-        scores = torch.rand(rows, local_len, entries, generator=generator)
-        visible = layout.visible_entries(slice(0, local_len), ratio)[1][0][:, None]
-        hidden = torch.arange(entries) >= visible
+        scores = torch.rand(rows, count, entries, generator=generator)
+        first, stop = (b[..., None] for b in layout.visible_entries(queries.positions(), ratio))
+        places = torch.arange(entries)
+        hidden = (places < first) | (places >= stop)
         chosen = scores.masked_fill(hidden, -1).topk(min(5, entries)).indices
-        chosen = chosen.masked_fill(chosen >= visible, -1).int()
-    plan = AttentionPlan(layout, first, window, ratio)
+        chosen = chosen.masked_fill((chosen < first) | (chosen >= stop), -1).int()
+    plan = AttentionPlan(queries, window, ratio)
     options = {
         "scale": width**-0.5,
         "workspace_bytes": draw(st.sampled_from([1, 2000, 1 << 20])),
     }
-    raw = random(rows, layout.end - first, width)
-    raw[:, : max(0, -first)] = 0  # what a transport puts before token 0
+    wanted = torch.tensor([t for run in raw_tokens(queries.runs, window) for t in run])
+    raw = random(rows, len(wanted), width) * (wanted >= 0)[:, None]  # zeros before token 0
     tensors = [
-        random(rows, local_len, heads, width),
+        random(rows, count, heads, width),
         raw,
         random(rows, entries, width),
         random(heads),
     ]
-    return plan, options, tensors, chosen, random(rows, local_len, heads, width)
+    return plan, options, tensors, chosen, random(rows, count, heads, width)
 
 
 @settings(deadline=None)
@@ -76,8 +77,8 @@ def test_outputs_and_gradients_are_those_of_the_plain_reference(case):
 def test_bfloat16_stays_close_to_float32():
     generator = torch.Generator().manual_seed(0)
     layout = SequenceLayout(256, 1, 2)
-    plan = AttentionPlan(layout, 0, 128, 128)
-    shapes = [(1, 256, 4, 16), (1, 512, 16), (1, 4, 16), (4,)]
+    plan = AttentionPlan(Queries.own(layout), 128, 128)
+    shapes = [(1, 256, 4, 16), (1, 256 + 127, 16), (1, 4, 16), (4,)]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     exact = [t.clone().requires_grad_() for t in tensors]
     rough = [t.bfloat16().requires_grad_() for t in tensors[:3]] + [
@@ -110,7 +111,7 @@ def test_no_tensor_grows_with_local_times_global_length(ratio):
     def largest(seq_len):
         cp_size = seq_len // 1024
         layout = SequenceLayout(1024, cp_size - 1, cp_size)
-        plan = AttentionPlan(layout, layout.start - 127, 128, ratio)
+        plan = AttentionPlan(Queries.own(layout), 128, ratio)
         count = seq_len // ratio if ratio else 0
         chosen = torch.zeros(1, 1024, 64, dtype=torch.int32) if ratio == 4 else None
         shapes = [(1, 1024, 2, 16), (1, 1024 + 127, 16), (1, count, 16), (2,)]

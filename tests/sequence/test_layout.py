@@ -45,12 +45,13 @@ def test_ranks_own_every_token_and_window_once(cp_size, blocks, ratio):
 def test_an_entry_is_visible_once_its_last_token_is_past(cp_size, local_len, ratio):
     for rank in range(cp_size):
         layout = SequenceLayout(local_len, rank, cp_size)
-        first, stop = layout.visible_entries(slice(0, local_len), ratio)
+        first, stop = layout.visible_entries(layout.positions(), ratio)
         assert not first.any()
         for row, position in enumerate(layout.positions().tolist()):
             complete = [w for w in range(local_len * cp_size) if (w + 1) * ratio - 1 <= position]
             assert stop[0, row] == len(complete)
-            assert layout.entry_span(slice(row, row + 1), ratio) == range(len(complete))
+            assert layout.entry_span(range(position, position + 1), ratio) == range(len(complete))
+        assert layout.entries_seen(layout.own, ratio) == stop.sum()
 
 
 def test_a_window_that_straddles_a_cut_is_refused_with_the_length_that_works():

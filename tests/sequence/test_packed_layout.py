@@ -3,12 +3,10 @@
 from itertools import pairwise
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from tests.packed_parity import starts_of
 
 ROWS = st.lists(st.lists(st.integers(1, 25), min_size=1, max_size=5), min_size=1, max_size=3)
@@ -45,9 +43,9 @@ def test_every_complete_window_is_pooled_once_and_found_by_those_who_may_see_it(
     gathered = torch.cat([windows.starts for windows in pooled], dim=1)
     for layout in layouts:
         entries = layout.entries_in_order(gathered[..., None], ratio)[..., 0]
-        whole = slice(0, layout.local_len)
-        first, stop = layout.visible_entries(whole, ratio)
-        firsts = layout.first_keys(whole)
+        first, stop = layout.visible_entries(layout.positions(), ratio)
+        firsts = layout.first_keys(layout.positions())
+        assert layout.entries_seen(layout.own, ratio) == (stop - first).sum()
         positions = layout.document_positions()
         for row, lengths in enumerate(documents):
             for begin, end in spans_of(lengths, seq_len):
@@ -63,38 +61,9 @@ def test_every_complete_window_is_pooled_once_and_found_by_those_who_may_see_it(
 @given(ROWS, st.integers(1, 3), st.sampled_from([1, 4, 16]), st.integers(1, 30))
 def test_the_span_of_neighbouring_queries_holds_all_their_entries(documents, cp_size, ratio, rows):
     for layout in layouts_of(documents, cp_size, 0):
-        for begin in range(0, layout.local_len, rows):
-            chunk = slice(begin, min(begin + rows, layout.local_len))
-            first, stop = layout.visible_entries(chunk, ratio)
+        for begin in range(layout.start, layout.end, rows):
+            chunk = range(begin, min(begin + rows, layout.end))
+            first, stop = layout.visible_entries(torch.tensor([*chunk]), ratio)
             span = layout.entry_span(chunk, ratio)
             assert (span.start, span.stop) == (int(first.min()), int(stop.max()))
             assert len(span) <= layout.most_entries(rows, ratio)
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_sight_names_the_keys_that_the_masks_leave(data):
-    local_len, ranks = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
-    rank = data.draw(st.integers(0, ranks - 1))
-    layout = SequenceLayout(local_len, rank, ranks)
-    if data.draw(st.booleans()):
-        starts = sorted(data.draw(st.sets(st.integers(1, ranks * local_len), max_size=3)) | {0})
-        layout = PackedLayout.of_documents(
-            torch.tensor([starts]), local_len, cp_rank=rank, cp_size=ranks
-        )
-    window, ratio = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1, 3]))
-    first = data.draw(st.sampled_from([0, layout.start - window + 1]))
-    plan = AttentionPlan(layout, first, window, ratio)
-    whole = slice(0, local_len)
-    raw_first, raw_last, entry_first, entry_stop = plan.sight(torch.device("cpu")).unbind(-1)
-
-    keys = torch.arange(layout.end - first)
-    seen = (keys >= raw_first[..., None]) & (keys <= raw_last[..., None])
-    span = plan.raw_span(whole)
-    assert torch.equal(seen[..., span], ~plan.raw_hidden(whole, torch.device("cpu")))
-    assert not seen[..., : span.start].any() and not seen[..., span.stop :].any()
-    entries = torch.tensor([*plan.entry_span(whole)], dtype=torch.long)
-    seen = (entries >= entry_first[..., None]) & (entries < entry_stop[..., None])
-    hidden = plan.entries_hidden(whole, torch.device("cpu"))
-    assert torch.equal(seen, ~hidden.expand_as(seen))
-    assert (entry_stop - entry_first).sum() == seen.sum()

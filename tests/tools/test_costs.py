@@ -23,7 +23,7 @@ def last_rank(seq_len, cp_size, batch=1):
     [("boundary", 8192, 4, 1), ("boundary", 16384, 8, 2), ("all_gather", 16384, 8, 1)],
 )
 def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, ratio):
-    weight = weigh(Case(path, ratio, seq_len, cp_size, cp_size - 1, batch))
+    weight = weigh(Case(path, ratio, seq_len, cp_size, cp_size - 1, batch, balance="off"))
     shape = last_rank(seq_len, cp_size, batch)
     peak = attention_bytes(FLASH, shape, ratio, path)
     assert peak == pytest.approx(weight.peak_bytes, rel=0.03)
@@ -36,12 +36,23 @@ def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, rat
     [("boundary", 0), ("boundary", 128), (HOST, 4)],
 )
 def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
-    weight = weigh(Case(path, ratio, 131072, 8, 4))
+    weight = weigh(Case(path, ratio, 131072, 8, 4, balance="off"))
     shape = last_rank(131072, 8)
     peak = attention_bytes(FLASH, shape, ratio, path)
     assert peak == pytest.approx(weight.peak_bytes, rel=0.03)
     received = (weight.received_forward, weight.received_backward)
     assert received_bytes(FLASH, shape, ratio, path) == received
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize(("path", "batch"), [("boundary", 2), ("all_gather", 1)])
+def test_bytes_of_balanced_queries_are_what_is_weighed_and_memory_no_more(path, batch, ratio):
+    weight = weigh(Case(path, ratio, 8192, 4, 2, batch, balance="on"))
+    shape = last_rank(8192, 4, batch)
+    received = (weight.received_forward, weight.received_backward)
+    assert received_bytes(FLASH, shape, ratio, path, balanced=True) == received
+    # Halves of several rows are copied; those of one are not.
+    assert weight.peak_bytes <= 1.06 * attention_bytes(FLASH, shape, ratio, path)
 
 
 @pytest.mark.parametrize(

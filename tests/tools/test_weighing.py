@@ -19,7 +19,8 @@ def test_the_hosts_traffic_is_what_was_measured_on_it(ratio, received):
 @pytest.mark.parametrize(("ratio", "at_most"), [(4, 330), (128, 10), (0, 2)])
 def test_boundary_receives_no_more_than_attention_needs(ratio, at_most):
     # Bytes do not go by the size of a chunk, and large chunks are weighed sooner.
-    weight = weigh(Case("boundary", ratio, **AT_128K, workspace_mib=1 << 14))
+    options = {"workspace_mib": 1 << 14, "balance": "off"}
+    weight = weigh(Case("boundary", ratio, **AT_128K, **options))
     entries = {4: 256 + 64, 128: 8, 0: 0}[ratio]
     assert entries < weight.per_token(weight.received_forward) <= at_most
     # Backward mirrors forward but for the index keys, which need no gradient.
@@ -29,7 +30,8 @@ def test_boundary_receives_no_more_than_attention_needs(ratio, at_most):
 @pytest.mark.parametrize("ratio", [0, 128])
 def test_memory_grows_by_the_entries_alone_when_length_and_ranks_double(ratio):
     small, large = (
-        weigh(Case("boundary", ratio, 4096 * size, size, size - 1)) for size in (64, 128)
+        weigh(Case("boundary", ratio, 4096 * size, size, size - 1, balance="off"))
+        for size in (64, 128)
     )
     entries = 64 * 4096 // ratio if ratio else 0
     # Each new entry is held in bfloat16 as it arrives and in order, its gradient in float32.
@@ -61,15 +63,30 @@ LIMITS = {  # ratio, ranks: launches forward and backward, GB forward and backwa
 }
 
 
+def by_triton(ratio, ranks, balance):
+    size = {"seq_len": 16384 * ranks, "cp_size": ranks, "rank": ranks - 1}
+    return weigh(Case("boundary", ratio, **size, kernels="triton", balance=balance))
+
+
+@pytest.mark.parametrize("balance", ["on", "off"])
 @pytest.mark.parametrize(("ratio", "ranks"), LIMITS)
-def test_triton_launches_few_operations_that_touch_little(ratio, ranks):
-    weight = weigh(Case("boundary", ratio, 16384 * ranks, ranks, ranks - 1, kernels="triton"))
+def test_triton_launches_few_operations_that_touch_little(ratio, ranks, balance):
+    weight = by_triton(ratio, ranks, balance)
     forward, backward, gb_forward, gb_backward = LIMITS[ratio, ranks]
     assert weight.forward.count <= forward
     assert weight.backward.count <= backward
     assert weight.forward.moved_bytes <= gb_forward * 1e9
     assert weight.backward.moved_bytes <= gb_backward * 1e9
     assert weight.peak_bytes <= 7 * GIB
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_a_query_computed_elsewhere_moves_little(ratio):
+    on, off = (weigh(Case("boundary", ratio, 16384, 2, 0, balance=b)) for b in ("on", "off"))
+    tokens = 8192 // 2
+    assert (on.received_forward - off.received_forward) / tokens <= 12 << 10
+    assert on.received_backward - off.received_backward <= tokens * (12 << 10)
+    assert on.peak_bytes <= off.peak_bytes + GIB
 
 
 def launched(run):

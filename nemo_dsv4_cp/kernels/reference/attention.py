@@ -5,7 +5,7 @@ choice (CSA); keys are values. There is no mask and no score matrix of L x S: qu
 and backward recomputes a chunk's probabilities from its log-sum-exp.
 """
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   W sliding window
+# B batch rows   L queries   N heads   D head_dim   T raw keys   W sliding window
 # P entries   K chosen entries   C queries of a chunk
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ class _ChunkKeys:
         self,
         plan: AttentionPlan,
         chunk: slice,
+        sight: torch.Tensor,
         raw_BTD: torch.Tensor,
         entries_BPD: torch.Tensor,
         chosen_BLK: torch.Tensor | None,
     ) -> None:
         device = raw_BTD.device
+        raw_first, raw_last, entry_first, entry_stop = sight[:, chunk, None].unbind(-1)
         self.span = plan.raw_span(chunk)
         self.raw = raw_BTD[:, self.span]
-        self.raw_hidden = plan.raw_hidden(chunk, device)[:, :, None]
+        rows = torch.arange(self.span.start, self.span.stop, device=device)
+        self.raw_hidden = ((rows < raw_first) | (rows > raw_last))[:, :, None]
         self.chosen = None
         if chosen_BLK is not None:
             self.chosen = chosen_BLK[:, chunk].long()
@@ -46,7 +49,8 @@ class _ChunkKeys:
             span = plan.entry_span(chunk)
             self.entry_rows = slice(span.start, span.stop)
             self.entries = entries_BPD[:, self.entry_rows]
-            self.entries_hidden = plan.entries_hidden(chunk, device)[:, :, None]
+            rows = torch.arange(span.start, span.stop, device=device)
+            self.entries_hidden = ((rows < entry_first) | (rows >= entry_stop))[:, :, None]
 
     def scores(self, q: torch.Tensor, scale: float) -> torch.Tensor:
         """Return float32 [B, C, N, raw + entries], -inf where hidden."""
@@ -118,21 +122,22 @@ class _SparseAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        sight = plan.sight(q.device)
         for chunk in _chunks(plan, q, chosen, workspace_bytes):
-            keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
+            keys = _ChunkKeys(plan, chunk, sight, raw, entries, chosen)
             scores = keys.scores(q[:, chunk], scale)
             sink_column = sinks.float().expand(*scores.shape[:3])
             lse[:, chunk] = torch.logaddexp(scores.logsumexp(dim=-1), sink_column)
             probs = scores.sub_(lse[:, chunk, :, None]).exp_()
             out[:, chunk] = keys.weighted_sum(probs).to(out.dtype)
-        ctx.save_for_backward(q, raw, entries, sinks, chosen, lse)
+        ctx.save_for_backward(q, raw, entries, sinks, chosen, lse, sight)
         ctx.plan, ctx.scale, ctx.workspace_bytes = plan, scale, workspace_bytes
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, raw, entries, sinks, chosen, lse = ctx.saved_tensors
+        q, raw, entries, sinks, chosen, lse, sight = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         scale: float = ctx.scale
         grad_q = torch.empty_like(q)
@@ -141,7 +146,7 @@ class _SparseAttention(torch.autograd.Function):
         grad_entries = torch.zeros_like(entries, dtype=torch.float32)
         grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
         for chunk in _chunks(plan, q, chosen, ctx.workspace_bytes):
-            keys = _ChunkKeys(plan, chunk, raw, entries, chosen)
+            keys = _ChunkKeys(plan, chunk, sight, raw, entries, chosen)
             q_c, grad_c, lse_c = q[:, chunk], grad_out[:, chunk], lse[:, chunk]
             probs = keys.scores(q_c, scale).sub_(lse_c[..., None]).exp_()
             grad_probs = torch.cat(keys.dot(grad_c), dim=-1).float()
@@ -163,18 +168,16 @@ class _SparseAttention(torch.autograd.Function):
 def _chunks(
     plan: AttentionPlan, q: torch.Tensor, chosen: torch.Tensor | None, workspace_bytes: int
 ) -> Iterator[slice]:
-    """Cut the local queries so that a chunk's scores fit the workspace."""
-    batch, length, heads, width = q.shape
-    seen = plan.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
+    """Cut the queries so that a chunk's scores fit the workspace."""
+    batch, _, heads, width = q.shape
+    seen = plan.queries.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
     if chosen is not None:
         # Chosen entries are copied out for each query: D numbers a key beside its N scores.
         seen = chosen.shape[-1] * (1 + width // heads)
     # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
     scores = 4 * batch * heads * (2 * plan.window + seen)
     rows = workspace_bytes // (_SCORES_ALIVE * scores)
-    rows = max(1, min(rows, plan.window))
-    for begin in range(0, length, rows):
-        yield slice(begin, min(begin + rows, length))
+    return plan.queries.chunks(max(1, min(rows, plan.window)))
 
 
 def sparse_attention(
@@ -188,11 +191,11 @@ def sparse_attention(
     scale: float,
     workspace_bytes: int,
 ) -> torch.Tensor:
-    """Attend from local queries to their window and entries.
+    """Attend from queries to their window and entries.
 
     Args:
         q_BLND: Queries, after norm and rotary.
-        raw_BTD: Raw keys (= values) that a transport fetched, ``plan.raw_first`` the first.
+        raw_BTD: Raw keys (= values) in the plan's order.
         entries_BPD: All ranks' entries in window order; P = 0 without compression.
         sinks_N: Logit per head of the sink, which takes probability and adds nothing.
         chosen_BLK: The indexer's choice, int32, -1 for none; None means every past entry.

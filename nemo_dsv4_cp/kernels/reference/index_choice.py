@@ -3,7 +3,7 @@
 Scores are computed for a few rows at a time, so memory never grows with L * P.
 """
 
-# B batch rows   L local queries   I index heads   D index width   P entries   K chosen entries
+# B batch rows   L queries   I index heads   D index width   P entries   K chosen entries
 # C queries of a chunk
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING
+from nemo_dsv4_cp.sequence.queries import Queries
 
 Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """``(q [B, C, I, D], keys [B, P, D], weights [B, C, I], first_query) -> float32 [B, C, P]``.
@@ -46,7 +46,7 @@ def choose_entries(
     weights_BLI: torch.Tensor,
     keys_BPD: torch.Tensor,
     *,
-    layout: SequenceLayout,
+    queries: Queries,
     ratio: int,
     topk: int,
     workspace_bytes: int,
@@ -59,7 +59,7 @@ def choose_entries(
         q_BLID: Index queries, after rotary.
         weights_BLI: Weight of each head, with the scale of the scores.
         keys_BPD: Index keys of all ranks' entries.
-        layout: Positions of this rank's queries.
+        queries: Which they are.
         ratio: Compress ratio of the entries.
         topk: How many entries a query may choose.
         workspace_bytes: How much the scores of one chunk of rows may take.
@@ -76,21 +76,19 @@ def choose_entries(
     if not kept:
         return chosen
     taken = max(4 * heads if score_bytes is None else score_bytes, _RANKED)
-    rows = length
+    layout, rows = queries.layout, length
     while rows > 1 and rows * batch * taken * layout.most_entries(rows, ratio) > workspace_bytes:
         rows = (rows + 1) // 2
-    for begin in range(0, length, rows):
-        chunk = slice(begin, min(begin + rows, length))
-        span = layout.entry_span(chunk, ratio)
+    bounds = layout.visible_entries(queries.positions(q_BLID.device), ratio)
+    for chunk in queries.chunks(max(rows, 1)):
+        span = queries.entry_span(chunk, ratio)
         if not len(span):
             continue
         keys = keys_BPD[:, span.start : span.stop]
-        first_query = layout.start + begin - span.start * ratio
+        (places,) = queries.spans(chunk)
+        first_query = places.start - span.start * ratio
         scores_BCP = score(q_BLID[:, chunk], keys, weights_BLI[:, chunk], first_query)
-        first, stop = (
-            bound[..., None] - span.start
-            for bound in layout.visible_entries(chunk, ratio, scores_BCP.device)
-        )
+        first, stop = (bound[:, chunk, None] - span.start for bound in bounds)
         best = _best(scores_BCP, first, stop, min(kept, len(span)))
         unseen = (best < first) | (best >= stop)
         best = (best + span.start).masked_fill(unseen, NOTHING)

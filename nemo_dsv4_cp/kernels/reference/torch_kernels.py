@@ -1,6 +1,6 @@
 """The torch path as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`."""
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
 # I index heads   F index width   r rotary dims
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
 from nemo_dsv4_cp.kernels.reference.index_choice import choose_entries
 from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 
 
 class TorchKernels:
@@ -37,7 +37,7 @@ class TorchKernels:
         keys_BPF: torch.Tensor,
         rope: Rope,
         *,
-        layout: SequenceLayout,
+        queries: Queries,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
@@ -46,7 +46,7 @@ class TorchKernels:
             rotate_(q_BLIF, *rope, workspace_bytes=self.workspace_bytes),
             weights_BLI,
             keys_BPF,
-            layout=layout,
+            queries=queries,
             ratio=ratio,
             topk=topk,
             workspace_bytes=self.workspace_bytes,

@@ -5,7 +5,7 @@ back: three launches. Backward goes through chunks of queries whose probabilitie
 four launches each, or five: few, and each large.
 """
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
 # r rotary dims   C queries of a chunk   G groups of heads
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def attend_backward_op(
     grad_x = torch.empty_like(x)  # holds the queries of a chunk until their gradient is known
     grad_raw = torch.zeros_like(raw, dtype=torch.float32)
     grad_entries = torch.zeros_like(entries, dtype=torch.float32)
-    delta = torch.empty_like(lse)
+    delta, of_sinks = torch.empty_like(lse), torch.empty_like(lse)
     n_chosen = 0 if chosen is None else chosen.shape[-1]
     block_d, rotary, slots = padded(width), cos.shape[-1], raw_slots(window)
     for chunk in chunks_of(chunks):
@@ -128,8 +128,9 @@ def attend_backward_op(
         entry_slots = chunk.entry_slots(None if chosen is None else n_chosen)
         do = x.new_empty(batch, rows, heads, width)
         ready_kernel[rows, triton.cdiv(heads, HEADS), batch](
-            x, out, grad, cos, sin, grad_x, do, delta, chunk.begin, rows, length, heads,
-            heads // grad.shape[2], *grad.stride()[:3], eps, width, rotary, block_d, HEADS,
+            x, out, grad, cos, sin, grad_x, do, delta, sinks, lse, of_sinks,
+            chunk.begin, rows, length, heads, heads // grad.shape[2], *grad.stride()[:3],
+            eps, width, rotary, block_d, HEADS,
         )  # fmt: skip
         of_raw = x.new_empty(2, batch, rows, heads, slots)  # p and ds
         of_entries = x.new_empty(2, batch, rows, heads, entry_slots)
@@ -166,12 +167,11 @@ def attend_backward_op(
             CHOSEN=chosen is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     norm_rotate_backward_(grad_x, x, cos, sin, eps)
-    grad_sinks = -((sinks.float() - lse).exp_() * delta).sum(dim=(0, 1))
     return (
         grad_x,
         grad_raw.to(raw.dtype, copy=False),
         grad_entries.to(entries.dtype, copy=False),
-        grad_sinks.to(sinks.dtype),
+        of_sinks.sum(dim=(0, 1)).to(sinks.dtype),
     )
 
 
@@ -223,11 +223,12 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, raw, entries, sinks, chosen, cos, sin, sight, *options = inputs
+    ctx.set_materialize_grads(False)  # log Z takes none
     ctx.save_for_backward(x, raw, entries, sinks, chosen, cos, sin, sight, *output)
     ctx.options = options[:-1]  # the gradient shows the groups
 
 
-def _backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     in_order = torch.are_deterministic_algorithms_enabled()
     grads = attend_backward_op(grad, *ctx.saved_tensors, *ctx.options, in_order)
     return (*grads, *[None] * 9)
@@ -259,7 +260,7 @@ def attend(
 
     Args:
         q_BLND: Queries as projected.
-        raw_BTD: Raw keys, ``plan.raw_first`` the first.
+        raw_BTD: Raw keys in the plan's order.
         entries_BPD: Entries.
         sinks_N: Logit per head of the sink.
         chosen_BLK: Chosen entries, ``NOTHING`` in unused slots, which come last; None for all.

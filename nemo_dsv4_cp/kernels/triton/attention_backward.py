@@ -4,6 +4,7 @@ With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:
 
     delta = do . o,   ds_j = scale p_j (do . k_j - delta)
     dq = sum_j ds_j k_j,   dk_j = sum over queries and heads of ds_j q + p_j do
+    dsink = - sum over queries of exp(sink) / Z delta
 
 It must equal ``kernels/reference/attention.py``. Five kernels: ``ready`` makes q and do of the
 chunk, q in the memory of dq; ``scores`` recomputes p and ds and stores both in the keys' dtype;
@@ -39,6 +40,9 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     q,
     do,
     delta,
+    sinks,
+    lse,
+    of_sinks,
     begin,
     n_chunk,
     n_queries,
@@ -53,7 +57,7 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta.
+    """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta, each dsink.
 
     Heads of ``grad`` lie together in groups, and those as the output projection left them.
     """
@@ -76,7 +80,12 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     g = tl.load(grad + of_grad, mask=inside, other=0.0).to(tl.float32)
     o = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
     # Both are rotated back; a rotation changes no product.
-    tl.store(delta + token * n_heads + head, tl.sum(g * o, 1, keep_dims=True), mask=head < n_heads)
+    of_head, here = token * n_heads + head, head < n_heads
+    d = tl.sum(g * o, 1, keep_dims=True)
+    tl.store(delta + of_head, d, mask=here)
+    sink = tl.load(sinks + head, mask=here, other=0.0).to(tl.float32)
+    sunk = tl.exp2((sink - tl.load(lse + of_head, mask=here, other=0.0)) * LOG2E)
+    tl.store(of_sinks + of_head, -sunk * d, mask=here)
     tl.store(do + to, turn(g, c, s, ROWS, BLOCK_D // 2).to(do.dtype.element_ty), mask=inside)
 
 

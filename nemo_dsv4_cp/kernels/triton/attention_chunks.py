@@ -1,4 +1,4 @@
-"""How backward of attention cuts the local queries: into chunks whose stored numbers fit.
+"""How backward of attention cuts the queries: into chunks whose stored numbers fit.
 
 Stored are, of each query and head of a chunk, the turned output gradient, and p and ds of its keys
 in whole blocks of ``tiles.ALIGNED``. Chunks are plain integers: an operation takes them.
@@ -61,7 +61,7 @@ def backward_chunks(
     in_order: bool,
     workspace_bytes: int,
 ) -> list[int]:
-    """Cut the local queries so that what backward stores of a chunk fits the workspace.
+    """Cut the queries so that what backward stores of a chunk fits the workspace.
 
     Args:
         plan: Which keys each query sees.
@@ -77,15 +77,13 @@ def backward_chunks(
         Six numbers a chunk, the fields of :class:`Chunk`.
     """
     chunks: list[int] = []
-    length, begin = plan.layout.local_len, 0
+    length, begin = len(plan.queries), 0
     while begin < length:
         rows = length - begin
         while True:
             queries = slice(begin, begin + rows)
             raw, entries = plan.raw_span(queries), plan.entry_span(queries)
-            chunk = Chunk(
-                begin, begin + rows, max(raw.start, 0), raw.stop, entries.start, entries.stop
-            )
+            chunk = Chunk(begin, begin + rows, raw.start, raw.stop, entries.start, entries.stop)
             per_query = batch * bytes_per_query(
                 heads, width, plan.window, chunk.entry_slots(n_chosen), n_chosen or 0, itemsize,
                 in_order,

@@ -120,10 +120,10 @@ def backward_cost(
             read += 2 * queries
         read += of_entries + 4 * entry_rows
         written += 4 * entry_rows
-    # The norm's backward in place, and the sinks' gradient: a few passes over log Z.
-    launches, read, written = launches + 1 + 6, read + _bytes(x, x), written + _bytes(x)
-    read, written = read + 5 * _bytes(lse), written + 3 * _bytes(lse)
-    return Cost(launches, read, written, scratch_bytes=most + sums * rounded + _bytes(lse))
+    # The norm's backward in place, and the sum of the sinks' gradients, one a log Z.
+    launches += 2 + (sinks.element_size() != 4)
+    read, written = read + _bytes(x, x) + 2 * _bytes(lse), written + _bytes(x) + 2 * _bytes(lse)
+    return Cost(launches, read, written, scratch_bytes=most + sums * rounded + 2 * _bytes(lse))
 
 
 def _stored(

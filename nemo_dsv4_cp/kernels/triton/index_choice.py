@@ -1,6 +1,6 @@
 """The index choice as one operation: rotary, then scores and the best of them by chunks of rows."""
 
-# B batch rows   L local queries   I index heads   F index width   P entries   K chosen entries
+# B batch rows   L queries   I index heads   F index width   P entries   K chosen entries
 # r rotary dims
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from nemo_dsv4_cp.kernels.costs import Cost, tell
 from nemo_dsv4_cp.kernels.triton.index_scores import GROUP, score_into
 from nemo_dsv4_cp.kernels.triton.norm_rotate import rotate_
 from nemo_dsv4_cp.kernels.triton.top_k import choose_into
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING
+from nemo_dsv4_cp.sequence.queries import Queries
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,18 @@ def _bytes_per_query(chunk: Chunk) -> int:
     return 4 * (chunk.scores + chunk.scores // GROUP)
 
 
-def score_chunks(
-    layout: SequenceLayout, ratio: int, *, batch: int, workspace_bytes: int
-) -> list[int]:
-    """Cut the local queries so that the scores of a chunk fit the workspace, one query the least.
+def score_chunks(queries: Queries, ratio: int, *, batch: int, workspace_bytes: int) -> list[int]:
+    """Cut the queries so that the scores of a chunk fit the workspace, one query the least.
 
     Returns:
         Four numbers a chunk, the fields of :class:`Chunk`; queries that see nothing are in none.
     """
     chunks: list[int] = []
-    length, begin = layout.local_len, 0
+    length, begin = len(queries), 0
     while begin < length:
         rows = length - begin
         while True:
-            span = layout.entry_span(slice(begin, begin + rows), ratio)
+            span = queries.entry_span(slice(begin, begin + rows), ratio)
             chunk = Chunk(begin, begin + rows, span.start, span.stop)
             fitting = max(1, workspace_bytes // max(1, batch * _bytes_per_query(chunk)))
             if rows <= fitting:
@@ -172,7 +170,7 @@ def choose_entries(
     keys_BPF: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor],
     *,
-    layout: SequenceLayout,
+    queries: Queries,
     ratio: int,
     topk: int,
     workspace_bytes: int,
@@ -184,7 +182,7 @@ def choose_entries(
         weights_BLI: Weight of each head, with the scale of the scores.
         keys_BPF: Index keys of all ranks' entries.
         rope: Cos and sin.
-        layout: Positions of this rank's queries.
+        queries: Which they are.
         ratio: Compress ratio of the entries.
         topk: How many entries a query may choose.
         workspace_bytes: How much the scores of a chunk of rows may take.
@@ -192,7 +190,7 @@ def choose_entries(
     Returns:
         Int32 [B, L, min(topk, P)] in order of place, ``NOTHING`` in unused slots.
     """
-    bounds = layout.visible_entries(slice(0, layout.local_len), ratio, q_BLIF.device)
+    bounds = queries.layout.visible_entries(queries.positions(q_BLIF.device), ratio)
     cos, sin = (part.expand(q_BLIF.shape[0], -1, -1).contiguous() for part in rope)
     chosen: torch.Tensor = choose_entries_op(
         q_BLIF.contiguous(),
@@ -202,6 +200,6 @@ def choose_entries(
         sin,
         torch.stack(bounds, dim=-1).to(torch.int32),
         topk,
-        score_chunks(layout, ratio, batch=q_BLIF.shape[0], workspace_bytes=workspace_bytes),
+        score_chunks(queries, ratio, batch=q_BLIF.shape[0], workspace_bytes=workspace_bytes),
     )
     return chosen

@@ -1,6 +1,6 @@
 """The Triton kernels as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`."""
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
 # I index heads   F index width
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from nemo_dsv4_cp.kernels.triton.attention import attend
 from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
 from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
 from nemo_dsv4_cp.kernels.triton.rotary import rotate
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class TritonKernels:
         keys_BPF: torch.Tensor,
         rope: Rope,
         *,
-        layout: SequenceLayout,
+        queries: Queries,
         ratio: int,
         topk: int,
     ) -> torch.Tensor:
@@ -68,11 +68,11 @@ class TritonKernels:
         if padded(heads) * padded(width) > INDEX_TILE:
             _say_torch_chooses(heads, width)
             return self._torch.choose_entries(
-                q_BLIF, weights_BLI, keys_BPF, rope, layout=layout, ratio=ratio, topk=topk
+                q_BLIF, weights_BLI, keys_BPF, rope, queries=queries, ratio=ratio, topk=topk
             )
         return choose_entries(
             q_BLIF, weights_BLI, keys_BPF, rope,
-            layout=layout, ratio=ratio, topk=topk, workspace_bytes=self.workspace_bytes,
+            queries=queries, ratio=ratio, topk=topk, workspace_bytes=self.workspace_bytes,
         )  # fmt: skip
 
     def attend(

@@ -8,7 +8,7 @@ from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.attention import attend
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 from tests.examples import MANY
-from tests.kernels.choices import layouts
+from tests.kernels.choices import queries_of
 from tests.kernels.triton.device import DEVICE
 
 WORKSPACES = [1, 60_000, 1 << 20]
@@ -21,22 +21,22 @@ def random(generator, *shape):
 @st.composite
 def cases(draw):
     batch = draw(st.integers(1, 3))
-    layout = layouts(draw, batch)
+    queries = queries_of(draw, batch)
+    layout, length = queries.layout, len(queries)
     ratio = draw(st.sampled_from([0, 1, 2, 4]))
     window = draw(st.integers(1, 20))
-    first = draw(st.sampled_from([0, max(0, layout.start - window + 1)]))
-    plan = AttentionPlan(layout, first, window, ratio)
+    plan = AttentionPlan(queries, window, ratio)
     heads, width = draw(st.integers(1, 20)), draw(st.sampled_from([16, 24, 64]))
     rotary = draw(st.sampled_from([2, 8, width]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     entries = -(-layout.seq_len // ratio) if ratio else 0
     chosen = None
     if ratio and draw(st.booleans()):
-        chosen = choice(draw, layout, ratio, batch, entries, generator)
-    angles = random(generator, batch, layout.local_len, rotary // 2).repeat(1, 1, 2)
+        chosen = choice(draw, queries, ratio, batch, entries, generator)
+    angles = random(generator, batch, length, rotary // 2).repeat(1, 1, 2)
     tensors = [
-        random(generator, batch, layout.local_len, heads, width),
-        random(generator, batch, layout.end - first, width),
+        random(generator, batch, length, heads, width),
+        random(generator, batch, length + len(queries.runs) * (window - 1), width),
         random(generator, batch, entries, width),
         random(generator, heads),
     ]
@@ -45,12 +45,11 @@ def cases(draw):
     return tensors, chosen, (angles.cos(), angles.sin()), options, draw(st.sampled_from(WORKSPACES))
 
 
-def choice(draw, layout, ratio, batch, entries, generator):
+def choice(draw, queries, ratio, batch, entries, generator):
     """Draw some of the entries that each query may see, the unused slots last."""
     kept = draw(st.integers(0, entries))
-    whole = slice(0, layout.local_len)
-    first, stop = layout.visible_entries(whole, ratio)
-    scores = torch.rand(batch, layout.local_len, entries, generator=generator)
+    first, stop = queries.layout.visible_entries(queries.positions(), ratio)
+    scores = torch.rand(batch, len(queries), entries, generator=generator)
     place = torch.arange(entries)
     scores = scores.masked_fill((place < first[..., None]) | (place >= stop[..., None]), -1)
     best = scores.topk(kept, dim=-1)

@@ -8,6 +8,7 @@ from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries, score_chunks
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING
+from nemo_dsv4_cp.sequence.queries import Queries
 from tests.kernels.choices import choices
 from tests.kernels.triton.device import DEVICE
 
@@ -44,7 +45,7 @@ def row(entries, *, topk, scores):
     keys = torch.zeros(1, entries, 16)
     keys[0, :, 0] = scores
     rope = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
-    options = {"layout": layout, "ratio": 1, "topk": topk, "workspace_bytes": 1 << 20}
+    options = {"queries": Queries.own(layout), "ratio": 1, "topk": topk, "workspace_bytes": 1 << 20}
     return chosen_by(choose_entries, [q, torch.ones(1, 2, 1), keys], rope, **options)[
         0, -1
     ].tolist()
@@ -68,9 +69,10 @@ def test_of_equal_scores_the_earlier_entries_are_chosen():
 
 
 def test_chunks_fit_the_workspace_and_leave_out_queries_that_see_nothing():
-    layout = SequenceLayout(64, 0, 2)
-    chunks = score_chunks(layout, 4, batch=2, workspace_bytes=4096)
+    queries = Queries.own(SequenceLayout(64, 0, 2))
+    chunks = score_chunks(queries, 4, batch=2, workspace_bytes=4096)
     begins, ends = chunks[0::4], chunks[1::4]
     assert ends[-1] == 64 and all(a == b for a, b in zip(ends, begins[1:], strict=False))
     assert len(begins) > 1
-    assert score_chunks(SequenceLayout(3, 0, 2), 4, batch=1, workspace_bytes=4096) == []
+    none = Queries.own(SequenceLayout(3, 0, 2))
+    assert score_chunks(none, 4, batch=1, workspace_bytes=4096) == []

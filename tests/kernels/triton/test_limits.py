@@ -9,11 +9,12 @@ from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 from tests.kernels.triton.device import DEVICE, INTERPRETED
 
 KERNELS = TritonKernels(workspace_bytes=1 << 20)
 REFERENCE = TorchKernels(workspace_bytes=1 << 20)
-LAYOUT = SequenceLayout(4)
+QUERIES = Queries.own(SequenceLayout(4))
 
 
 def rope():
@@ -25,8 +26,8 @@ def random(*shape):
 
 
 def test_attention_of_head_dims_beyond_512(caplog):
-    tensors = [random(1, 4, 1, 528), random(1, 4, 528), random(1, 0, 528), random(1)]
-    options = {"plan": AttentionPlan(LAYOUT, 0, 2, 0), "scale": 0.1, "eps": 1e-6, "groups": 1}
+    tensors = [random(1, 4, 1, 528), random(1, 5, 528), random(1, 0, 528), random(1)]
+    options = {"plan": AttentionPlan(QUERIES, 2, 0), "scale": 0.1, "eps": 1e-6, "groups": 1}
     with caplog.at_level(logging.INFO):
         outs = [KERNELS.attend(*tensors, None, rope(), **options) for _ in range(2)]
     assert torch.equal(outs[0], REFERENCE.attend(*tensors, None, rope(), **options))
@@ -36,7 +37,7 @@ def test_attention_of_head_dims_beyond_512(caplog):
 
 def test_an_index_choice_of_more_numbers_than_fit(caplog):
     q, weights, keys = random(1, 4, 65, 128), random(1, 4, 65), random(1, 2, 128)
-    options = {"layout": LAYOUT, "ratio": 2, "topk": 1}
+    options = {"queries": QUERIES, "ratio": 2, "topk": 1}
     with caplog.at_level(logging.INFO):
         mine, _ = (KERNELS.choose_entries(q.clone(), weights, keys, rope(), **options),) * 2
     assert torch.equal(mine, REFERENCE.choose_entries(q.clone(), weights, keys, rope(), **options))
@@ -50,5 +51,5 @@ def test_bfloat16_is_not_interpreted():
     with pytest.raises(ValueError, match="torch_dtype: float32"):
         KERNELS.attend(
             q, q[:, :, 0], q[:, :0, 0], q[0, 0, 0, :1], None, rope(),
-            plan=AttentionPlan(LAYOUT, 0, 2, 0), scale=1.0, eps=1e-6, groups=1,
+            plan=AttentionPlan(QUERIES, 2, 0), scale=1.0, eps=1e-6, groups=1,
         )  # fmt: skip

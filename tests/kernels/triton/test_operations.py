@@ -19,6 +19,7 @@ from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
 from nemo_dsv4_cp.kernels.triton.rotary import rotate
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 from tests.examples import MANY
 from tests.kernels.triton.device import DEVICE, INTERPRETED
 
@@ -28,22 +29,27 @@ OPERATIONS = {"dsv4_cp::rotate", "dsv4_cp::choose_entries", "dsv4_cp::attend"}
 
 def layer(q, keys, entries):
     """Rotate keys, choose entries and attend: all operations, with gradients."""
-    layout = SequenceLayout(LENGTH)
+    queries = Queries.own(SequenceLayout(LENGTH))
     rope = (q.new_ones(1, LENGTH, 4), q.new_zeros(1, LENGTH, 4))
+    of_keys = (q.new_ones(1, keys.shape[1], 4), q.new_zeros(1, keys.shape[1], 4))
     with torch.no_grad():
         chosen = choose_entries(
             q.clone(), q.new_ones(1, LENGTH, HEADS), entries, rope,
-            layout=layout, ratio=RATIO, topk=TOPK, workspace_bytes=1 << 20,
+            queries=queries, ratio=RATIO, topk=TOPK, workspace_bytes=1 << 20,
         )  # fmt: skip
     return attend(
-        q, rotate(keys, rope), entries, q.new_zeros(HEADS), chosen, rope,
-        plan=AttentionPlan(layout, 0, WINDOW, RATIO), scale=0.25, eps=1e-6, groups=2,
+        q, rotate(keys, of_keys), entries, q.new_zeros(HEADS), chosen, rope,
+        plan=AttentionPlan(queries, WINDOW, RATIO), scale=0.25, eps=1e-6, groups=2,
         workspace_bytes=1 << 20,
     )  # fmt: skip
 
 
 def inputs():
-    shapes = [(1, LENGTH, HEADS, WIDTH), (1, LENGTH, WIDTH), (1, LENGTH // RATIO, WIDTH)]
+    shapes = [
+        (1, LENGTH, HEADS, WIDTH),
+        (1, LENGTH + WINDOW - 1, WIDTH),
+        (1, LENGTH // RATIO, WIDTH),
+    ]
     return [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
 
 
@@ -139,13 +145,13 @@ def errors(run, exact, given):
 def test_half_precision_errs_no_more_than_the_torch_path(dtype, width, bfloat16_products):
     generator = torch.Generator().manual_seed(0)
     length, ratio = 12, 4
-    layout = SequenceLayout(length, 1, 2)
-    shapes = [(1, length, 3, width), (1, 2 * length, width), (1, 6, width), (3,)]
+    queries = Queries.own(SequenceLayout(length, 1, 2))
+    shapes = [(1, length, 3, width), (1, length + 4, width), (1, 6, width), (3,)]
     given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     angles = torch.randn(1, length, 8, generator=generator).repeat(1, 1, 2)
     chosen = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, length, -1)
     options = {
-        "plan": AttentionPlan(layout, 0, 5, ratio), "scale": width**-0.5, "eps": 1e-6, "groups": 3
+        "plan": AttentionPlan(queries, 5, ratio), "scale": width**-0.5, "eps": 1e-6, "groups": 3
     }  # fmt: skip
 
     def by(attend_, dtype, **more):

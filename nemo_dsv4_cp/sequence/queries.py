@@ -1,0 +1,79 @@
+"""The queries that a rank computes: runs of neighbouring positions, its own shard's or others'."""
+
+# B batch rows   C queries
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+
+Runs = tuple[range, ...]
+"""Positions of tokens, run after run, as rows of a tensor hold them."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries in the order of their rows.
+
+    Attributes:
+        layout: What tells documents and entries apart; whose shard it is of does not matter.
+        runs: Their positions, ascending.
+    """
+
+    layout: SequenceLayout
+    runs: Runs
+
+    @classmethod
+    def own(cls, layout: SequenceLayout) -> Queries:
+        """Return those of the layout's own shard."""
+        return cls(layout, (layout.own,))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs))
+
+    def positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return their positions, int64 [C]."""
+        return concatenated(self.runs, device)
+
+    def run_at(self, row: int) -> int:
+        """Return which run holds a row."""
+        end = 0
+        for place, run in enumerate(self.runs):
+            end += len(run)
+            if row < end:
+                return place
+        raise IndexError(f"row {row} of {end} queries")
+
+    def chunks(self, rows: int) -> Iterator[slice]:
+        """Cut them into at most ``rows`` neighbours each, never across the end of a run."""
+        end = 0
+        for run in self.runs:
+            begin, end = end, end + len(run)
+            for first in range(begin, end, rows):
+                yield slice(first, min(first + rows, end))
+
+    def spans(self, rows: slice) -> Iterator[range]:
+        """Yield the positions of ``rows``, one range for each run that they touch."""
+        begin = 0
+        for run in self.runs:
+            span = run[max(rows.start - begin, 0) : max(rows.stop - begin, 0)]
+            if span:
+                yield span
+            begin += len(run)
+
+    def entry_span(self, rows: slice, ratio: int) -> range:
+        """Return which entries the queries in ``rows`` see between them."""
+        spans = [self.layout.entry_span(span, ratio) for span in self.spans(rows)]
+        return range(spans[0].start, spans[-1].stop) if spans else range(0)
+
+
+def concatenated(runs: Runs, device: torch.device | None = None) -> torch.Tensor:
+    """Return the numbers of ranges one after another, int64."""
+    every = [torch.arange(run.start, run.stop, device=device) for run in runs]
+    if len(every) == 1:
+        return every[0]
+    return torch.cat(every) if every else torch.arange(0, device=device)

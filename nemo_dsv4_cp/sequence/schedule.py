@@ -1,0 +1,260 @@
+"""Which rank computes which queries of a compressing layer.
+
+Contiguous shards make the last rank compute the most: a query sees the entries of all tokens before
+it. Tokens stay with their shard; queries move, inside the layer, so that every rank computes as
+many of them as it owns and all see about as many entries.
+
+Rows of one document: rank k of R computes the first half of its own shard and the second half of
+rank R - 1 - k's. Entries grow with the position, so every rank sees (2k) + (2R - 1 - 2k) halves'.
+Packed rows: blocks of queries change places between the rank that sees the most and the one that
+sees the least, until all are near the mean.
+
+Pure arithmetic on what every rank knows, so all ranks come to the same schedule without a word.
+"""
+
+# S global tokens   L local tokens   R CP ranks
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, once_a_layout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.queries import Runs
+
+BLOCKS = 32
+"""Blocks that a packed shard's queries move in: of 16,384 tokens 512 each. More balance better, and
+each brings W - 1 raw keys of its own."""
+
+COMPUTED_A_SECOND = 400e12
+"""Floating-point operations that a GPU makes of these products in a second: half of an H100's."""
+
+MOVED_A_SECOND = 40e9
+"""Bytes that a rank receives in a second from another node: of a 400 Gb/s link, what NCCL gets."""
+
+EXCHANGE_SECONDS = 200e-6
+"""What two more exchanges take whatever they move: some forty launches each way."""
+
+
+class _Sizes(Protocol):
+    """The fields of a ``DeepseekV4Config`` that a query's cost depends on."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def qk_rope_head_dim(self) -> int: ...
+    @property
+    def q_lora_rank(self) -> int: ...
+    @property
+    def index_n_heads(self) -> int: ...
+    @property
+    def index_head_dim(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class QueryCost:
+    """What a layer's queries cost, forward and backward.
+
+    Attributes:
+        flops_per_entry: Floating-point operations a query and visible entry.
+        sent_forward: Bytes that cross in forward for a query computed elsewhere, activations in
+            bfloat16: low-rank query, raw key, angles and index weights there, the layer's output
+            back.
+        sent_backward: Bytes of their gradients.
+    """
+
+    flops_per_entry: int
+    sent_forward: int
+    sent_backward: int
+
+    @classmethod
+    def of(cls, sizes: _Sizes, ratio: int) -> QueryCost:
+        """Return the cost in a layer of a model.
+
+        At ratio 4 it is the indexer's scores that grow with the visible entries, in forward alone;
+        else the two products of attention, and five in backward.
+        """
+        differentiable = 2 * (sizes.q_lora_rank + sizes.head_dim + sizes.hidden_size)
+        forward = differentiable + 2 * 2 * sizes.qk_rope_head_dim
+        if ratio == OVERLAP_RATIO:
+            scores = 2 * sizes.index_n_heads * sizes.index_head_dim
+            return cls(scores, forward + 4 * sizes.index_n_heads, differentiable)
+        product = 2 * sizes.num_attention_heads * sizes.head_dim
+        return cls((2 + 5) * product, forward, differentiable)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Which queries each rank computes, all as many.
+
+    Attributes:
+        kept: Of each rank, those of its own shard, ascending runs.
+        taken: Of each rank, those of other ranks' shards.
+    """
+
+    kept: tuple[Runs, ...]
+    taken: tuple[Runs, ...]
+
+    @property
+    def moves(self) -> bool:
+        """Whether any query is computed elsewhere."""
+        return any(self.taken)
+
+
+@once_a_layout
+def contiguous(layout: SequenceLayout) -> Schedule:
+    """Let every rank compute the queries of its own shard."""
+    ranks = range(layout.cp_size)
+    return Schedule(tuple((layout.shard(rank),) for rank in ranks), ((),) * layout.cp_size)
+
+
+@once_a_layout
+def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
+    """Let every rank's queries see about as many entries.
+
+    Args:
+        layout: Positions; any rank's.
+        ratio: Compress ratio of the layer.
+    """
+    if isinstance(layout, PackedLayout):
+        return _by_blocks(layout, ratio)
+    halves, last = [], layout.cp_size - 1
+    for rank in range(layout.cp_size):
+        shard = layout.shard(rank)
+        middle = shard.start + (len(shard) + 1) // 2
+        halves.append((range(shard.start, middle), range(middle, shard.stop)))
+    return Schedule(
+        tuple((first,) for first, _ in halves),
+        tuple((halves[last - rank][1],) for rank in range(layout.cp_size)),
+    )
+
+
+@once_a_layout
+def schedule_of(layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost) -> Schedule:
+    """Return the schedule that an option asks for.
+
+    Args:
+        layout: Positions.
+        ratio: Compress ratio of the layer.
+        balance: ``"on"``, ``"off"``, or ``"auto"`` for whichever ends sooner: the time that the
+            busiest rank is spared against what its exchanges take, as if they hid behind nothing.
+        cost: What the layer's queries cost.
+    """
+    stay = contiguous(layout)
+    # A shard of one token has no half to give.
+    if balance == "off" or layout.cp_size == 1 or layout.local_len < 2:
+        return stay
+    move = balanced(layout, ratio)
+    if balance == "on":
+        return move
+    spared = max(entries_seen(layout, stay, ratio)) - max(entries_seen(layout, move, ratio))
+    rows = len(layout.bounds) if isinstance(layout, PackedLayout) else 1
+    moved = max(sum(map(len, runs)) for runs in move.taken) * rows
+    sent = moved * (cost.sent_forward + cost.sent_backward)
+    costs = sent / MOVED_A_SECOND + EXCHANGE_SECONDS
+    return move if spared * cost.flops_per_entry / COMPUTED_A_SECOND > costs else stay
+
+
+def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list[int]:
+    """Return how many entries each rank's queries see, query by query."""
+    return [
+        sum(layout.entries_seen(run, ratio) for run in (*kept, *taken))
+        for kept, taken in zip(schedule.kept, schedule.taken, strict=True)
+    ]
+
+
+def _by_blocks(layout: PackedLayout, ratio: int) -> Schedule:
+    """Exchange blocks of equal length between ranks that see much and ranks that see little."""
+    ranks, length = range(layout.cp_size), layout.local_len
+    block = max(length // BLOCKS, 1)
+    own = [
+        [
+            range(begin, begin + block)
+            for begin in range(layout.shard(rank).start, layout.shard(rank).stop - block + 1, block)
+        ]
+        for rank in ranks
+    ]
+    # What does not fill a block stays.
+    rests = [range(own[rank][-1].stop, layout.shard(rank).stop) for rank in ranks]
+    holds = _spread(
+        [[(layout.entries_seen(run, ratio), run.start) for run in own[rank]] for rank in ranks],
+        [layout.entries_seen(rest, ratio) for rest in rests],
+    )
+    kept, taken = [], []
+    for rank in ranks:
+        shard = layout.shard(rank)
+        mine = [range(begin, begin + block) for begin in sorted(holds[rank])]
+        kept.append(_joined([*(run for run in mine if run.start in shard), rests[rank]]))
+        taken.append(_joined([run for run in mine if run.start not in shard]))
+    return Schedule(tuple(kept), tuple(taken))
+
+
+def _spread(blocks: Sequence[list[tuple[int, int]]], fixed: Sequence[int]) -> list[list[int]]:
+    """Exchange blocks (cost, name), one for one, until no rank is far from the mean.
+
+    Args:
+        blocks: Of each rank, as many each.
+        fixed: What each rank computes besides.
+
+    Returns:
+        The names of each rank's blocks.
+    """
+    holds = [sorted(of_rank) for of_rank in blocks]
+    loads = [
+        sum(cost for cost, _ in of_rank) + rest for of_rank, rest in zip(holds, fixed, strict=True)
+    ]
+    mean = sum(loads) / len(loads)
+    order = sorted((load, rank) for rank, load in enumerate(loads))
+    for _ in range(2 * len(loads)):
+        (least, light), (most, heavy) = order[0], order[-1]
+        wanted = min(most - mean, mean - least)
+        given = _exchange(holds[heavy], holds[light], wanted)
+        if not given:
+            break
+        order = [each for each in order if each[1] not in (light, heavy)]
+        insort(order, (least + given, light))
+        insort(order, (most - given, heavy))
+    return [[name for _, name in of_rank] for of_rank in holds]
+
+
+def _exchange(heavy: list[tuple[int, int]], light: list[tuple[int, int]], wanted: float) -> int:
+    """Give a rank's dearest blocks for another's cheapest, as many as ``wanted`` asks for.
+
+    Both lists are sorted, are changed in place and stay sorted.
+
+    Returns:
+        By how much the one's cost fell and the other's rose.
+    """
+    given, dear, cheap = 0, len(heavy) - 1, 0
+    exchanged: list[tuple[int, int]] = []
+    while dear >= 0 and cheap < len(light):
+        gain = heavy[dear][0] - light[cheap][0]
+        if gain <= 0:
+            break
+        if given + gain <= wanted or (not given and gain < 2 * wanted):
+            exchanged.append((dear, cheap))
+            given, cheap = given + gain, cheap + 1
+        dear -= 1
+    for dear, cheap in exchanged:
+        heavy[dear], light[cheap] = light[cheap], heavy[dear]
+    heavy.sort()
+    light.sort()
+    return given
+
+
+def _joined(runs: Sequence[range]) -> Runs:
+    """Return ascending runs with those that touch made one."""
+    joined: list[range] = []
+    for run in runs:
+        if joined and joined[-1].stop == run.start:
+            joined[-1] = range(joined[-1].start, run.stop)
+        elif run:
+            joined.append(run)
+    return tuple(joined)

@@ -1,0 +1,105 @@
+"""Which rank computes which queries: every query once, equal rows, and balanced work."""
+
+import random
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.schedule import (
+    QueryCost,
+    balanced,
+    contiguous,
+    entries_seen,
+    schedule_of,
+)
+from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
+from tests.kernels.choices import layouts
+
+FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
+
+
+def packed(starts, local_len, cp_size):
+    return PackedLayout.of_documents(torch.tensor(starts), local_len, cp_rank=0, cp_size=cp_size)
+
+
+def largest_over_mean(layout, schedule, ratio):
+    seen = entries_seen(layout, schedule, ratio)
+    return max(seen) * len(seen) / sum(seen)
+
+
+@given(st.data())
+def test_every_query_is_computed_once_and_every_rank_computes_as_many(data):
+    layout = layouts(data.draw, data.draw(st.integers(1, 3)))
+    ratio = data.draw(st.sampled_from([1, 4]))
+    schedule = balanced(layout, ratio)
+    computed = []
+    for rank in range(layout.cp_size):
+        kept, taken = schedule.kept[rank], schedule.taken[rank]
+        assert all(run and run.start in layout.shard(rank) for run in kept if run)
+        rows = [token for run in (*kept, *taken) for token in run]
+        assert len(rows) == layout.local_len
+        computed += rows
+        for runs in (kept, taken):
+            assert all(
+                a.stop <= b.start for a, b in pairwise(runs)
+            )  # kernels search ascending rows
+    assert sorted(computed) == list(range(layout.seq_len))
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("cp_size", [8, 64, 5])
+def test_halves_balance_rows_of_one_document(ratio, cp_size):
+    layout = SequenceLayout(16384, 0, cp_size)
+    assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
+    assert largest_over_mean(layout, balanced(layout, ratio), ratio) < 1.001
+    moved = [sum(map(len, runs)) for runs in balanced(layout, ratio).taken]
+    assert moved == [8192] * cp_size
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packs_of_short_and_long_documents_are_balanced(seed, rows):
+    draw, seq_len = random.Random(seed), 1 << 20
+    starts = []
+    for _ in range(rows):
+        row = [0]
+        while row[-1] < seq_len:
+            row.append(row[-1] + draw.randint(1_000, 200_000))
+        starts.append(row[:-1])
+    longest = max(map(len, starts))
+    layout = packed([row + [seq_len] * (longest - len(row)) for row in starts], seq_len // 64, 64)
+    for ratio in (4, 128):
+        assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
+        assert largest_over_mean(layout, balanced(layout, ratio), ratio) <= 1.06
+    assert max(len(runs) for runs in balanced(layout, 4).taken) <= 16
+
+
+def test_equal_documents_stay_where_they_are():
+    layout = packed([[0, 64, 128, 192]], 64, 4)
+    assert not balanced(layout, 4).moves
+
+
+def test_auto_balances_what_spares_more_than_it_costs():
+    cost = QueryCost.of(FLASH, 4)
+    assert not schedule_of(SequenceLayout(512, 0, 8), 4, "auto", cost).moves
+    assert schedule_of(SequenceLayout(16384, 0, 8), 4, "auto", cost).moves
+    assert schedule_of(SequenceLayout(16384, 0, 8), 128, "auto", QueryCost.of(FLASH, 128)).moves
+    same = packed([[k * 16384 for k in range(8)]], 16384, 8)
+    assert not schedule_of(same, 4, "auto", cost).moves
+    for layout in (SequenceLayout(16384), SequenceLayout(1, 0, 8)):  # nobody, or nothing, to give
+        assert not schedule_of(layout, 4, "on", cost).moves
+    assert schedule_of(SequenceLayout(2, 0, 8), 4, "on", cost).moves
+    assert not schedule_of(SequenceLayout(16384, 0, 64), 4, "off", cost).moves
+
+
+def test_a_query_costs_what_crosses_for_it():
+    # A low-rank query, a raw key, angles, index weights; the layer's output home.
+    assert QueryCost.of(FLASH, 4).sent_forward == 2048 + 1024 + 256 + 256 + 8192
+    assert QueryCost.of(FLASH, 4).flops_per_entry == 2 * 64 * 128
+    assert QueryCost.of(FLASH, 128).sent_forward == 2048 + 1024 + 256 + 8192
+    assert QueryCost.of(FLASH, 128).flops_per_entry == 14 * 64 * 512
