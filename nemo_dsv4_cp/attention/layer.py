@@ -133,12 +133,8 @@ class ContextParallelAttention(DeepseekV4Attention):
         rope = position_embeddings_compress if compresses else position_embeddings
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
         transport: Transport = self._transport_cls(group, overlap=self._overlap)
-        tokens = Tokens(
-            hidden=hidden_states,
-            q_residual=self.q_norm(self.wq_a(hidden_states)),
-            keys=self._kernels.rotate(self.kv_norm(self.wkv(hidden_states)), rope),
-            rope=rope,
-        )
+        keys_BLD = self._kernels.rotate(self.kv_norm(self.wkv(hidden_states)), rope)
+        tokens = Tokens(hidden_states, keys_BLD, rope)
         if not compresses:
             return self._windowed(tokens, layout, transport), None
         return self._compressed(tokens, layout, transport, group, rotary_compress), None
@@ -149,6 +145,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         """Attend to the window alone."""
         route = routes(layout, contiguous(layout), self.sliding_window)
         fetched = transport.fetch([tokens.keys], [route.kept_keys])
+        self._project_low_rank(tokens)
         part = Part.of_own(route.kept, tokens)
         self._project(part)
         (part.raw,) = fetched.wait()
@@ -164,8 +161,8 @@ class ContextParallelAttention(DeepseekV4Attention):
     ) -> torch.Tensor:
         """Attend to the window and to past entries, each query where the schedule says.
 
-        What hides what, in forward and the same in backward: projections of the kept queries the
-        exchange, those of the taken ones (or, where none are, the main projection) the gather of
+        What hides what, in forward and the same in backward: low-rank queries the exchange, or
+        where they are sent by it, projections of the kept ones; other projections the gather of
         index keys, the choice that of entries, and attention of the kept queries the way home of
         what the taken ones yield.
         """
@@ -184,12 +181,14 @@ class ContextParallelAttention(DeepseekV4Attention):
                 tokens.index_weights = head_weights(indexer, tokens.hidden)
         asked = [(tokens.keys, route.kept_keys)]
         if moved is not None:
+            self._project_low_rank(tokens)
             asked.append((tokens.keys, moved.keys))
             asked += [(rows, moved.rows) for rows in tokens.of_queries()]
         for pool in pools:
             asked += pool.asked
         fetched = transport.fetch([rows for rows, _ in asked], [moves for _, moves in asked])
 
+        self._project_low_rank(tokens)
         kept = Part.of_own(route.kept, tokens)
         parts = [kept]
         if chooses:
@@ -224,6 +223,11 @@ class ContextParallelAttention(DeepseekV4Attention):
         taken = self._attend(parts[0], every, choices[0])
         home = start_exchange([taken], [moved.returned], cp_group=group, overlap=self._overlap)
         return home([self._attend(kept, every, choices[1])])[0]
+
+    def _project_low_rank(self, tokens: Tokens) -> None:
+        """Compute all tokens' low-rank queries, unless they are there."""
+        if tokens.q_residual is None:
+            tokens.q_residual = self.q_norm(self.wq_a(tokens.hidden))
 
     def _project(self, part: Part) -> None:
         """Compute a part's queries, unless they are there."""

@@ -20,20 +20,21 @@ class Tokens:
 
     Attributes:
         hidden: [B, L, E].
-        q_residual: Normalised low-rank queries [B, L, A].
         keys: Rotated raw keys [B, L, D].
         rope: Cos and sin of their positions, [B, L, r] each.
+        q_residual: Normalised low-rank queries [B, L, A], None until they are computed.
         index_weights: Float32 [B, L, I], None where nothing is chosen.
     """
 
     hidden: torch.Tensor
-    q_residual: torch.Tensor
     keys: torch.Tensor
     rope: Rope
+    q_residual: torch.Tensor | None = None
     index_weights: torch.Tensor | None = None
 
     def of_queries(self) -> list[torch.Tensor]:
         """Return what a query's own token brings: low-rank query, cos, sin, index weights."""
+        assert self.q_residual is not None, "low-rank queries come first"
         rows = [self.q_residual, *self.rope]
         return rows if self.index_weights is None else [*rows, self.index_weights]
 

@@ -188,8 +188,13 @@ class SequenceLayout:
         stop = (positions + 1) // ratio
         return torch.zeros_like(stop)[None], stop[None]
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the batch it tells apart; 1 where all are alike."""
+        return 1
+
     def entries_seen(self, span: range, ratio: int) -> int:
-        """Return how many entries the queries at ``span`` see, query by query, over all rows."""
+        """Return how many entries the queries at ``span`` see, query by query, in all ``rows``."""
         return entries_seen(span, ratio)
 
 

@@ -121,8 +121,13 @@ class PackedLayout(SequenceLayout):
         first = (begin + ratio - 1) // ratio
         return first, first + (positions - begin + 1) // ratio
 
+    @property
+    def rows(self) -> int:
+        """How many rows of the batch it tells apart."""
+        return len(self.bounds)
+
     def entries_seen(self, span: range, ratio: int) -> int:
-        """Return how many entries the queries at ``span`` see, query by query, over all rows."""
+        """Return how many entries the queries at ``span`` see, query by query, in all ``rows``."""
         seen = 0
         for bounds in self.bounds:
             for place in range(bisect_right(bounds, span.start) - 1, len(bounds) - 1):

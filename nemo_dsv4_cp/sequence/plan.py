@@ -47,6 +47,10 @@ class AttentionPlan:
         """Return the entries that the queries in ``rows`` see between them."""
         return self.queries.entry_span(rows, self.ratio) if self.ratio else range(0)
 
+    def entries_seen(self, rows: slice, *, batch: int) -> int:
+        """Return how many entries the queries in ``rows`` of a batch see, query by query."""
+        return self.queries.entries_seen(rows, self.ratio, batch=batch) if self.ratio else 0
+
     def sight(self, device: torch.device) -> torch.Tensor:
         """Return each query's keys as rows of both storages, without a position in them.
 

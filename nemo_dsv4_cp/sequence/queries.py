@@ -70,6 +70,11 @@ class Queries:
         spans = [self.layout.entry_span(span, ratio) for span in self.spans(rows)]
         return range(spans[0].start, spans[-1].stop) if spans else range(0)
 
+    def entries_seen(self, rows: slice, ratio: int, *, batch: int) -> int:
+        """Return how many entries the queries in ``rows`` of a batch see, query by query."""
+        seen = sum(self.layout.entries_seen(span, ratio) for span in self.spans(rows))
+        return seen * batch // self.layout.rows
+
 
 def concatenated(runs: Runs, device: torch.device | None = None) -> torch.Tensor:
     """Return the numbers of ranges one after another, int64."""

@@ -155,8 +155,7 @@ def schedule_of(layout: SequenceLayout, ratio: int, balance: str, cost: QueryCos
     if balance == "on":
         return move
     spared = max(entries_seen(layout, stay, ratio)) - max(entries_seen(layout, move, ratio))
-    rows = len(layout.bounds) if isinstance(layout, PackedLayout) else 1
-    moved = max(sum(map(len, runs)) for runs in move.taken) * rows
+    moved = max(sum(map(len, runs)) for runs in move.taken) * layout.rows
     sent = moved * (cost.sent_forward + cost.sent_backward)
     costs = sent / MOVED_A_SECOND + EXCHANGE_SECONDS
     return move if spared * cost.flops_per_entry / COMPUTED_A_SECOND > costs else stay

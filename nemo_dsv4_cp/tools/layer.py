@@ -15,8 +15,10 @@ from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.attention.layer import LAYOUT_KEY
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.tools.paths import HOST
 
 
@@ -35,6 +37,7 @@ class Case:
         kernels: ``context_parallel.kernels`` of a transport.
         balance: ``context_parallel.balance`` of a transport.
         overlap: ``context_parallel.overlap`` of a transport.
+        documents: Where documents start in packed rows, ascending from 0; none for one document.
     """
 
     path: str
@@ -47,11 +50,21 @@ class Case:
     kernels: str = AUTO
     balance: str = AUTO
     overlap: bool = True
+    documents: tuple[int, ...] = ()
 
     @property
     def layout(self) -> SequenceLayout:
         """Positions of the measured rank's tokens."""
-        return SequenceLayout.of_padded(self.seq_len, cp_rank=self.rank, cp_size=self.cp_size)
+        layout = SequenceLayout.of_padded(self.seq_len, cp_rank=self.rank, cp_size=self.cp_size)
+        if not self.documents:
+            return layout
+        return PackedLayout(
+            layout.local_len,
+            self.rank,
+            self.cp_size,
+            torch.tensor([self.documents]).expand(self.batch, -1),
+            ((*self.documents, self.seq_len),) * self.batch,
+        )
 
 
 Forward = Callable[[], torch.Tensor]
@@ -96,7 +109,8 @@ def build(
         parameter.requires_grad_(".indexer." not in name)
     layer._cp_group = group
 
-    layout, length = case.layout, case.layout.local_len
+    layout = case.layout
+    length = layout.local_len
     with device:
         rotary = host_layers.DeepseekV4RotaryEmbedding(
             160000.0, config.head_dim, config.qk_rope_head_dim / config.head_dim
@@ -127,6 +141,7 @@ def build(
             position_embeddings_compress=rope,
             rotary_compress=rotary,
             position_ids=positions,
+            **({LAYOUT_KEY: layout} if case.path != HOST else {}),
         )[0]
         return out
 

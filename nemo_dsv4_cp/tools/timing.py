@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
-from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.layer import Case, Forward, build
 from nemo_dsv4_cp.tools.paths import HOST
@@ -73,7 +72,7 @@ def host_kernels() -> str:
 
 
 def time_gloo_ranks(
-    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, kernels: str = AUTO
+    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, **options: Any
 ) -> list[Timing]:
     """Time real gloo ranks on this CPU, one thread each, the paths in turn (float32).
 
@@ -83,11 +82,11 @@ def time_gloo_ranks(
         seq_len: S, tokens in the whole row.
         cp_size: Number of ranks, a process each.
         repeats: Measurements of each path, after one that is not counted.
-        kernels: ``context_parallel.kernels`` of the transports.
+        **options: ``kernels`` and ``balance`` of the transports.
     """
-    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats, kernels)
+    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats, options)
     return [
-        Timing(Case(path, ratio, seq_len, cp_size, 0, kernels=kernels), tuple(seconds[path]))
+        Timing(Case(path, ratio, seq_len, cp_size, 0, **options), tuple(seconds[path]))
         for path in paths
     ]
 
@@ -99,12 +98,12 @@ def _gloo_rank(
     ratio: int,
     seq_len: int,
     repeats: int,
-    kernels: str,
+    options: dict[str, Any],
 ) -> dict[str, list[float]]:
     ranks = cp_size(group)
     forwards = {
         path: build(
-            Case(path, ratio, seq_len, ranks, rank, kernels=kernels),
+            Case(path, ratio, seq_len, ranks, rank, **options),
             group,
             dtype=torch.float32,
             device=torch.device("cpu"),
@@ -125,7 +124,7 @@ def _gloo_rank(
 
 
 def time_one_gpu_rank(
-    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, kernels: str = AUTO
+    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, **options: Any
 ) -> list[Timing]:
     """Time the last rank alone on this GPU, V4-Flash sizes, bfloat16.
 
@@ -136,7 +135,7 @@ def time_one_gpu_rank(
     timings = []
     with process_group("fake", rank=rank, size=cp_size) as group:
         for path in paths:
-            case = Case(path, ratio, seq_len, cp_size, rank, kernels=kernels)
+            case = Case(path, ratio, seq_len, cp_size, rank, **options)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             forward = build(

@@ -7,7 +7,7 @@ in whole blocks of ``tiles.ALIGNED``. Chunks are plain integers: an operation ta
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nemo_dsv4_cp.kernels.triton import tiles
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
@@ -15,7 +15,7 @@ from nemo_dsv4_cp.sequence.plan import AttentionPlan
 
 @dataclass(frozen=True)
 class Chunk:
-    """Queries [begin, end) and the keys that they see between them."""
+    """Queries [begin, end) and the keys that they see: between them, and entries one by one."""
 
     begin: int
     end: int
@@ -23,12 +23,16 @@ class Chunk:
     raw_end: int
     entry_begin: int
     entry_end: int
+    seen: int
 
     def entry_slots(self, n_chosen: int | None) -> int:
         """Return for how many entries p and ds are stored: K, or None for all that are seen."""
         if n_chosen is None:
             return in_blocks(self.entry_begin, self.entry_end)
         return in_blocks(0, n_chosen)
+
+
+_FIELDS = len(fields(Chunk))
 
 
 def in_blocks(begin: int, end: int) -> int:
@@ -74,7 +78,7 @@ def backward_chunks(
         workspace_bytes: How much a chunk may take; one query is the least.
 
     Returns:
-        Six numbers a chunk, the fields of :class:`Chunk`.
+        The fields of :class:`Chunk` for each.
     """
     chunks: list[int] = []
     length, begin = len(plan.queries), 0
@@ -83,7 +87,10 @@ def backward_chunks(
         while True:
             queries = slice(begin, begin + rows)
             raw, entries = plan.raw_span(queries), plan.entry_span(queries)
-            chunk = Chunk(begin, begin + rows, raw.start, raw.stop, entries.start, entries.stop)
+            chunk = Chunk(
+                begin, begin + rows, raw.start, raw.stop, entries.start, entries.stop,
+                plan.entries_seen(queries, batch=batch),
+            )  # fmt: skip
             per_query = batch * bytes_per_query(
                 heads, width, plan.window, chunk.entry_slots(n_chosen), n_chosen or 0, itemsize,
                 in_order,
@@ -100,5 +107,5 @@ def backward_chunks(
 
 def chunks_of(numbers: list[int]) -> Iterator[Chunk]:
     """Read the numbers of :func:`backward_chunks`."""
-    for i in range(0, len(numbers), 6):
-        yield Chunk(*numbers[i : i + 6])
+    for i in range(0, len(numbers), _FIELDS):
+        yield Chunk(*numbers[i : i + _FIELDS])

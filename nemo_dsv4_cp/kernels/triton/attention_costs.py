@@ -26,17 +26,16 @@ Shape = tuple[int, ...]
 def _products(x: Shape, chosen: Shape | None, chunks: list[int], window: int) -> int:
     """Return the operations of one product of queries and keys: 2 D a head and key.
 
-    Keys are those of the window and, of entries, K or all that a chunk sees, as causal attention
-    is counted elsewhere too: masked keys included.
+    Keys are those of the whole window and, of entries, those that each query sees, or K.
     """
     batch, _, heads, width = x
     keys = 0
     for chunk in chunks_of(chunks):
-        entries = chunk.entry_end - chunk.entry_begin
+        queries, entries = batch * (chunk.end - chunk.begin), chunk.seen
         if chosen is not None:
-            entries = min(entries, chosen[-1])
-        keys += (chunk.end - chunk.begin) * (window + entries)
-    return 2 * batch * heads * width * keys
+            entries = min(entries, queries * chosen[-1])
+        keys += queries * window + entries
+    return 2 * heads * width * keys
 
 
 def forward_flops(

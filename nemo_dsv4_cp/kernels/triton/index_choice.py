@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ from nemo_dsv4_cp.sequence.queries import Queries
 
 @dataclass(frozen=True)
 class Chunk:
-    """Queries [begin, end) and the entries that they see between them."""
+    """Queries [begin, end) and the entries that they see: between them, and one by one in all."""
 
     begin: int
     end: int
     entry_begin: int
     entry_end: int
+    seen: int
 
     @property
     def scores(self) -> int:
@@ -35,9 +36,12 @@ class Chunk:
         return -(-(self.entry_end - self.entry_begin) // GROUP) * GROUP
 
 
+_FIELDS = len(fields(Chunk))
+
+
 def _chunks_of(numbers: list[int]) -> Iterator[Chunk]:
-    for i in range(0, len(numbers), 4):
-        yield Chunk(*numbers[i : i + 4])
+    for i in range(0, len(numbers), _FIELDS):
+        yield Chunk(*numbers[i : i + _FIELDS])
 
 
 def _bytes_per_query(chunk: Chunk) -> int:
@@ -48,15 +52,17 @@ def score_chunks(queries: Queries, ratio: int, *, batch: int, workspace_bytes: i
     """Cut the queries so that the scores of a chunk fit the workspace, one query the least.
 
     Returns:
-        Four numbers a chunk, the fields of :class:`Chunk`; queries that see nothing are in none.
+        The fields of :class:`Chunk` for each; queries that see nothing are in none.
     """
     chunks: list[int] = []
     length, begin = len(queries), 0
     while begin < length:
         rows = length - begin
         while True:
-            span = queries.entry_span(slice(begin, begin + rows), ratio)
-            chunk = Chunk(begin, begin + rows, span.start, span.stop)
+            chosen_for = slice(begin, begin + rows)
+            span = queries.entry_span(chosen_for, ratio)
+            seen = queries.entries_seen(chosen_for, ratio, batch=batch)
+            chunk = Chunk(begin, begin + rows, span.start, span.stop, seen)
             fitting = max(1, workspace_bytes // max(1, batch * _bytes_per_query(chunk)))
             if rows <= fitting:
                 break
@@ -159,9 +165,8 @@ def _(
     *_: Any,
     **__: Any,
 ) -> int:
-    batch, _length, heads, width = q
-    scores = sum((c.end - c.begin) * (c.entry_end - c.entry_begin) for c in _chunks_of(chunks))
-    return 2 * batch * heads * width * scores
+    heads, width = q[2:]
+    return 2 * heads * width * sum(chunk.seen for chunk in _chunks_of(chunks))
 
 
 def choose_entries(

@@ -71,8 +71,9 @@ def test_of_equal_scores_the_earlier_entries_are_chosen():
 def test_chunks_fit_the_workspace_and_leave_out_queries_that_see_nothing():
     queries = Queries.own(SequenceLayout(64, 0, 2))
     chunks = score_chunks(queries, 4, batch=2, workspace_bytes=4096)
-    begins, ends = chunks[0::4], chunks[1::4]
+    begins, ends = chunks[0::5], chunks[1::5]
     assert ends[-1] == 64 and all(a == b for a, b in zip(ends, begins[1:], strict=False))
     assert len(begins) > 1
+    assert sum(chunks[4::5]) == 2 * sum((i + 1) // 4 for i in range(64))
     none = Queries.own(SequenceLayout(3, 0, 2))
     assert score_chunks(none, 4, batch=1, workspace_bytes=4096) == []
