@@ -25,6 +25,7 @@ from nemo_dsv4_cp.batch import (
     padding_of,
     refuse_left_padding,
 )
+from nemo_dsv4_cp.exchange import roll_call
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
@@ -235,6 +236,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         super().__init__(config, *args, **kwargs)
         batch_contract().install(self)
         fsdp.install()
+        roll_call.install()
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
