@@ -11,11 +11,12 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test gpu test-hosts test-torch lint clean
+.PHONY: help demo test gpu test-faults test-hosts test-torch lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
+	@echo "make test-faults   ranks that are killed, stopped or fail, and resuming at other sizes: 20 minutes"
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
 	@echo "make gpu    tests of the kernels and times of one emulated rank, on this machine's GPU"
 	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"
@@ -34,6 +35,10 @@ test: lint
 	$(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) tests/kernels/triton
 	$(MAKE) $(OTHER_HOSTS:%=test-briefly-%)
+
+# Killing, stopping and resuming whole runs of the host's CLI, one after the other.
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults
 
 # The last rank alone, forward and backward, by every path.
 SHAPES := 131072/8 262144/16 1048576/64

@@ -25,6 +25,7 @@ from nemo_dsv4_cp.batch import (
     padding_of,
     refuse_left_padding,
 )
+from nemo_dsv4_cp.exchange import roll_call
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
@@ -34,7 +35,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     cp_size,
     sharding_groups,
 )
-from nemo_dsv4_cp.host import fsdp
+from nemo_dsv4_cp.host import fsdp, resume
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
     reset_uninitialised_norms,
@@ -235,6 +236,8 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         super().__init__(config, *args, **kwargs)
         batch_contract().install(self)
         fsdp.install()
+        resume.install(type(self))
+        roll_call.install()
         options = getattr(config, "context_parallel", None) or ContextParallelOptions()
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from nemo_dsv4_cp.host.torch_api import all_gather_single, reduce_scatter_single
+from nemo_dsv4_cp.host.torch_api import (
+    all_gather_single,
+    default_store,
+    reduce_scatter_single,
+)
 
 Group = dist.ProcessGroup
-Work = dist.Work
+Work: TypeAlias = dist.Work
+Store: TypeAlias = dist.Store  # type: ignore[name-defined,attr-defined]
 
 CP_GROUP_KEY = "_dsv4_cp_group"
 """Batch key under which the CP process group travels to attention, as in the host."""
@@ -167,3 +172,22 @@ def process_group(backend: str, *, rank: int, size: int, port: int = 0) -> Itera
 def barrier(group: Group) -> None:
     """Return when every rank of the group has come here."""
     dist.barrier(group)
+
+
+def store_of_the_job() -> tuple[Store, int, int] | None:
+    """Return the store of all ranks, this rank and how many there are; None without others."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return default_store(), dist.get_rank(), dist.get_world_size()
+
+
+def failed_in_a_collective(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it was raised from, is that of a collective."""
+    while error is not None:
+        # What gloo raises is a plain RuntimeError; it names the file of gloo's that found it.
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and "gloo" in str(error)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -18,6 +18,7 @@ from nemo_dsv4_cp.host import sharding
 
 TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
 _V4 = "nemo_automodel.components.models.deepseek_v4"
+_RECIPE = "nemo_automodel.recipes.base_recipe"
 
 
 class UnknownHost(ImportError):
@@ -163,4 +164,16 @@ _ALWAYS = (
         ("buffer_device", "dtype"),
     ),
     Signature(f"{_V4}.model", "compute_lm_head_logits", ("is_thd", "fp32_lm_head")),
+    Signature(_RECIPE, "BaseRecipe.load_checkpoint", ("self", "restore_from"), in_order=True),
+    Signature(
+        _RECIPE, "BaseRecipe._load_checkpoint_tracked_state", ("self", "ckpt_dir"), in_order=True
+    ),
+    Signature(_RECIPE, "BaseRecipe._get_dp_rank", ("include_cp",)),
+    Signature(_RECIPE, "BaseRecipe._get_dp_group_size", ("include_cp",)),
+    Signature(
+        "nemo_automodel.components.checkpoint.checkpointing",
+        "Checkpointer.load_on_dp_ranks",
+        ("self", "state", "state_name", "path"),
+        in_order=True,
+    ),
 )

@@ -23,6 +23,7 @@ else:
     all_gather_single = dist.all_gather_into_tensor
     reduce_scatter_single = dist.reduce_scatter_tensor
 
+default_store = dist.distributed_c10d._get_default_store
 current_modes = _python_dispatch._get_current_dispatch_mode_stack
 without_modes = _python_dispatch._disable_current_modes
 # The modes of selective checkpointing, of its forward and of its recomputation.

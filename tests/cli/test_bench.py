@@ -85,23 +85,55 @@ def test_kernels_prints_what_their_binaries_take(tmp_path):
     assert found["top_k_kernel"] is None
 
 
+def test_work_is_counted_rank_by_rank_with_balance_and_without(tmp_path):
+    figures = tmp_path / "figures.json"
+    sizes = ["--seq-len", "65536", "--cp-size", "4", "--ratio", "4", "--json", str(figures)]
+    for drawn in ([], ["--shortest", "1000", "--longest", "40000"]):
+        done = run("work", *sizes, *drawn)
+        assert done.exit_code == 0, done.output
+        forward = {
+            row["balance"]: row for row in json.loads(figures.read_text()) if "for" in row["pass"]
+        }
+        for row in forward.values():
+            assert len(row["flops"]) == 4
+            assert row["largest_over_mean"] == max(row["flops"]) * 4 / sum(row["flops"])
+        assert sum(forward["on"]["flops"]) == pytest.approx(sum(forward["off"]["flops"]), rel=0.01)
+        assert forward["on"]["largest_over_mean"] < 1.02 < forward["off"]["largest_over_mean"]
+
+
+def test_what_balance_moves_is_in_the_bytes():
+    figures = {}
+    for balance in ("on", "off"):
+        sizes = ["--seq-len", "16384", "--cp-size", "2", "--ratio", "128"]
+        done = run("bytes", *sizes, "--balance", balance, "--json", "-")
+        assert done.exit_code == 0, done.output
+        found = json.loads(done.stdout[done.stdout.index("[") :])
+        figures[balance] = next(each for each in found if each["case"]["path"] == "boundary")
+    moved = figures["on"]["received_forward"] - figures["off"]["received_forward"]
+    assert 8192 // 2 * 11 << 10 < moved < 8192 // 2 * 12 << 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["bytes", *SMALL, "--balance", "always"], "none of auto, on and off"),
+        (["work", "--shortest", "9", "--longest", "8"], "is more than --longest 8"),
+        (["overlap", "--delay", "0"], "slows nothing"),
         (["launches", *SMALL, "--kernels", "fastest"], "not installed"),
         (["kernels", "--arch", "70"], "none of 80, 90, 100"),
         (["operations", *SMALL], "needs a CUDA device"),
         (["kernels", "--model", "v3"], "none of v4_flash, v4_pro"),
     ],
 )
-def test_kernels_that_nobody_has_are_named(arguments, message):
+def test_options_that_cannot_be_are_named(arguments, message):
     done = run(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
-    "command", ["bytes", "memory", "time", "launches", "kernels", "operations"]
+    "command",
+    ["bytes", "memory", "time", "launches", "kernels", "operations", "work", "overlap"],
 )
 def test_every_command_shows_an_example(command):
     assert f"nemo_dsv4_cp bench {command}" in run(command, "--help").output
