@@ -35,6 +35,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     cp_size,
     sharding_groups,
 )
+from nemo_dsv4_cp.finite import FiniteCheck
 from nemo_dsv4_cp.host import fsdp, resume
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
@@ -247,6 +248,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         for module in self.modules():
             if type(module) is DeepseekV4Attention:
                 ContextParallelAttention.adopt(module)
+        self._finite = FiniteCheck(self) if options.check_finite else None
 
     def prepare_model_inputs_for_cp(
         self, batch: dict[str, Any], *, num_chunks: int = 1
@@ -327,6 +329,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             The host's output.
 
         Raises:
+            FloatingPointError: With ``check_finite``, where a tensor is not finite.
             RuntimeError: If training runs under CP with a batch that this model's sharder did not
                 cut.
             ValueError: If MTP runs under CP without ``mtp_per_depth_input_ids``.
@@ -341,8 +344,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         stage = self._is_pipeline_parallel_stage()
         hosted = self.mtp is None or not self.training or stage or sees_images(self.model)
         if hosted or input_ids is None:
-            return super().forward(input_ids, *mtp_embed_inputs, **kwargs)
-        return self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **kwargs)
+            out = super().forward(input_ids, *mtp_embed_inputs, **kwargs)
+        else:
+            out = self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **kwargs)
+        if self._finite is not None:
+            self._finite.raise_on_all_ranks(kwargs.get(CP_GROUP_KEY))
+        return out
 
     def _forward_with_mtp(
         self,

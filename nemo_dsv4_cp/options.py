@@ -49,6 +49,8 @@ class ContextParallelOptions:
             slower. Memory beside it is linear in the shard and the entries.
         keep_index_choice: Hand the indexer's choice to the recomputation of activation
             checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice.
+        check_finite: Look at every module's output, and raise on all CP ranks with the first layer,
+            rank and tensor that holds a NaN or an infinity. Waits for the device once a forward.
     """
 
     enabled: bool = True
@@ -62,6 +64,7 @@ class ContextParallelOptions:
     batch_fn: str = "contiguous_shard"
     workspace_mib: int = 512
     keep_index_choice: bool = True
+    check_finite: bool = False
 
     @classmethod
     def from_block(cls, block: ContextParallelOptions | Mapping[str, Any] | None) -> Any:

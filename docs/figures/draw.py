@@ -1,11 +1,13 @@
 """Draws the figures of the README and docs/how_it_works.md next to itself.
 
-Run it with: python docs/figures/draw.py (it needs matplotlib, and weighs for some fifteen minutes)
+Run it with: python docs/figures/draw.py [NAME ...]
+(it needs matplotlib; `memory` weighs for some fifteen minutes)
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,10 +18,14 @@ import matplotlib
 matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
 from nemo_dsv4_cp.tools.layer import Case
 from nemo_dsv4_cp.tools.paths import HOST
 from nemo_dsv4_cp.tools.weighing import weigh
@@ -34,6 +40,8 @@ INK, PALE = "#333333", "#f1f1f1"
 SHARDS = ("#cfe0f3", "#9dc3e6", "#5b9bd5")
 HALO, FEATURES, ENTRIES = "#c0504d", "#e39a36", "#4f8a4c"
 
+RANKS = ("#cfe0f3", "#e39a36", "#4f8a4c", "#5b9bd5")
+
 STYLE = {
     "svg.hashsalt": "nemo-dsv4-cp",
     "svg.fonttype": "path",
@@ -43,10 +51,82 @@ STYLE = {
 
 
 def main() -> None:
-    """Draw both."""
+    """Draw all, or those that are named."""
+    drawn = {"cut": cut, "balance": balance, "memory": memory}
     with plt.rc_context(STYLE):
-        _save(cut(), "cut.svg")
-        _save(memory(), "memory.svg")
+        for name in sys.argv[1:] or drawn:
+            _save(drawn[name](), f"{name}.svg")
+
+
+def balance() -> Figure:
+    """Who computes which queries, of a row of one document and of a packed one, and what it is."""
+    starts = [0, 5, 17, 20, 56, 60, 61]  # of packed documents, in 64ths of the row
+    tokens, ranks = 65_536, len(RANKS)
+    plain = SequenceLayout(tokens // ranks, 0, ranks)
+    packed = PackedLayout.of_documents(
+        torch.tensor([[start * tokens // 64 for start in starts]]),
+        tokens // ranks,
+        cp_rank=0,
+        cp_size=ranks,
+    )
+    figure, every = plt.subplots(
+        2, 2, figsize=(11, 4.6), height_ratios=(3, 2), sharey="row", layout="constrained"
+    )
+    titles = ("A row of one document", f"A packed row, {len(starts)} documents")
+    for layout, title, column in zip((plain, packed), titles, every.T, strict=True):
+        _who_computes(column[0], layout, title)
+        _how_much(column[1], layout)
+    every[0, 0].set_ylabel("entries that a query sees")
+    every[1, 0].set_ylabel("seen by a rank's\nqueries, of the mean")
+    every[1, 0].legend(loc="upper left", ncols=2)
+    return figure
+
+
+def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
+    schedule, seq_len = balanced(layout, 4), layout.seq_len
+    positions = torch.arange(0, seq_len, seq_len // 2048)
+    first, stop = layout.visible_entries(positions, 4)
+    seen = (stop - first)[0]
+    for rank, colour in enumerate(RANKS):
+        for run in (*schedule.kept[rank], *schedule.taken[rank]):
+            inside = (positions >= run.start) & (positions < run.stop)
+            x = [*positions[inside].tolist(), run.stop]
+            y = [*seen[inside].tolist(), seen[inside][-1].item()]
+            axes.fill_between(x, y, color=colour, lw=0)
+            axes.axvspan(run.start, run.stop, ymax=0.08, color=colour, lw=0)
+    for rank in range(layout.cp_size):
+        shard = layout.shard(rank)
+        axes.axvline(shard.start, color=INK, lw=0.8, ls=":")
+        axes.text(shard.start + len(shard) / 2, -2400, f"shard of rank {rank}", ha="center")
+    axes.set_xlim(0, seq_len)
+    axes.set_ylim(-1400, seq_len // 4)
+    axes.set_xticks([])
+    axes.set_yticks([0, seq_len // 8, seq_len // 4])
+    axes.set_title(f"{title}: colours tell the rank that computes", fontsize=10)
+
+
+def _how_much(axes: Axes, layout: SequenceLayout) -> None:
+    for place, (schedule, label) in enumerate(
+        ((contiguous(layout), "balance: off"), (balanced(layout, 4), "balance: on"))
+    ):
+        seen = entries_seen(layout, schedule, 4)
+        mean = sum(seen) / len(seen)
+        x = [rank + 0.4 * (place - 0.5) for rank in range(layout.cp_size)]
+        bars = axes.bar(
+            x,
+            [each / mean for each in seen],
+            0.36,
+            color=RANKS,
+            alpha=1 if place else 0.4,
+            hatch="" if place else "///",
+            edgecolor=INK,
+            lw=0.5,
+            label=label,
+        )
+        axes.bar_label(bars, [f"{each / mean:.2f}" for each in seen], fontsize=7)
+    axes.axhline(1, color=INK, lw=0.8, ls=":")
+    axes.set_xticks(range(layout.cp_size), [f"rank {rank}" for rank in range(layout.cp_size)])
+    axes.set_ylim(0, 2.4)
 
 
 def _save(figure: Figure, name: str) -> None:
@@ -160,7 +240,7 @@ def _peak_gb(path: str, cp_size: int) -> float:
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        case = Case(path, 4, LOCAL_TOKENS * cp_size, cp_size, cp_size - 1)
+        case = Case(path, 4, LOCAL_TOKENS * cp_size, cp_size, cp_size - 1, balance="off")
         peak = weigh(case).peak_bytes / 1e9
     print(f"{path}, {cp_size} ranks: {peak:.2f} GB", flush=True)
     return peak

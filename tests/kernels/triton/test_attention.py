@@ -1,12 +1,15 @@
 """The attention kernels against the torch path, every gradient, sizes drawn."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
 from tests.examples import MANY
 from tests.kernels.choices import queries_of
 from tests.kernels.triton.device import DEVICE
@@ -100,3 +103,20 @@ def test_the_deterministic_path_sums_the_same(case):
         torch.use_deterministic_algorithms(False)
     assert_same(mine, expected)
     assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
+
+
+@pytest.mark.parametrize("which", ["q", "raw", "entries"])
+def test_what_is_not_finite_is_not_swallowed(which):
+    queries = Queries.own(SequenceLayout(12, 1, 2))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q": (1, 12, 2, 16), "raw": (1, 12 + 3, 16), "entries": (1, 6, 16)}
+    tensors = {name: random(generator, *shape).to(DEVICE) for name, shape in shapes.items()}
+    tensors[which][:, 4] = torch.nan
+    rope = (torch.ones(1, 12, 4, device=DEVICE), torch.zeros(1, 12, 4, device=DEVICE))
+    options = {"plan": AttentionPlan(queries, 4, 4), "scale": 0.25, "eps": 1e-6, "groups": 1}
+    sinks = torch.zeros(2, device=DEVICE)
+    out = attend(*tensors.values(), sinks, None, rope, workspace_bytes=1 << 20, **options)
+    lost = out.isnan().any(-1).flatten().tolist()
+    # Entry 4 is seen from position 19 on, the queries being those of 12 to 23.
+    first, last = {"q": (4, 5), "raw": (1, 5), "entries": (7, 12)}[which]
+    assert all(lost[first:last])
