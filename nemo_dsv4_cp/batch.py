@@ -1,4 +1,7 @@
-"""The full batch, which every rank has, -> this rank's shard of it. No communication.
+"""The full batch, which every rank has, -> this rank's shard of it.
+
+Checks come first, and while ranks compare their batches no rank raises before all have told
+whether they will. After that nothing fails.
 
 # B batch rows   S tokens a row   L local tokens (padded S / R)   R CP ranks
 """
@@ -11,19 +14,20 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import (
-    CP_GROUP_KEY,
-    Group,
-    max_over_ranks,
-    mesh_rank,
-    same_on_all_ranks,
+from nemo_dsv4_cp.agreement import compare_batches, facts_of
+from nemo_dsv4_cp.batch_checks import (
+    IGNORED_LABEL,
+    ROW_METADATA,
+    CheckedBatch,
+    check_batch,
+    primary_key,
 )
+from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, max_over_ranks, mesh_rank
 from nemo_dsv4_cp.host.sharding import PackedShardLayout, ShardLayout
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, padded_seq_len
 from nemo_dsv4_cp.sequence.packing import (
+    TOKEN_IDS,
     Document,
-    check_tokens,
-    documents_of,
     is_packed,
     packed_len,
     repack,
@@ -32,16 +36,14 @@ from nemo_dsv4_cp.sequence.packing import (
 
 PAD_VALUES: dict[str, float] = {
     "inputs_embeds": 0,
-    "labels": -100,  # what the host's losses ignore
+    "labels": IGNORED_LABEL,
     "padding_mask": True,  # True = pad, so that MoE routers skip the slot
     "loss_mask": 0,
 }
 """What fills the padding of a per-token tensor; 0 for others, and a token id for ``input_ids``."""
 
-_ROW_METADATA = {"seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded"}
 _PACKED_SHARD_MULTIPLE = 8
 """Tokens that a packed shard's length is a multiple of: aligned matrix products, no window."""
-_IMAGE_KEYS = ("pixel_values", "image_grid_hws", "vision_token_types")
 
 
 def pad_tensor(tensor: torch.Tensor, seq_dim: int, pad_len: int, value: float) -> torch.Tensor:
@@ -88,101 +90,15 @@ def local_token_indices(
     return layout.positions(device)
 
 
-def padding_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Read either form of attention mask as the host does.
-
-    Args:
-        attention_mask: [B, S], nonzero = real; or [B, 1, S, S], bool (True = attend) or additive
-            (0 = attend), of which the diagonal tells.
-
-    Returns:
-        Bool [B, S], True = pad.
-    """
-    if attention_mask.dim() == 4:
-        diagonal = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        return ~diagonal if attention_mask.dtype == torch.bool else diagonal != 0
-    return ~attention_mask.bool()
-
-
-def refuse_left_padding(padding_mask: torch.Tensor) -> None:
-    """Refuse rows in which a real token follows padding.
-
-    Attention sees positions, not masks: with padding only at the end no real query ever sees a pad
-    token, anywhere else it would.
-
-    Args:
-        padding_mask: Bool [B, S], True = pad, of whole rows.
-
-    Raises:
-        ValueError: If a row is not right-padded.
-    """
-    real_after_pad = (padding_mask[:, :-1] & ~padding_mask[:, 1:]).any(dim=1)
-    if bool(real_after_pad.any()):
-        row = int(real_after_pad.nonzero()[0])
-        raise ValueError(
-            f"attention_mask: row {row} of the batch has real tokens after padding; attention here "
-            "goes by position and supports right padding only. Set the tokenizer's or collator's "
-            'padding_side to "right"'
-        )
-
-
-def refuse_restarting_positions(
-    position_ids: torch.Tensor, padding_mask: torch.Tensor | None
-) -> None:
-    """Refuse 2-D positions that do not count 0, 1, 2, ... over the real tokens of each row.
-
-    Args:
-        position_ids: Int [B, S], of whole rows.
-        padding_mask: Bool [B, S], True = pad; None if every token is real.
-
-    Raises:
-        ValueError: If a row restarts or starts elsewhere, as unmarked packed documents do.
-    """
-    counting = torch.arange(position_ids.shape[1], device=position_ids.device)
-    astray = position_ids != counting
-    if padding_mask is not None:
-        astray = astray & ~padding_mask.bool()
-    if bool(astray.any()):
-        raise ValueError(
-            "position_ids do not count 0, 1, 2, ... along each row, as if documents were packed; "
-            "leave position_ids out of the batch, or tell the documents' lengths with seq_lens"
-        )
-
-
-def _refuse_images(batch: Mapping[str, Any]) -> None:
-    found = [key for key in _IMAGE_KEYS if batch.get(key) is not None]
-    if found:
-        raise NotImplementedError(
-            f"images ({', '.join(found)} in the batch) are not supported under context "
-            "parallelism; set distributed.cp_size: 1"
-        )
-
-
-def primary_key(batch: Mapping[str, Any]) -> str:
-    """Return which tensor holds the tokens.
-
-    Raises:
-        AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
-    """
-    present = [key for key in ("input_ids", "inputs_embeds") if key in batch]
-    # AssertionError is what the host raises for this, and what its callers may catch.
-    assert len(present) == 1, (
-        f"a batch must hold exactly one of `input_ids` and `inputs_embeds`, got {present}"
-    )
-    return present[0]
-
-
 def _per_token_dims(
     batch: Mapping[str, Any], rows: tuple[int, int], declared: Mapping[str, int]
 ) -> Iterator[tuple[str, int]]:
     """Yield every per-token tensor of the batch and its sequence dimension."""
     for key, value in batch.items():
-        if not isinstance(value, torch.Tensor) or key in _ROW_METADATA:
+        if not isinstance(value, torch.Tensor) or key in ROW_METADATA:
             continue
         if key in declared:
             yield key, declared[key]
-        elif key == "position_ids":
-            yield key, 2 if value.dim() == 3 else 1
         elif tuple(value.shape[:2]) == rows:
             yield key, 1
 
@@ -193,11 +109,12 @@ def contiguous_shard(
     batch: dict[str, Any],
     *,
     loss_mask: torch.Tensor | None = None,
-    padding_token_id: int = 0,
+    padding_token_id: int | None = 0,
     pad_multiple: int | None = None,
     pad_documents: bool = False,
     compare_ranks: bool = False,
     sync_packed_length: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[Callable[..., Any], dict[str, Any], ShardLayout | None]:
     """Pad the rows and keep this rank's contiguous slice of every per-token tensor.
 
@@ -212,18 +129,20 @@ def contiguous_shard(
         batch: The full batch, changed in place. Per-token tensors are ``input_ids`` [B, S] or
             ``inputs_embeds`` [B, S, E], ``labels`` [B, S], ``padding_mask`` [B, S], 2-D
             ``attention_mask`` (1 = real) or 4-D (bool, or additive with 0 = attend),
-            ``position_ids`` [B, S] or [3, B, S] / [B, 3, S], whatever else has leading dimensions
-            [B, S], and what ``_cp_metadata_seq_dims`` names (key -> sequence dimension, with pad
-            values from ``_cp_metadata_pad_values``).
+            ``position_ids`` [B, S] or [1, S], whatever else has leading dimensions [B, S], and what
+            ``_cp_metadata_seq_dims`` names (key -> sequence dimension, with pad values from
+            ``_cp_metadata_pad_values``).
         loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is sharded too.
-        padding_token_id: Pad value of ``input_ids``.
+        padding_token_id: Pad value of ``input_ids``; None, of a tokenizer without one, gives 0.
         pad_multiple: What each shard's length must be a multiple of (at least 2). Packed rows need
             none but with ``pad_documents``.
         pad_documents: Pad every document to a multiple of ``pad_multiple``, as the host does.
-        compare_ranks: Compare the batch's sizes and documents over the CP group first; the one
-            thing here that communicates.
+        compare_ranks: Compare the batches over the CP group first, one small collective. What one
+            rank refuses is then refused on all; without it, a rank that alone refuses its batch
+            leaves the others waiting for it.
         sync_packed_length: Give packed rows one length on all ranks of the job, as the host's
             HybridEP dispatcher needs it.
+        vocab_size: What token ids and labels are below; None leaves that unchecked.
 
     Returns:
         The forward's context factory (``nullcontext``), the sharded batch with the CP group under
@@ -233,27 +152,34 @@ def contiguous_shard(
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
         KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
         NotImplementedError: For images.
-        ValueError: For left padding, positions that do not count along the row or document,
-            lengths that do not fit their row, or ranks whose batches differ.
+        ValueError: For all else that could not be cut rightly, such as tensors that do not follow
+            the tokens, left padding or lengths that do not fit their row, and for ranks whose
+            batches differ or of which one refuses.
     """
     cp_size = 1 if cp_mesh is None else cp_mesh.size()
     if cp_size <= 1:
         return contextlib.nullcontext, _uncut(batch, loss_mask), _uncut_layout(batch)
-    if compare_ranks:
-        _compare_ranks(batch, cp_mesh.get_group())
-    _refuse_images(batch)
-    batch["labels"], loss_mask = labels_of(batch, loss_mask)
-    if loss_mask is not None:
-        batch["loss_mask"] = loss_mask
+    checked = _checked(
+        batch,
+        loss_mask,
+        cp_mesh.get_group() if compare_ranks else None,
+        vocab_size=vocab_size,
+        padding_token_id=padding_token_id,
+        pad_multiple=pad_multiple,
+    )
+    batch["labels"] = checked.labels
+    if checked.loss_mask is not None:
+        batch["loss_mask"] = checked.loss_mask
 
     seq_dims = batch.pop("_cp_metadata_seq_dims", {})
-    fills = {"input_ids": padding_token_id} | PAD_VALUES
+    fills = {"input_ids": padding_token_id or 0} | PAD_VALUES
     fills |= batch.pop("_cp_metadata_pad_values", {})
-    multiple = int(pad_multiple or 2)
-    if is_packed(batch):
-        document_multiple = max(multiple, 2) if pad_documents else 1
+    multiple = max(pad_multiple or 2, 2)
+    if checked.documents is not None:
+        document_multiple = multiple if pad_documents else 1
         facts = _lay_out_documents(
             batch,
+            checked.documents,
             seq_dims,
             fills,
             document_multiple=document_multiple,
@@ -261,7 +187,9 @@ def contiguous_shard(
             sync_length=sync_packed_length,
         )
     else:
-        facts = _pad_rows(batch, seq_dims, fills, cp_size=cp_size, pad_multiple=multiple)
+        facts = _pad_rows(
+            batch, checked.padding, seq_dims, fills, cp_size=cp_size, pad_multiple=multiple
+        )
 
     assert facts.padded_seq_len is not None
     rows = batch[primary_key(batch)].shape[0]
@@ -274,26 +202,32 @@ def contiguous_shard(
     return contextlib.nullcontext, batch, facts
 
 
-def labels_of(
-    batch: Mapping[str, Any], loss_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the labels, and the loss mask unless it stood in for them.
-
-    Raises:
-        KeyError: If there are neither.
-    """
-    labels = batch.get("labels")
-    if labels is None:
-        labels, loss_mask = loss_mask, None
-    if labels is None:
-        raise KeyError(
-            "context parallelism needs `labels` in the batch, or labels passed as loss_mask"
-        )
-    return labels, loss_mask
+def _checked(
+    batch: Any, loss_mask: torch.Tensor | None, cp_group: Group | None, **settings: Any
+) -> CheckedBatch:
+    """Check a batch, and given a group compare it; raise on all of its ranks if one refuses."""
+    if cp_group is None:
+        return check_batch(batch, loss_mask, **settings)
+    checked, facts, refusal = None, {}, None
+    try:
+        checked = check_batch(batch, loss_mask, **settings)
+        tensors = {
+            "input_ids": batch.get("input_ids"),
+            "labels": checked.labels,
+            "loss_mask": checked.loss_mask,
+            "padding": checked.padding,
+        }
+        facts = facts_of({k: t for k, t in tensors.items() if t is not None}, checked.documents)
+    except Exception as error:  # of any kind: the other ranks wait for this one
+        refusal = error
+    compare_batches(facts, refusal, cp_group)
+    assert checked is not None  # else there was a refusal
+    return checked
 
 
 def _pad_rows(
     batch: dict[str, Any],
+    padding: torch.Tensor | None,
     seq_dims: Mapping[str, int],
     fills: Mapping[str, float],
     *,
@@ -301,22 +235,17 @@ def _pad_rows(
     pad_multiple: int,
 ) -> ShardLayout:
     """Pad rows of one document each at their end."""
-    # Only attention_mask shapes attention, in the host at CP size 1 too: a padding_mask that came
-    # without one was guessed from token values by its collater and serves the MoE routers alone.
-    attention_mask = batch.pop("attention_mask", None)
-    if attention_mask is not None:
-        padding = padding_of(attention_mask)
-        refuse_left_padding(padding)
-        batch.setdefault("padding_mask", padding)
+    batch.pop("attention_mask", None)
+    if padding is not None:
+        batch["padding_mask"] = padding
     primary = batch[primary_key(batch)]
     rows, seq_len = primary.shape[:2]
-    if "position_ids" not in batch:
-        batch["position_ids"] = torch.arange(seq_len, device=primary.device)[None]
-    if batch["position_ids"].dim() == 2:
-        batch["position_ids"] = batch["position_ids"].expand(rows, -1)
-        refuse_restarting_positions(batch["position_ids"], batch.get("padding_mask"))
+    positions = batch.get("position_ids")
+    if positions is None:
+        positions = torch.arange(seq_len, device=primary.device)[None]
+    batch["position_ids"] = positions.expand(rows, -1)
     padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=pad_multiple)
-    if padded_len > seq_len and "padding_mask" not in batch:
+    if padded_len > seq_len and padding is None:
         # Unmarked, the slots added here would count when the MoE routers balance their experts.
         batch["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool).to(primary.device)
     per_token = dict(_per_token_dims(batch, (rows, seq_len), seq_dims))
@@ -326,6 +255,7 @@ def _pad_rows(
 
 def _lay_out_documents(
     batch: dict[str, Any],
+    documents: Sequence[Sequence[Document]],
     seq_dims: Mapping[str, int],
     fills: Mapping[str, float],
     *,
@@ -335,25 +265,17 @@ def _lay_out_documents(
 ) -> ShardLayout:
     """Put the documents of packed rows end to end and pad the rows at their end."""
     primary = batch[primary_key(batch)]
-    rows, seq_len = primary.shape[:2]
-    documents = documents_of(batch, rows, seq_len)
-    check_tokens(documents, batch.get("position_ids"), batch["labels"])
     # Documents say what is padding; a mask beside them can only repeat it.
-    for key in ("attention_mask", "padding_mask", "position_ids", "_packed_seq_ids"):
+    for key in ("attention_mask", "padding_mask", "position_ids", *TOKEN_IDS, *ROW_METADATA):
         batch.pop(key, None)
-    for key in _ROW_METADATA:
-        batch.pop(key, None)
+    tokens = packed_len(documents, document_multiple)
     return lay_out(
         batch,
         documents,
-        dict(_per_token_dims(batch, (rows, seq_len), seq_dims)),
+        dict(_per_token_dims(batch, (primary.shape[0], primary.shape[1]), seq_dims)),
         fills,
         document_multiple=document_multiple,
-        padded_len=row_len(
-            max(packed_len(documents, document_multiple), 1),
-            row_multiple,
-            primary.device if sync_length else None,
-        ),
+        padded_len=row_len(tokens, row_multiple, primary.device if sync_length else None),
     )
 
 
@@ -391,23 +313,6 @@ def lay_out(
         "qkv_format": "thd",
     }
     return PackedShardLayout(padded_seq_len=padded_len, input_token_stream_positions=packed.target)
-
-
-def _compare_ranks(batch: Mapping[str, Any], cp_group: Group) -> None:
-    """Refuse, on all ranks of the CP group, batches that differ in rows, tokens or documents."""
-    primary = batch[primary_key(batch)]
-    lengths = [batch.get(key) for key in sorted(_ROW_METADATA)]
-    documents = [n for t in lengths if t is not None for n in t.flatten().tolist()]
-    # A number that other lengths are unlikely to have; positions weigh in, so order counts.
-    print_of_documents = sum((place + 1) * n for place, n in enumerate(documents)) % (1 << 40)
-    facts = [*primary.shape[:2], len(documents), print_of_documents]
-    on_ranks = same_on_all_ranks(facts, primary.device, cp_group)
-    if on_ranks is not None:
-        raise ValueError(
-            "the ranks of one CP group hold different batches: rows, tokens, number and print of "
-            f"document lengths are {on_ranks}, rank by rank; every CP rank must load the same "
-            "samples (the sampler's rank is the data-parallel rank, not the global one)"
-        )
 
 
 def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:

@@ -23,6 +23,15 @@ def _refuse_misspelt_block(fields: Mapping[str, Any]) -> None:
         raise ValueError(f"{near[0]}={fields[near[0]]!r}: the block is called context_parallel")
 
 
+def _refuse_window(window: Any) -> None:
+    # Of 0 the host's layers make 128 and its mask no window at all.
+    if type(window) is not int or window < 1:
+        raise ValueError(
+            f"sliding_window={window!r} is not a whole number of 1 or more: a query sees itself "
+            "and those before it; use 128"
+        )
+
+
 class DeepseekV4ContextParallelConfig(DeepseekV4Config):
     """V4's config whose model trains with context parallelism.
 
@@ -59,6 +68,8 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
     def context_parallel(self, block: ContextParallelOptions | Mapping[str, Any] | None) -> None:
         options = ContextParallelOptions.from_block(block)
         options.resolve_pad_multiple(self.compress_ratios)
+        if options.enabled:
+            _refuse_window(self.sliding_window)
         self._context_parallel: ContextParallelOptions = options
         self.architectures = [ARCHITECTURE if options.enabled else HOST_ARCHITECTURE]
         if options.enabled:

@@ -15,18 +15,10 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.batch import (
-    PAD_VALUES,
-    labels_of,
-    lay_out,
-    pad_tokens,
-    padding_of,
-    primary_key,
-    row_len,
-    uncut,
-)
+from nemo_dsv4_cp.batch import PAD_VALUES, lay_out, pad_tokens, row_len, uncut
 from nemo_dsv4_cp.batch import pad_position_ids as _pad_position_ids_seq_dim_
 from nemo_dsv4_cp.batch import pad_tensor as _pad_tensor_seq_dim_
+from nemo_dsv4_cp.batch_checks import labels_of, padding_of, primary_key
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,

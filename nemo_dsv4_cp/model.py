@@ -19,12 +19,10 @@ from nemo_automodel.components.models.deepseek_v4.model import (
 )
 
 from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.agreement import compare_settings, settings_of
 from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
-from nemo_dsv4_cp.batch import (
-    local_token_indices,
-    padding_of,
-    refuse_left_padding,
-)
+from nemo_dsv4_cp.batch import local_token_indices
+from nemo_dsv4_cp.batch_checks import padding_of, refuse_left_padding
 from nemo_dsv4_cp.exchange import roll_call
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
@@ -223,6 +221,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     _owns_cp_attention = True
     _owns_packed_attention = True
+    _settings_are_one = False  # the ranks of the CP group compare them on the first step
     supports_thd = True  # the host then asks for our sharder at CP size 1 too, for packed rows
     # The host keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
@@ -266,6 +265,10 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         }
 
     def _shard_batch(self, cp_mesh: Any, tp_mesh: Any, batch: dict[str, Any], **kwargs: Any) -> Any:
+        if cp_mesh is not None and cp_mesh.size() > 1 and not self._settings_are_one:
+            # Before all else, and whatever the options say: they may be what differs.
+            compare_settings(settings_of(self), cp_mesh.get_group())
+            self._settings_are_one = True
         if cp_mesh is not None:
             validate_cp_size(
                 cp_mesh.size(),
@@ -283,6 +286,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             pad_documents=self._pad_documents,
             compare_ranks=compare,
             sync_packed_length=self.backend.dispatcher == "hybridep",
+            vocab_size=getattr(self.model.embed_tokens, "num_embeddings", None),
             **kwargs,
         )
 
@@ -422,7 +426,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             buffer_device: Where buffers live; by default with the parameters (the host: CUDA).
             dtype: Dtype that unsharded parameters are cast to.
         """
-        device = buffer_device or next(self.parameters()).device
+        first = next(self.parameters())
+        for group in sharding_groups(first):
+            # Models of other sizes would be lost before the first step, among the collectives that
+            # the host runs for each parameter.
+            compare_settings(settings_of(self), group)
+        device = buffer_device or first.device
         for module in self.modules():
             if isinstance(module, ContextParallelAttention):
                 reset_uninitialised_norms(module)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 
 AUTO = "auto"
+_FLAGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 _PLUGGED = {
     "transport": plugins.TRANSPORTS,
     "kernels": plugins.KERNELS,
@@ -89,10 +90,12 @@ class ContextParallelOptions:
                     + (f"did you mean {near[0]!r}? " if near else "")
                     + f"The options are {', '.join(known)}"
                 )
+            default = getattr(cls, key)
             try:
                 OmegaConf.merge(OmegaConf.structured(cls), {key: value})
+                if isinstance(default, bool) and str(value).lower() not in _FLAGS:
+                    raise ValidationError("any number but 0 would be taken for true")
             except OmegaConfBaseException as error:
-                default = getattr(cls, key)
                 raise ValueError(
                     f"context_parallel.{key}={value!r} has the wrong type "
                     f"({str(error).splitlines()[0]}); a value that works is {default!r}"
@@ -133,16 +136,22 @@ class ContextParallelOptions:
                 "MiB; use 512"
             )
 
-    def resolve_pad_multiple(self, compress_ratios: Iterable[int] | None) -> int:
+    def resolve_pad_multiple(self, compress_ratios: Sequence[int] | None) -> int:
         """Return the shard-length multiple that these options mean for a model.
 
         Args:
             compress_ratios: The model's ratios, one a layer.
 
         Raises:
-            ValueError: If ``pad_multiple`` breaks the LCM rule.
+            ValueError: If ``pad_multiple`` breaks the LCM rule, or the ratios are none.
         """
-        ratios = sorted({int(ratio) for ratio in compress_ratios or () if int(ratio) > 0})
+        told = compress_ratios or ()
+        if not isinstance(told, Sequence) or any(type(n) is not int or n < 0 for n in told):
+            raise ValueError(
+                f"compress_ratios={compress_ratios!r} is not a list of whole numbers of 0 or more, "
+                "one a layer, such as [0, 4, 128]"
+            )
+        ratios = sorted({ratio for ratio in told if ratio})
         needed = local_seq_multiple(ratios)
         if self.pad_multiple == AUTO:
             return needed

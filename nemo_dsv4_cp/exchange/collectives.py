@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -131,16 +132,6 @@ def max_over_ranks(number: int, device: torch.device) -> int:
     return int(largest)
 
 
-def same_on_all_ranks(
-    facts: Sequence[int], device: torch.device, cp_group: Group | None
-) -> list[list[int]] | None:
-    """Return None if the ranks of the group hold the same numbers, else each rank's."""
-    mine = torch.tensor([list(facts)], device=device)
-    gathered = all_gather_metadata(mine, dim=0, cp_group=cp_group)
-    on_ranks: list[list[int]] = gathered.tolist()
-    return on_ranks if any(row != on_ranks[0] for row in on_ranks) else None
-
-
 @contextmanager
 def process_group(backend: str, *, rank: int, size: int, port: int = 0) -> Iterator[Group]:
     """Make the process group of a job on this machine, and take it down at the end.
@@ -191,3 +182,28 @@ def failed_in_a_collective(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def texts_if_different(text: str, cp_group: Group | None) -> dict[int, str] | None:
+    """Return None if all ranks of the group hold one text, else the text of each rank of the job.
+
+    A digest goes first, of one size whatever the texts are: ranks that disagree even about what to
+    compare meet in the same collective. All see the same digests, so either all or none go on to
+    the texts.
+    """
+    if cp_group is None or not cp_enabled(cp_group):
+        return None
+    digest = hashlib.sha256(text.encode()).digest()[:8]
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=_device(cp_group))
+    if bool((all_gather_metadata(mine, dim=0, cp_group=cp_group) == mine).all()):
+        return None
+    texts = [""] * dist.get_world_size(cp_group)
+    dist.all_gather_object(texts, text, group=cp_group)
+    return dict(zip(dist.get_process_group_ranks(cp_group), texts, strict=True))
+
+
+def _device(group: Group) -> torch.device:
+    """Return where a tensor must be that the group's backend moves, the CPU if it may be there."""
+    if "cpu:" in dist.get_backend_config(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -15,6 +15,9 @@ import torch
 NO_DOCUMENT = -1000
 """Fills up rows of fewer documents, as in the host's packed collater."""
 
+TOKEN_IDS = ("packed_seq_ids", "_packed_seq_ids")
+"""Keys of a document's number for each token."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -26,11 +29,8 @@ class Document:
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
     """Return whether the rows hold several documents, by any of the host's markers."""
-    markers = ("seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded", *_TOKEN_IDS)
+    markers = ("seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded", *TOKEN_IDS)
     return batch.get("qkv_format") == "thd" or any(batch.get(key) is not None for key in markers)
-
-
-_TOKEN_IDS = ("packed_seq_ids", "_packed_seq_ids")
 
 
 def documents_of(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list[Document]]:
@@ -46,28 +46,46 @@ def documents_of(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list
 
     Raises:
         KeyError: If nothing tells the documents.
-        ValueError: If a length is negative, or the documents do not fit their row.
+        ValueError: If the numbers are not whole, a length is negative, documents do not fit their
+            row, or two of these tell different ones.
     """
-    real, padded = _lengths(batch, "seq_lens"), _lengths(batch, "seq_lens_padded")
-    name = "seq_lens"
-    if real is None and batch.get("cu_seqlens") is not None:
-        real, padded = _steps(batch, "cu_seqlens"), _steps(batch, "cu_seqlens_padded")
-        name = "cu_seqlens"
-    if real is None:
-        for key in _TOKEN_IDS:
-            if batch.get(key) is not None:
-                return [_runs(row) for row in batch[key].view(rows, seq_len).tolist()]
+    told: dict[str, list[list[Document]]] = {}
+    for name, read in (("seq_lens", _lengths), ("cu_seqlens", _steps)):
+        real = read(batch, name, rows)
+        if real is None:
+            continue
+        padded = read(batch, f"{name}_padded", rows) or real
+        told[name] = [
+            _fit(lengths, rooms, row, name, seq_len)
+            for row, (lengths, rooms) in enumerate(zip(real, padded, strict=True))
+        ]
+    for name in TOKEN_IDS:
+        if batch.get(name) is not None:
+            told[name] = [_runs(row) for row in _of_tokens(batch[name], name, rows, seq_len)]
+    if not told:
         raise KeyError(
             "a packed batch (qkv_format: thd) requires `seq_lens`, `cu_seqlens` or "
             "`_packed_seq_ids`: nothing else tells where its documents end"
         )
-    if len(real) != rows:
-        raise ValueError(f"{name} describes {len(real)} rows, and the batch has {rows}")
-    of_rows = [
-        _fit(lengths, padded[row] if padded is not None else [], row, name, seq_len)
-        for row, lengths in enumerate(real)
-    ]
-    return [[document for document in of_row if document.length] for of_row in of_rows]
+    first, *others = told
+    for other in others:
+        _refuse_contradiction(first, other, told)
+    return told[first]
+
+
+def described(value: Any) -> str:
+    """Say what a value is, for an error: of a tensor all but its numbers."""
+    if not isinstance(value, torch.Tensor):
+        return f"of type {type(value).__name__}"
+    if value.is_nested:
+        return "a nested tensor"
+    layout = "" if value.layout is torch.strided else f" ({named(value.layout)})"
+    return f"{named(value.dtype)} {list(value.shape)} on {value.device}{layout}"
+
+
+def named(thing: torch.dtype | torch.layout) -> str:
+    """Return the name of a dtype or layout without its module."""
+    return str(thing).removeprefix("torch.")
 
 
 def documents_as_told(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list[Document]]:
@@ -92,30 +110,41 @@ def documents_as_told(batch: Mapping[str, Any], rows: int, seq_len: int) -> list
         lengths = [max(n, 0) for n in real[row] if n != NO_DOCUMENT]
         rooms = [n for n in padded[row] if n != NO_DOCUMENT]
         rooms = [max(pair) for pair in zip(rooms, lengths, strict=False)]
-        documents.append(_fit(lengths, rooms, row, "seq_lens", seq_len))
+        documents.append(_laid_out(lengths, rooms, row, "seq_lens", seq_len))
     return documents
 
 
-def _lengths(batch: Mapping[str, Any], key: str) -> list[list[int]] | None:
-    value = batch.get(key)
-    if value is None:
+def _is_whole(value: Any) -> bool:
+    """Whether a value holds whole numbers that are there to read."""
+    return (
+        isinstance(value, torch.Tensor)
+        and not (value.is_nested or value.is_floating_point() or value.is_complex())
+        and value.dtype != torch.bool
+        and value.layout is torch.strided
+        and value.device.type != "meta"
+    )
+
+
+def _lengths(batch: Mapping[str, Any], key: str, rows: int) -> list[list[int]] | None:
+    if batch.get(key) is None:
         return None
-    rows = [[n for n in row if n != NO_DOCUMENT] for row in torch.atleast_2d(value).tolist()]
-    for row, lengths in enumerate(rows):
+    found = []
+    for row, numbers in enumerate(_of_rows(batch[key], key, rows)):
+        lengths = [n for n in numbers if n != NO_DOCUMENT]
         if any(n < 0 for n in lengths):
             raise ValueError(
                 f"{key}: row {row} holds the length {min(lengths)}; lengths are 0 or more, and "
                 f"{NO_DOCUMENT} fills up rows of fewer documents"
             )
-    return rows
+        found.append(lengths)
+    return found
 
 
-def _steps(batch: Mapping[str, Any], key: str) -> list[list[int]] | None:
-    value = batch.get(key)
-    if value is None:
+def _steps(batch: Mapping[str, Any], key: str, rows: int) -> list[list[int]] | None:
+    if batch.get(key) is None:
         return None
     steps = []
-    for row, offsets in enumerate(torch.atleast_2d(value).tolist()):
+    for row, offsets in enumerate(_of_rows(batch[key], key, rows)):
         known = [n for n in offsets if n >= 0]
         lengths = [after - before for before, after in pairwise(known)]
         if known[:1] != [0] or any(n < 0 for n in lengths):
@@ -124,12 +153,47 @@ def _steps(batch: Mapping[str, Any], key: str) -> list[list[int]] | None:
     return steps
 
 
+def _of_rows(value: Any, key: str, rows: int) -> list[list[int]]:
+    """Return the numbers of each row of the batch."""
+    if not (_is_whole(value) and value.dim() in (1, 2)):
+        raise ValueError(
+            f"{key} is {described(value)}; use int64 [{rows}, D], D whole numbers for each row"
+        )
+    numbers: list[list[int]] = torch.atleast_2d(value).tolist()
+    if len(numbers) != rows:
+        raise ValueError(f"{key} describes {len(numbers)} rows, and the batch has {rows}")
+    return numbers
+
+
+def _of_tokens(value: Any, key: str, rows: int, seq_len: int) -> list[list[int]]:
+    """Return the number of each token of each row."""
+    if not (_is_whole(value) and list(value.shape) == [rows, seq_len]):
+        raise ValueError(
+            f"{key} is {described(value)}; use int64 [{rows}, {seq_len}], a whole number a token"
+        )
+    numbers: list[list[int]] = value.tolist()
+    return numbers
+
+
 def _fit(
-    lengths: Sequence[int], padded: Sequence[int], row: int, name: str, seq_len: int
+    lengths: Sequence[int], rooms: Sequence[int], row: int, name: str, seq_len: int
+) -> list[Document]:
+    """Return where documents lie that are followed by padding, those of no token left out."""
+    if len(rooms) != len(lengths):
+        raise ValueError(
+            f"{name}: row {row} tells {len(lengths)} documents, and {name}_padded {len(rooms)}; "
+            "use as many numbers in both"
+        )
+    documents = _laid_out(lengths, rooms, row, name, seq_len)
+    return [document for document in documents if document.length]
+
+
+def _laid_out(
+    lengths: Sequence[int], rooms: Sequence[int], row: int, name: str, seq_len: int
 ) -> list[Document]:
     documents, start = [], 0
     for place, length in enumerate(lengths):
-        room = padded[place] if place < len(padded) else length
+        room = rooms[place] if place < len(rooms) else length
         if length > room:
             raise ValueError(
                 f"{name}: document {place} of row {row} has {length} tokens, and {name}_padded "
@@ -143,6 +207,22 @@ def _fit(
         documents.append(Document(start, length))
         start += room
     return documents
+
+
+def _refuse_contradiction(
+    first: str, other: str, told: Mapping[str, Sequence[Sequence[Document]]]
+) -> None:
+    """Refuse documents that a batch tells twice and differently.
+
+    A number a token may count the padding that follows a document with it, as the host's do.
+    """
+    for row, (mine, its) in enumerate(zip(told[first], told[other], strict=True)):
+        runs = {document.start: document.length for document in its}
+        within = all(document.length <= runs.get(document.start, 0) for document in mine)
+        if not (within if other in TOKEN_IDS else mine == its):
+            raise ValueError(
+                f"{first} and {other} tell different documents of row {row}; leave one of them out"
+            )
 
 
 def _runs(ids: Sequence[int]) -> list[Document]:
@@ -319,11 +399,16 @@ def token_documents(batch: Mapping[str, Any]) -> torch.Tensor:
         Int64 [B, S].
     """
     ids = batch["input_ids"]
-    numbers = torch.zeros(ids.shape, dtype=torch.long)
-    for row, documents in enumerate(documents_of(batch, *ids.shape)):
-        for place, document in enumerate(documents):
+    return token_numbers(documents_of(batch, *ids.shape), ids.shape[1]).to(ids.device)
+
+
+def token_numbers(documents: Sequence[Sequence[Document]], seq_len: int) -> torch.Tensor:
+    """Return the number of each token's document as :func:`token_documents` does, on the CPU."""
+    numbers = torch.zeros(len(documents), seq_len, dtype=torch.long)
+    for row, of_row in enumerate(documents):
+        for place, document in enumerate(of_row):
             numbers[row, document.start : document.start + document.length] = place + 1
-    return numbers.to(ids.device)
+    return numbers
 
 
 def tokens_ahead(
