@@ -11,7 +11,7 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test gpu test-faults test-hosts test-torch lint clean
+.PHONY: help demo test gpu test-faults test-hosts test-torch refusals lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
 	@echo "make gpu    tests of the kernels and times of one emulated rank, on this machine's GPU"
 	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"
+	@echo "make refusals   docs/refusals.md's tables of broken input, from the tests' own"
 	@echo "make lint   ruff, mypy and import-linter"
 	@echo "make clean  remove .venv and all that was built"
 	@echo "PYTHON=/path/to/python picks the Python that .venv is made of."
@@ -111,6 +112,9 @@ test-torch: $(OTHER_TORCHES:%=test-torch-%)
 	case "$$(.torch/$*/bin/python -c 'import triton; print(triton.__version__)')" in 3.9.*) \
 		.torch/$*/bin/python -m pip uninstall --quiet --yes triton;; esac
 	@touch $@
+
+refusals: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python docs/hostile.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

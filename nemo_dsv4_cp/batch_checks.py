@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.sequence.packing import (
+    TOKEN_IDS,
     Document,
     check_tokens,
     described,
@@ -26,6 +27,11 @@ IGNORED_LABEL = -100
 """The label of tokens that the host's losses ignore."""
 
 _IMAGE_KEYS = ("pixel_values", "image_grid_hws", "vision_token_types")
+_KNOWN = {
+    *("input_ids", "inputs_embeds", "labels", "loss_mask", "position_ids"),
+    *("attention_mask", "padding_mask", *TOKEN_IDS, *ROW_METADATA),
+}
+"""Keys that have checks of their own, or are dropped beside documents."""
 _IDS = (torch.int64, torch.int32)  # what an embedding takes
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIGNED = (*_IDS, torch.int16, torch.int8)  # what holds the label of no token
@@ -121,10 +127,11 @@ def check_batch(
         )
     _refuse_images(batch)
     _check_numbers_to_pad_with(padding_token_id, pad_multiple, vocab_size)
-    if batch.get("qkv_format", "bshd") not in ("bshd", "thd"):
+    layout = batch.get("qkv_format")
+    if layout not in (None, "bshd", "thd"):
         raise ValueError(
-            f"qkv_format={batch['qkv_format']!r} is another layout than rows of tokens; use thd for "
-            "packed rows, and leave it out for others"
+            f"qkv_format={layout!r} is another layout than rows of tokens; use thd for packed "
+            "rows, and leave it out for others"
         )
     tokens = _check_tokens(batch)
     labels, weights = _check_targets(batch, loss_mask, tokens)
@@ -298,7 +305,7 @@ def _check_other_tensors(batch: Mapping[str, Any], tokens: torch.Tensor) -> None
             )
     rows, seq_len = tokens.shape[:2]
     for key, value in batch.items():
-        if not isinstance(value, torch.Tensor) or key in ROW_METADATA:
+        if not isinstance(value, torch.Tensor) or key in _KNOWN:
             continue
         dim = declared.get(key)
         along = not value.is_nested and tuple(value.shape[:2]) == (rows, seq_len)

@@ -43,8 +43,9 @@ class ContextParallelOptions:
             compress ratios need, or a multiple of that LCM.
         pad_documents: Pad every document of packed rows to a multiple of ``pad_multiple``, as the
             host does; else documents lie end to end and only the row's end is padded.
-        compare_ranks: When the ranks of a CP group compare the sizes and documents of their
-            batches: ``"first"`` step, ``"every"`` step or ``"never"``.
+        compare_ranks: When the ranks of a CP group compare the tokens and documents of their
+            batches, and hear of a batch that one of them refuses: ``"first"`` step, ``"every"``
+            step or ``"never"``.
         batch_fn: How a batch is cut; a name in ``nemo_dsv4_cp.batch_fns``.
         workspace_mib: How much a chunk of scores or of float32 rows may take, in MiB: less is
             slower. Memory beside it is linear in the shard and the entries.

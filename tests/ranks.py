@@ -66,8 +66,17 @@ class RankPool:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, job: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
-        """Run ``job`` on ``ranks`` workers and return what each returned."""
+    def run(
+        self,
+        job: Callable[..., Any],
+        ranks: int,
+        *args: Any,
+        within: float = 2 * TIMEOUT.total_seconds(),
+    ) -> list[Any]:
+        """Run ``job`` on ``ranks`` workers and return what each returned.
+
+        Ranks that do not answer ``within`` these seconds hang, and are ended.
+        """
         if not self._processes:
             self._start()
         pipes = self._pipes[:ranks]
@@ -75,8 +84,10 @@ class RankPool:
             pipe.send((job, ranks, args))
         answers: dict[Connection, Any] = {}
         while len(answers) < ranks:
-            ready = wait([p for p in pipes if p not in answers], timeout=2 * TIMEOUT.seconds)
-            assert ready, f"no rank answered; {len(answers)} of {ranks} had"
+            ready = wait([p for p in pipes if p not in answers], timeout=within)
+            if not ready:
+                self.stop()
+                raise RankError(f"{len(answers)} of {ranks} ranks answered in {within:g} s")
             for pipe in ready:
                 try:
                     worked, answers[pipe] = pipe.recv()

@@ -7,6 +7,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     cp_enabled,
     cp_rank,
     cp_size,
+    texts_if_different,
 )
 from nemo_dsv4_cp.exchange.gather import all_gather
 
@@ -51,3 +52,14 @@ def no_communication_job(group, rank):
 
 def test_a_group_of_one_communicates_nothing(ranks):
     assert ranks.run(no_communication_job, 1) == [True]
+
+
+def texts_job(group, rank, texts):
+    return texts_if_different(texts[rank], group)
+
+
+def test_texts_are_exchanged_if_they_differ_whatever_their_length(ranks):
+    assert ranks.run(texts_job, 3, ["é" * 999] * 3) == [None] * 3
+    texts = ["", "é" * 999, "a"]
+    assert ranks.run(texts_job, 3, texts) == [dict(enumerate(texts))] * 3
+    assert ranks.run(texts_job, 1, texts) == [None]

@@ -1,0 +1,938 @@
+"""Ways to break a valid batch or config, and what is to come of each: an error, or no difference.
+
+``docs/refusals.py`` writes a table of them, ``test_hostile.py`` tries each on real ranks.
+"""
+
+# B batch rows   S tokens a row   D documents of the fullest row
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_dsv4_cp import ContextParallelOptions
+from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
+from nemo_dsv4_cp.tools.verification import packed_batch
+
+VOCAB = 97
+OPTIONS = tuple(option.name for option in dataclasses.fields(ContextParallelOptions))
+NAN = float("nan")
+WRONG_VALUES = ("null", "[]", "[a]", "{a: 1}", ".nan", ".inf", "-1", "nonsense", '""', "2026-01-31")
+"""YAML that is right for no option."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a batch is drawn by.
+
+    Attributes:
+        documents: Lengths of the documents of each row.
+        packed: Several documents a row, or one.
+        spare: Tokens of padding at the end of the longest row.
+        option: Which option a kind of YAML breaks.
+        seed: Of ids and labels.
+    """
+
+    documents: tuple[tuple[int, ...], ...]
+    packed: bool
+    spare: int = 0
+    option: str = OPTIONS[0]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.packed or all(len(row) == 1 for row in self.documents)
+
+
+@dataclass
+class Case:
+    """What a rank trains with.
+
+    Attributes:
+        shape: What it was drawn by.
+        batch: The full batch.
+        arguments: For the sharder, beside the batch.
+        block: The ``context_parallel`` block, as YAML.
+        fields: The config's other fields that are not the tests' own, as YAML.
+    """
+
+    shape: Shape
+    batch: Any
+    arguments: dict[str, Any] = field(default_factory=dict)
+    block: str = "{}"
+    fields: str = "{}"
+
+    def config(self) -> dict[str, Any]:
+        """Return the config's fields, the block among them."""
+        return yaml.safe_load(self.fields) | {"context_parallel": yaml.safe_load(self.block)}
+
+
+def case_of(shape: Shape) -> Case:
+    """Return a case that nothing is wrong with."""
+    seq_len = max(map(sum, shape.documents)) + shape.spare
+    documents = [list(row) for row in shape.documents]
+    batch = packed_batch(documents, seq_len, shape.seed, VOCAB)
+    if not shape.packed:
+        lengths = torch.tensor(documents)
+        real = torch.arange(seq_len) < lengths
+        batch = {key: batch[key] for key in ("input_ids", "labels")}
+        batch["attention_mask"] = real.long()
+        batch["position_ids"] = torch.arange(seq_len).repeat(len(lengths), 1)
+    return Case(shape, batch)
+
+
+Change = Callable[[Case], None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to break a case.
+
+    Attributes:
+        what: What is wrong, for the table.
+        change: Breaks a case.
+        error: What is raised; None if all is as without the change.
+        says: A piece of the error's text, with ``...`` for what differs from case to case.
+        fits: Whether a case of a shape can be broken so.
+        before: Changes the case that the result is compared with, and the broken one before.
+        section: The table's part.
+    """
+
+    what: str
+    change: Change
+    error: type[Exception] | None
+    says: str = ""
+    fits: Callable[[Shape], bool] = lambda shape: True
+    before: Change = lambda case: None
+    section: str = ""
+
+    @property
+    def of_config(self) -> bool:
+        """Whether it breaks a config, not a batch."""
+        return "YAML" in self.section
+
+
+def refused(
+    what: str,
+    change: Change,
+    says: str,
+    error: type[Exception] = ValueError,
+    fits: Callable[[Shape], bool] = lambda shape: True,
+) -> Kind:
+    return Kind(what, change, error, says, fits)
+
+
+def as_meant(
+    what: str,
+    change: Change,
+    fits: Callable[[Shape], bool] = lambda shape: True,
+    before: Change = lambda case: None,
+) -> Kind:
+    return Kind(what, change, None, fits=fits, before=before)
+
+
+def plain(shape: Shape) -> bool:
+    return not shape.packed
+
+
+def packed(shape: Shape) -> bool:
+    return shape.packed
+
+
+def several_documents(shape: Shape) -> bool:
+    return shape.packed and sum(map(len, shape.documents)) > 1
+
+
+def one_packed_row(shape: Shape) -> bool:
+    return shape.packed and len(shape.documents) == 1
+
+
+def several_tokens(shape: Shape) -> bool:
+    return not shape.packed and shape.documents[0][0] > 1
+
+
+def put(key: str, value: Any) -> Change:
+    """Put a value, or what a function makes of the case's batch, under a key of the batch."""
+
+    def change(case: Case) -> None:
+        case.batch[key] = value(case.batch) if callable(value) else value
+
+    return change
+
+
+def remake(key: str, function: Callable[[torch.Tensor], Any]) -> Change:
+    """Put what a function makes of a tensor of the batch in its place."""
+    return put(key, lambda batch: function(batch[key]))
+
+
+def drop(*keys: str) -> Change:
+    def change(case: Case) -> None:
+        for key in keys:
+            case.batch.pop(key, None)
+
+    return change
+
+
+def all_tensors(function: Callable[[torch.Tensor], Any]) -> Change:
+    def change(case: Case) -> None:
+        for key, value in case.batch.items():
+            if isinstance(value, torch.Tensor):
+                case.batch[key] = function(value)
+
+    return change
+
+
+def both(*changes: Change) -> Change:
+    def change(case: Case) -> None:
+        for each in changes:
+            each(case)
+
+    return change
+
+
+def argue(**arguments: Any) -> Change:
+    """Pass arguments to the sharder; functions are given the batch."""
+
+    def change(case: Case) -> None:
+        for name, value in arguments.items():
+            case.arguments[name] = value(case.batch) if callable(value) else value
+
+    return change
+
+
+def whole(value: Any) -> Change:
+    """Put something in the batch's place."""
+
+    def change(case: Case) -> None:
+        case.batch = value(case.batch) if callable(value) else value
+
+    return change
+
+
+def block(text: str) -> Change:
+    def change(case: Case) -> None:
+        case.block = text.replace("OPTION", case.shape.option)
+
+    return change
+
+
+def fields(text: str) -> Change:
+    def change(case: Case) -> None:
+        case.fields = text
+
+    return change
+
+
+def at(value: Any, row: int = 0, token: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that copies a tensor and sets one number of it."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.clone()
+        changed[row, token] = value
+        return changed
+
+    return change
+
+
+def longer(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat((tensor, tensor[:, :1]), dim=1)
+
+
+def another_row(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat((tensor, tensor[:1]))
+
+
+def embedded(batch: dict[str, Any]) -> torch.Tensor:
+    return torch.zeros(*batch["input_ids"].shape, 64)
+
+
+def square(batch: dict[str, Any]) -> torch.Tensor:
+    """Return the mask [B, 1, S, S] that says what attention does anyhow."""
+    seq_len = batch["input_ids"].shape[1]
+    causal = torch.ones(seq_len, seq_len).tril().bool()
+    real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    return (causal & real[:, None]).unsqueeze(1)
+
+
+def offsets(lengths: torch.Tensor) -> torch.Tensor:
+    """Return the running sums [B, D + 1] of lengths, -1 after a row's last."""
+    sums = torch.nn.functional.pad(lengths.clamp(min=0).cumsum(1), (1, 0))
+    used = torch.nn.functional.pad(lengths != NO_DOCUMENT, (1, 0), value=True)
+    return sums.where(used, -1)
+
+
+def numbers(batch: dict[str, Any]) -> torch.Tensor:
+    """Return the number of each token's document, 0 for padding."""
+    found = torch.zeros_like(batch["input_ids"])
+    for row, lengths in enumerate(batch["seq_lens"].tolist()):
+        start = 0
+        for place, length in enumerate(n for n in lengths if n != NO_DOCUMENT):
+            found[row, start : start + length] = place + 1
+            start += length
+    return found
+
+
+def every_other(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers, two places apart in memory."""
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def by_columns(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers, column after column in memory."""
+    return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+
+
+def one_row_for_all(case: Case) -> None:
+    all_tensors(lambda tensor: tensor[:1].repeat(len(tensor), *[1] * (tensor.dim() - 1)))(case)
+
+
+def one_token_for_all(case: Case) -> None:
+    for key in ("input_ids", "labels"):
+        case.batch[key] = torch.full_like(case.batch[key], 7)
+    case.batch.pop("attention_mask", None)
+
+
+def half_real(batch: dict[str, Any]) -> torch.Tensor:
+    """Return a 4-D mask of two documents a row, the second unable to see the first."""
+    mask = square(batch)
+    mask[:, :, 1:, 0] = False
+    return mask
+
+
+def additive(mask: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")
+
+
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor(list(tensor), layout=torch.jagged)
+
+
+def declared(dims: Any, **values: Any) -> Change:
+    """Add a key and say which of its dimensions holds the tokens."""
+
+    def change(case: Case) -> None:
+        case.batch["advantages"] = case.batch["input_ids"].float()
+        case.batch |= values | {"_cp_metadata_seq_dims": dims}
+
+    return change
+
+
+_IDS = "input_ids is ...; use int64 [B, S] with data"
+_EMBEDS = "inputs_embeds is ...; use float32 [B, S, E] with data"
+_ONE_OF = "a batch must hold exactly one of `input_ids` and `inputs_embeds`"
+_NOTHING = "no row, or no token in a row; leave such a batch out"
+_LABELS = "labels is ..., beside tokens ...; use int64 ["
+_NO_LABELS = "context parallelism needs `labels` in the batch"
+_WEIGHTS = "loss_mask is ..., beside tokens ...; use float32 ["
+_MASK = "attention_mask is ..., beside tokens ...; use bool ["
+_VALUES = "attention_mask holds ...; 1 is a real token and 0 is padding; tell documents by seq_lens"
+_SIDE = 'has real tokens after padding; ... padding_side to "right"'
+_PAST = "attention sees the row's whole past and nothing else; tell documents by seq_lens"
+_PLACES = "position_ids is ..., beside tokens ...; use int64 ["
+_COUNT = "position_ids do not count 0, 1, 2, ... along each row, as if documents were packed"
+_LENGTHS = "seq_lens is ...; use int64 ["
+_UNTOLD = "requires `seq_lens`, `cu_seqlens` or `_packed_seq_ids`"
+_RATIOS = "compress_ratios=... is not a list of whole numbers of 0 or more, one a layer"
+_WINDOW = "sliding_window=... is not a whole number of 1 or more"
+_OPTION = "context_parallel.OPTION="
+
+
+def section(name: str, *kinds: Kind) -> tuple[Kind, ...]:
+    return tuple(dataclasses.replace(kind, section=name) for kind in kinds)
+
+
+KINDS = (
+    *section(
+        "The batch",
+        refused("a list in the dict's place", whole(lambda b: [b]), "the batch is of type list"),
+        refused("`None` in the dict's place", whole(None), "the batch is of type NoneType"),
+        refused("no rows", all_tensors(lambda t: t[:0]), _NOTHING),
+        refused("rows of no token", all_tensors(lambda t: t[:, :0]), _NOTHING),
+        refused(
+            "images",
+            put("pixel_values", torch.ones(1, 3, 4, 4)),
+            "images (pixel_values in the batch) are not supported under context parallelism",
+            NotImplementedError,
+        ),
+        refused(
+            "another layout, such as `qkv_format: sbhd`",
+            put("qkv_format", "sbhd"),
+            "qkv_format='sbhd' is another layout than rows of tokens",
+        ),
+    ),
+    *section(
+        "Tokens",
+        refused("neither ids nor embeddings", drop("input_ids"), _ONE_OF, AssertionError),
+        refused("ids and embeddings", put("inputs_embeds", embedded), _ONE_OF, AssertionError),
+        refused("ids: `None`", put("input_ids", None), _IDS),
+        refused("ids: a list", remake("input_ids", torch.Tensor.tolist), _IDS),
+        refused("ids: a number", put("input_ids", torch.tensor(1)), _IDS),
+        refused("ids: of one dimension", remake("input_ids", torch.flatten), _IDS),
+        refused("ids: of three dimensions", remake("input_ids", lambda t: t[None]), _IDS),
+        refused("ids: floats", remake("input_ids", torch.Tensor.float), _IDS),
+        refused("ids: NaN", remake("input_ids", lambda t: t * NAN), _IDS),
+        refused("ids: bools", remake("input_ids", torch.Tensor.bool), _IDS),
+        refused("ids: int16", remake("input_ids", torch.Tensor.short), _IDS),
+        refused("ids: complex", remake("input_ids", lambda t: t * 1j), _IDS),
+        refused("ids: on the meta device", remake("input_ids", to_meta), _IDS),
+        refused("ids: sparse", remake("input_ids", torch.Tensor.to_sparse), _IDS),
+        refused("ids: nested", remake("input_ids", nested), _IDS),
+        refused(
+            "a negative id",
+            remake("input_ids", at(-1)),
+            "input_ids holds -1 for token 0 of row 0; token ids are 0 to 96",
+        ),
+        refused(
+            "an id beyond the vocabulary",
+            remake("input_ids", at(VOCAB)),
+            "input_ids holds 97 for token 0 of row 0; token ids are 0 to 96",
+        ),
+        refused(
+            "an id of 2^62",
+            remake("input_ids", at(1 << 62)),
+            "input_ids holds 4611686018427387904 for token 0 of row 0; token ids are 0 to 96",
+        ),
+        refused(
+            "embeddings: of two dimensions",
+            both(put("inputs_embeds", lambda b: embedded(b)[..., 0]), drop("input_ids")),
+            _EMBEDS,
+        ),
+        refused(
+            "embeddings: whole numbers",
+            both(put("inputs_embeds", lambda b: embedded(b).long()), drop("input_ids")),
+            _EMBEDS,
+        ),
+        refused(
+            "embeddings: on the meta device",
+            both(put("inputs_embeds", lambda b: to_meta(embedded(b))), drop("input_ids")),
+            _EMBEDS,
+        ),
+    ),
+    *section(
+        "Labels and loss masks",
+        refused("no labels", drop("labels"), _NO_LABELS, KeyError),
+        refused("labels: `None`", put("labels", None), _NO_LABELS, KeyError),
+        refused("labels: a token longer", remake("labels", longer), _LABELS),
+        refused("labels: a token shorter", remake("labels", lambda t: t[:, 1:]), _LABELS),
+        refused("labels: a row more", remake("labels", another_row), _LABELS),
+        refused("labels: a row less", remake("labels", lambda t: t[1:]), _LABELS),
+        refused("labels: of one dimension", remake("labels", lambda t: t[0]), _LABELS),
+        refused("labels: of three dimensions", remake("labels", lambda t: t[..., None]), _LABELS),
+        refused("labels: a list", remake("labels", torch.Tensor.tolist), _LABELS),
+        refused("labels: floats", remake("labels", torch.Tensor.float), _LABELS),
+        refused("labels: bools", remake("labels", torch.Tensor.bool), _LABELS),
+        refused("labels: uint8", remake("labels", lambda t: t.to(torch.uint8)), _LABELS),
+        refused("labels: on the meta device", remake("labels", to_meta), _LABELS),
+        refused("labels: sparse", remake("labels", torch.Tensor.to_sparse), _LABELS),
+        refused("labels: nested", remake("labels", nested), _LABELS),
+        refused(
+            "a negative label other than -100",
+            remake("labels", at(-1)),
+            "labels holds -1 for token 0 of row 0; token ids are 0 to 96, and -100 for none",
+        ),
+        refused(
+            "a label beyond the vocabulary",
+            remake("labels", at(VOCAB)),
+            "labels holds 97 for token 0 of row 0; token ids are 0 to 96, and -100 for none",
+        ),
+        refused(
+            "labels in a row that is all padding",
+            both(remake("attention_mask", torch.zeros_like), remake("labels", at(1))),
+            "labels holds ...; attention_mask says that the row is all padding",
+            fits=plain,
+        ),
+        refused(
+            "loss mask: a token longer",
+            argue(loss_mask=lambda b: longer(b["labels"] * 0.0)),
+            _WEIGHTS,
+        ),
+        refused(
+            "loss mask: in the batch, a row more",
+            put("loss_mask", lambda b: another_row(b["labels"] * 0.0)),
+            _WEIGHTS,
+        ),
+        refused(
+            "loss mask: on the meta device",
+            argue(loss_mask=lambda b: to_meta(b["labels"] * 0.0)),
+            _WEIGHTS,
+        ),
+        refused(
+            "loss mask: NaN",
+            argue(loss_mask=lambda b: b["labels"] * NAN),
+            "loss_mask holds nan for token 0 of row 0; use finite numbers",
+        ),
+        refused(
+            "loss mask: infinite",
+            put("loss_mask", lambda b: b["labels"] * 0.0 + float("inf")),
+            "loss_mask holds inf for token 0 of row 0; use finite numbers",
+        ),
+        refused(
+            "loss mask: bools, in place of labels",
+            both(argue(loss_mask=lambda b: b["labels"] > 0), drop("labels")),
+            "loss_mask, in place of labels, is bool ...; use int64 [",
+        ),
+    ),
+    *section(
+        "Masks",
+        refused(
+            "`attention_mask`: a token longer", remake("attention_mask", longer), _MASK, fits=plain
+        ),
+        refused(
+            "`attention_mask`: a row more", remake("attention_mask", another_row), _MASK, fits=plain
+        ),
+        refused(
+            "`attention_mask`: of three dimensions",
+            put("attention_mask", lambda b: square(b)[:, 0]),
+            _MASK,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: a list",
+            remake("attention_mask", torch.Tensor.tolist),
+            _MASK,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: on the meta device",
+            remake("attention_mask", to_meta),
+            _MASK,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: NaN",
+            remake("attention_mask", lambda t: t * NAN),
+            _VALUES,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: numbers of documents",
+            remake("attention_mask", at(2)),
+            _VALUES,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: 0 and minus infinity",
+            remake("attention_mask", lambda t: at(-float("inf"))(t * 0.0)),
+            _VALUES,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: padding on the left",
+            remake("attention_mask", lambda t: at(0)(torch.ones_like(t))),
+            _SIDE,
+            fits=several_tokens,
+        ),
+        refused(
+            "`attention_mask`: 4-D, a token longer",
+            put("attention_mask", lambda b: torch.cat((square(b), square(b)[..., :1]), -1)),
+            _MASK,
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: 4-D, ones and zeros",
+            put("attention_mask", lambda b: square(b).float()),
+            "attention_mask holds 1.0 ...; in a 4-D mask of floats 0 is seen and a negative number",
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: 4-D, NaN",
+            put("attention_mask", lambda b: square(b) * NAN),
+            "attention_mask holds nan ...; in a 4-D mask of floats 0 is seen and a negative number",
+            fits=plain,
+        ),
+        refused(
+            "`attention_mask`: 4-D, of documents or a window",
+            put("attention_mask", half_real),
+            _PAST,
+            fits=several_tokens,
+        ),
+        refused(
+            "`attention_mask`: 4-D, not causal",
+            put("attention_mask", lambda b: square(b) | square(b).transpose(2, 3)),
+            _PAST,
+            fits=several_tokens,
+        ),
+        refused(
+            "`padding_mask`: floats",
+            put("padding_mask", lambda b: b["input_ids"] * 0.0),
+            "padding_mask is float32 ..., beside tokens ...; use bool [",
+            fits=plain,
+        ),
+        refused(
+            "`padding_mask`: a token longer",
+            put("padding_mask", lambda b: longer(b["input_ids"] < 0)),
+            "padding_mask is bool ..., beside tokens ...; use bool [",
+            fits=plain,
+        ),
+    ),
+    *section(
+        "Positions",
+        refused("positions: of one dimension", remake("position_ids", lambda t: t[0]), _PLACES),
+        refused(
+            "positions: of three dimensions",
+            remake("position_ids", lambda t: t.repeat(3, 1, 1)),
+            _PLACES,
+        ),
+        refused("positions: floats", remake("position_ids", torch.Tensor.float), _PLACES),
+        refused("positions: NaN", remake("position_ids", lambda t: t * NAN), _PLACES),
+        refused("positions: a token shorter", remake("position_ids", lambda t: t[:, 1:]), _PLACES),
+        refused("positions: on the meta device", remake("position_ids", to_meta), _PLACES),
+        refused(
+            "positions: that start at 1",
+            remake("position_ids", lambda t: t + 1),
+            _COUNT,
+            fits=plain,
+        ),
+        refused(
+            "positions: that are negative",
+            remake("position_ids", lambda t: t - 1),
+            _COUNT,
+            fits=plain,
+        ),
+        refused(
+            "positions: that restart, with nothing about documents",
+            remake("position_ids", torch.zeros_like),
+            _COUNT,
+            fits=several_tokens,
+        ),
+        refused(
+            "positions: other than the documents'",
+            remake("position_ids", lambda t: t + 1),
+            "position_ids disagree with the documents of row 0: token 0 is at position 0",
+            fits=packed,
+        ),
+    ),
+    *section(
+        "Documents",
+        refused(
+            "marked as packed, without lengths",
+            both(drop("seq_lens", "seq_lens_padded"), put("qkv_format", "thd")),
+            _UNTOLD,
+            KeyError,
+        ),
+        refused("padded lengths alone", drop("seq_lens"), _UNTOLD, KeyError, packed),
+        refused(
+            "a negative length",
+            remake("seq_lens", at(-3)),
+            "seq_lens: row 0 holds the length -3; lengths are 0 or more, and -1000 fills up rows",
+            fits=packed,
+        ),
+        refused(
+            "a length of 2^40",
+            both(remake("seq_lens", at(1 << 40)), drop("seq_lens_padded")),
+            "seq_lens: the documents of row 0 overrun it: document 0 ends at token 1099511627776",
+            fits=packed,
+        ),
+        refused("lengths: floats", remake("seq_lens", torch.Tensor.float), _LENGTHS, fits=packed),
+        refused("lengths: NaN", remake("seq_lens", lambda t: t * NAN), _LENGTHS, fits=packed),
+        refused("lengths: bools", remake("seq_lens", torch.Tensor.bool), _LENGTHS, fits=packed),
+        refused("lengths: a list", remake("seq_lens", torch.Tensor.tolist), _LENGTHS, fits=packed),
+        refused(
+            "lengths: of three dimensions",
+            remake("seq_lens", lambda t: t[None]),
+            _LENGTHS,
+            fits=packed,
+        ),
+        refused("lengths: on the meta device", remake("seq_lens", to_meta), _LENGTHS, fits=packed),
+        refused(
+            "lengths: a row more",
+            remake("seq_lens", another_row),
+            "seq_lens describes ... rows, and the batch has",
+            fits=packed,
+        ),
+        refused(
+            "padded lengths: less than the real ones",
+            remake("seq_lens_padded", at(0)),
+            "seq_lens: document 0 of row 0 has ... tokens, and seq_lens_padded gives it 0",
+            fits=packed,
+        ),
+        refused(
+            "padded lengths: a document less",
+            remake("seq_lens_padded", at(NO_DOCUMENT)),
+            "seq_lens: row 0 tells ... documents, and seq_lens_padded ...; use as many numbers",
+            fits=packed,
+        ),
+        refused(
+            "padded lengths: a row more",
+            remake("seq_lens_padded", another_row),
+            "seq_lens_padded describes ... rows, and the batch has",
+            fits=packed,
+        ),
+        refused(
+            "`cu_seqlens`: that start at 1",
+            both(put("cu_seqlens", lambda b: offsets(b["seq_lens"]) + 1), drop("seq_lens")),
+            "cu_seqlens: row 0 does not count up from 0: [1, ",
+            fits=packed,
+        ),
+        refused(
+            "`cu_seqlens`: that go down",
+            both(put("cu_seqlens", lambda b: offsets(b["seq_lens"]).flip(1)), drop("seq_lens")),
+            "cu_seqlens: row 0 does not count up from 0: [",
+            fits=packed,
+        ),
+        refused(
+            "`cu_seqlens`: floats",
+            both(put("cu_seqlens", lambda b: offsets(b["seq_lens"]) * 1.0), drop("seq_lens")),
+            "cu_seqlens is float32 ...; use int64 [",
+            fits=packed,
+        ),
+        refused(
+            "`_packed_seq_ids`: a token longer",
+            both(put("_packed_seq_ids", lambda b: longer(numbers(b))), drop("seq_lens")),
+            "_packed_seq_ids is int64 ...; use int64 [...], a whole number a token",
+            fits=packed,
+        ),
+        refused(
+            "`_packed_seq_ids`: floats",
+            both(put("_packed_seq_ids", lambda b: numbers(b) * 1.0), drop("seq_lens")),
+            "_packed_seq_ids is float32 ...; use int64 [...], a whole number a token",
+            fits=packed,
+        ),
+        refused(
+            "documents told twice and differently",
+            put("cu_seqlens", lambda b: at(0, token=1)(offsets(b["seq_lens"]))),
+            "seq_lens and cu_seqlens tell different documents of row 0; leave one of them out",
+            fits=packed,
+        ),
+        refused(
+            "no document at all",
+            both(*(remake(key, torch.zeros_like) for key in ("seq_lens", "seq_lens_padded"))),
+            "the packed rows hold no document: pack one token at least",
+            fits=packed,
+        ),
+        refused(
+            "a label outside all documents",
+            both(
+                *(remake(key, at(0)) for key in ("seq_lens", "seq_lens_padded")),
+                drop("position_ids"),
+            ),
+            "has a label and belongs to no document; mend the packer's lengths, or set the label",
+            fits=several_documents,
+        ),
+    ),
+    *section(
+        "Other keys and arguments",
+        refused(
+            "`_cp_metadata_seq_dims`: a dimension that there is not",
+            declared({"advantages": 2}),
+            "advantages is ..., and by _cp_metadata_seq_dims its dimension 2 follows tokens",
+        ),
+        refused(
+            "`_cp_metadata_seq_dims`: a dimension of another length",
+            declared({"weights": 0}, weights=torch.ones(999)),
+            "weights is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
+        ),
+        refused(
+            "`_cp_metadata_seq_dims`: a list",
+            declared(["advantages"]),
+            "_cp_metadata_seq_dims=['advantages'] is not a mapping of keys to numbers",
+        ),
+        refused(
+            "`_cp_metadata_pad_values`: text",
+            declared({"advantages": 1}, _cp_metadata_pad_values={"advantages": "0"}),
+            "_cp_metadata_pad_values={'advantages': '0'} is not a mapping of keys to numbers",
+        ),
+        refused(
+            "another tensor of the tokens' shape, on the meta device",
+            put("advantages", lambda b: to_meta(b["input_ids"])),
+            "advantages is int64 ... on meta, beside tokens ...; use a plain tensor with data",
+        ),
+        refused(
+            "another tensor, nested",
+            put("advantages", lambda b: nested(b["input_ids"])),
+            "advantages is a nested tensor, beside tokens ...; use a plain tensor with data",
+        ),
+        refused(
+            "a negative `pad_multiple`",
+            argue(pad_multiple=-8),
+            "pad_multiple=-8 is no whole number of 0 or more",
+        ),
+        refused(
+            "a `pad_multiple` of 8.5",
+            argue(pad_multiple=8.5),
+            "pad_multiple=8.5 is no whole number of 0 or more",
+        ),
+        refused(
+            "a negative `padding_token_id`",
+            argue(padding_token_id=-1),
+            "padding_token_id=-1 is no token id, 0 to 96; set the tokenizer's pad_token",
+        ),
+        refused(
+            "a `padding_token_id` beyond the vocabulary",
+            argue(padding_token_id=VOCAB),
+            "padding_token_id=97 is no token id, 0 to 96; set the tokenizer's pad_token",
+        ),
+        refused(
+            "a `padding_token_id` of text",
+            argue(padding_token_id="<pad>"),
+            "padding_token_id='<pad>' is no token id, 0 to 96; set the tokenizer's pad_token",
+        ),
+    ),
+    *section(
+        "The YAML",
+        *(
+            refused(f"any option: `{text}`", block(f"{{OPTION: {text}}}"), _OPTION)
+            for text in WRONG_VALUES
+        ),
+        refused("an unknown option", block("{transprot: boundary}"), "did you mean 'transport'?"),
+        refused(
+            "the block: a list", block("[boundary]"), "is not a mapping; write a block such as"
+        ),
+        refused("the block: a word", block("boundary"), "is not a mapping; write a block such as"),
+        refused("the block: a number", block("2"), "is not a mapping; write a block such as"),
+        refused(
+            "the block's name misspelt",
+            fields("{context_paralel: {transport: boundary}}"),
+            "the block is called context_parallel",
+        ),
+        refused(
+            "a `pad_multiple` that breaks the LCM rule",
+            block("{pad_multiple: 12}"),
+            "context_parallel.pad_multiple=12 is not a multiple of 8",
+        ),
+        *(
+            refused(f"`compress_ratios`: `{text}`", fields(f"{{compress_ratios: {text}}}"), _RATIOS)
+            for text in ("4", "four", "[0, four]", "[0, 4.5]", "[0, -4]", "[0, null]", "[0, .nan]")
+        ),
+        *(
+            refused(f"`sliding_window`: `{text}`", fields(f"{{sliding_window: {text}}}"), _WINDOW)
+            for text in ("0", "-128", "12.5", ".nan", "wide", "null")
+        ),
+        refused(
+            "more ranks than `max_position_embeddings` fills shards",
+            fields("{max_position_embeddings: 8}"),
+            "distributed.cp_size=2 cannot work: shards hold a multiple of 8 tokens",
+        ),
+    ),
+    *section(
+        "Odd batches, trained on as they are meant",
+        as_meant("ids: int32", remake("input_ids", torch.Tensor.int)),
+        as_meant("labels: int32", remake("labels", torch.Tensor.int)),
+        as_meant("all of it int32", all_tensors(torch.Tensor.int)),
+        as_meant("column after column in memory", all_tensors(by_columns)),
+        as_meant("every other number in memory", all_tensors(every_other)),
+        as_meant(
+            "one row expanded to all, of stride 0",
+            all_tensors(lambda t: t[:1].expand_as(t)),
+            before=one_row_for_all,
+        ),
+        as_meant(
+            "one token expanded to all, of stride 0",
+            remake("input_ids", lambda t: t[:1, :1].expand_as(t)),
+            plain,
+            before=one_token_for_all,
+        ),
+        as_meant("a `UserDict`", whole(collections.UserDict)),
+        as_meant(
+            "keys that nobody knows",
+            whole(lambda b: b | {"name": "x", "none": None, "more": {"a": 1}, 5: torch.ones(3)}),
+        ),
+        as_meant("`attention_mask`: bools", remake("attention_mask", torch.Tensor.bool), plain),
+        as_meant("`attention_mask`: floats", remake("attention_mask", torch.Tensor.float), plain),
+        as_meant("`attention_mask`: int8", remake("attention_mask", torch.Tensor.char), plain),
+        as_meant(
+            "`attention_mask`: one row for all",
+            remake("attention_mask", lambda t: t[:1]),
+            plain,
+            before=one_row_for_all,
+        ),
+        as_meant("`attention_mask`: 4-D, bools", put("attention_mask", square), plain),
+        as_meant(
+            "`attention_mask`: 4-D, 0 and large negative numbers",
+            put("attention_mask", lambda b: additive(square(b))),
+            plain,
+        ),
+        as_meant(
+            "`attention_mask`: 4-D, one row for all",
+            put("attention_mask", lambda b: square(b)[:1]),
+            plain,
+            before=one_row_for_all,
+        ),
+        as_meant(
+            "`padding_mask`: int64 of ones and zeros",
+            put("padding_mask", lambda b: 1 - b["attention_mask"]),
+            plain,
+        ),
+        as_meant("no positions", drop("position_ids")),
+        as_meant("positions: `None`", put("position_ids", None)),
+        as_meant(
+            "positions: one row for all",
+            remake("position_ids", lambda t: t[:1]),
+            before=one_row_for_all,
+        ),
+        as_meant(
+            "masks of any kind beside documents, which tell the padding",
+            put("attention_mask", lambda b: half_real(b) * NAN),
+            packed,
+        ),
+        as_meant(
+            "`cu_seqlens` for lengths",
+            both(
+                put("cu_seqlens", lambda b: offsets(b["seq_lens"])),
+                drop("seq_lens", "seq_lens_padded"),
+            ),
+            packed,
+        ),
+        as_meant(
+            "`_packed_seq_ids` for lengths",
+            both(put("_packed_seq_ids", numbers), drop("seq_lens", "seq_lens_padded")),
+            packed,
+        ),
+        as_meant(
+            "documents told three times alike",
+            both(
+                put("cu_seqlens", lambda b: offsets(b["seq_lens"])),
+                put("_packed_seq_ids", numbers),
+            ),
+            packed,
+        ),
+        as_meant(
+            "documents of no token",
+            both(
+                *(
+                    remake(key, lambda t: torch.cat((t, torch.zeros_like(t)), 1))
+                    for key in ("seq_lens", "seq_lens_padded")
+                )
+            ),
+            packed,
+        ),
+        as_meant(
+            "lengths: more fillers than rows need",
+            both(
+                *(
+                    remake(key, lambda t: torch.cat((t, torch.full_like(t, NO_DOCUMENT)), 1))
+                    for key in ("seq_lens", "seq_lens_padded")
+                )
+            ),
+            packed,
+        ),
+        as_meant(
+            "lengths: of one dimension, for one row",
+            remake("seq_lens", lambda t: t[0]),
+            one_packed_row,
+        ),
+        as_meant(
+            "loss mask: bools",
+            argue(loss_mask=lambda b: b["labels"] > 0),
+            before=argue(loss_mask=lambda b: (b["labels"] > 0).float()),
+        ),
+        as_meant("`padding_token_id: None`", argue(padding_token_id=None)),
+    ),
+    *section(
+        "Odd YAML, and taken as it is meant",
+        as_meant("no block", block("null")),
+        as_meant("flags as YAML has them", block("{enabled: yes, pad_documents: off}")),
+        as_meant("flags as text or 1 and 0", block('{enabled: "true", pad_documents: 0}')),
+        as_meant("a key twice: the last counts", block("{transport: x, transport: boundary}")),
+        as_meant("a `workspace_mib` of 10^12", block("{workspace_mib: 1000000000000}")),
+    ),
+)
