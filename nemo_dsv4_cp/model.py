@@ -42,6 +42,7 @@ from nemo_dsv4_cp.host.deepseek_v4 import (
     sees_images,
     with_keywords,
 )
+from nemo_dsv4_cp.host.job import cp_size_of
 from nemo_dsv4_cp.host.mtp_contract import shifted_inputs
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.options import ContextParallelOptions
@@ -338,7 +339,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 cut.
             ValueError: If MTP runs under CP without ``mtp_per_depth_input_ids``.
         """
-        size = getattr(getattr(self, "supports", None), "cp_size", 1)
+        size = cp_size_of(self)
         if size > 1 and self.training and CP_GROUP_KEY not in kwargs:
             raise RuntimeError(
                 f"distributed.cp_size={size}, and the recipe did not cut the batch with this "

@@ -1,7 +1,5 @@
 """The whole model over real gloo ranks against the host's own at CP size 1."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
@@ -200,7 +198,7 @@ def test_token_verbs_round_trip_in_the_callers_coordinates(ranks):
 
 def test_training_on_a_batch_that_another_sharder_cut_is_refused():
     model = build().train()
-    model.supports = SimpleNamespace(cp_size=2)
+    model._cp_size_of_job = 2
     with pytest.raises(RuntimeError, match=r"cp_size=2, and the recipe did not cut the batch"):
         model(torch.zeros(1, 8, dtype=torch.long))
 

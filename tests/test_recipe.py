@@ -189,6 +189,11 @@ def test_multi_token_prediction_at_cp_2_equals_one_rank(packed):
     assert_same(*packed)
 
 
+def test_a_recipe_that_cuts_batches_by_itself_is_refused(launch):
+    with pytest.raises(Failed, match=r"cp_size=2, and the recipe did not cut the batch"):
+        launch("own_cut", 2, recipe="tests.own_cut.OwnCutRecipe")
+
+
 @pytest.mark.skipif(ASKS_FOR_MTP, reason="shown by the test before")
 @pytest.mark.capability("multi-token prediction", refused=True)
 def test_multi_token_prediction_is_refused_where_the_recipe_does_not_ask_for_its_inputs(launch):

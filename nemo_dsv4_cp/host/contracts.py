@@ -140,6 +140,12 @@ _ALWAYS = (
     ),
     Signature(f"{_V4}.layers", "_dsv4_kernel_backend"),
     Signature(
+        "nemo_automodel._transformers.capabilities",
+        "attach_capabilities_and_validate",
+        ("model", "mesh"),
+        in_order=True,
+    ),
+    Signature(
         f"{_V4}.optimized_kernels",
         "dsv4_indexer_scores",
         ("q", "pooled_kv", "weights", "compress_ratio", "softmax_scale", "backend"),

@@ -16,6 +16,7 @@ import torch
 
 from nemo_dsv4_cp.host import patches
 from nemo_dsv4_cp.host.contracts import UnknownHost
+from nemo_dsv4_cp.host.job import cp_size_of
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 
 _RECIPE = "nemo_automodel.recipes.llm.kd"
@@ -67,7 +68,7 @@ def _checking_teacher(build: Any) -> Any:
     @functools.wraps(build)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         teacher = build(*args, **kwargs)
-        cp_size = getattr(getattr(teacher, "supports", None), "cp_size", 1)
+        cp_size = cp_size_of(teacher)
         if cp_size > 1 and not getattr(teacher, "_owns_cp_attention", False):
             raise ValueError(
                 f"the teacher {type(teacher).__name__} would see this rank's shard alone at "

@@ -13,15 +13,16 @@ from nemo_automodel._transformers import capabilities
 from nemo_automodel._transformers.registry import ModelRegistry
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.host import patches
+from nemo_dsv4_cp.host import job, patches
 
 
 def register(architecture: str) -> None:
     """Register our model class under a name and let it bring its own CP; again does nothing.
 
-    A host that finds the class by itself, and asks a model whether it owns its CP attention, is
-    left as it is.
+    A host that finds the class by itself, and asks a model whether it owns its CP attention, keeps
+    its own ways of both.
     """
+    job.install()
     registry: Any = ModelRegistry
     discovers = hasattr(type(registry), "_discover_entry_points")
     if not discovers and not registry.has_custom_model(architecture):

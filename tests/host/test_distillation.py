@@ -44,7 +44,7 @@ def test_labels_are_cut_in_place_as_the_recipe_expects(recipe):
 
 
 def test_a_teacher_that_does_not_see_across_the_cuts_is_refused(recipe, monkeypatch):
-    teacher = SimpleNamespace(supports=SimpleNamespace(cp_size=2))
+    teacher = SimpleNamespace(_cp_size_of_job=2)
     monkeypatch.setattr(kd, "_build_teacher_model", lambda: teacher)
     distillation.install()
     with pytest.raises(ValueError, match=r"teacher SimpleNamespace .* give teacher_model"):
