@@ -209,7 +209,7 @@ def _check_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     if not (_is_plain(value) and value.dim() == shape.count(",") + 1 and value.dtype in kinds):
         raise ValueError(
             f"{key} is {described(value)}; use {named(kinds[0])} {shape} with data, such as "
-            f"{shape.replace('B', '1').replace('S', '4096').replace('E', '4096')} on the CPU"
+            f"{shape.replace('B', '1').replace('S', '4096').replace('E', '4096')}"
         )
     if 0 in value.shape[:2]:
         raise ValueError(
@@ -305,9 +305,9 @@ def _check_other_tensors(batch: Mapping[str, Any], tokens: torch.Tensor) -> None
             )
     rows, seq_len = tokens.shape[:2]
     for key, value in batch.items():
-        if not isinstance(value, torch.Tensor) or key in _KNOWN:
-            continue
         dim = declared.get(key)
+        if not isinstance(value, torch.Tensor) or (key in _KNOWN and dim is None):
+            continue
         along = not value.is_nested and tuple(value.shape[:2]) == (rows, seq_len)
         if dim is not None and not value.is_nested:
             along = -value.dim() <= dim < value.dim() and value.shape[dim] == seq_len

@@ -287,7 +287,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             pad_documents=self._pad_documents,
             compare_ranks=compare,
             sync_packed_length=self.backend.dispatcher == "hybridep",
-            vocab_size=getattr(self.model.embed_tokens, "num_embeddings", None),
+            vocab_size=getattr(self.model.embed_tokens, "num_embeddings", self.config.vocab_size),
             **kwargs,
         )
 

@@ -45,6 +45,11 @@ class Shape:
     option: str = OPTIONS[0]
     seed: int = 0
 
+    @property
+    def seq_len(self) -> int:
+        """S."""
+        return max(map(sum, self.documents)) + self.spare
+
     def __post_init__(self) -> None:
         assert self.packed or all(len(row) == 1 for row in self.documents)
 
@@ -74,7 +79,7 @@ class Case:
 
 def case_of(shape: Shape) -> Case:
     """Return a case that nothing is wrong with."""
-    seq_len = max(map(sum, shape.documents)) + shape.spare
+    seq_len = shape.seq_len
     documents = [list(row) for row in shape.documents]
     batch = packed_batch(documents, seq_len, shape.seed, VOCAB)
     if not shape.packed:
@@ -146,6 +151,10 @@ def packed(shape: Shape) -> bool:
 
 def several_documents(shape: Shape) -> bool:
     return shape.packed and sum(map(len, shape.documents)) > 1
+
+
+def not_square(shape: Shape) -> bool:
+    return shape.packed or len(shape.documents) != shape.seq_len
 
 
 def one_packed_row(shape: Shape) -> bool:
@@ -730,6 +739,12 @@ KINDS = (
             "`_cp_metadata_seq_dims`: a dimension of another length",
             declared({"weights": 0}, weights=torch.ones(999)),
             "weights is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
+        ),
+        refused(
+            "`_cp_metadata_seq_dims`: the rows of the labels",
+            declared({"labels": 0}),
+            "labels is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
+            fits=not_square,
         ),
         refused(
             "`_cp_metadata_seq_dims`: a list",

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nemo_dsv4_cp.exchange import collectives
 from nemo_dsv4_cp.exchange.collectives import (
     all_gather_metadata,
     cp_enabled,
@@ -63,3 +64,12 @@ def test_texts_are_exchanged_if_they_differ_whatever_their_length(ranks):
     texts = ["", "é" * 999, "a"]
     assert ranks.run(texts_job, 3, texts) == [dict(enumerate(texts))] * 3
     assert ranks.run(texts_job, 1, texts) == [None]
+
+
+@pytest.mark.parametrize(
+    ("backends", "device"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:3")]
+)
+def test_what_is_compared_lies_where_the_backend_moves_it(monkeypatch, backends, device):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert collectives._device(None) == torch.device(device)
