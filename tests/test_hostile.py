@@ -11,10 +11,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
+from nemo_dsv4_cp import ContextParallelOptions
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from tests.examples import MANY
-from tests.hostile import KINDS, OPTIONS, VOCAB, Shape, case_of
+from tests.hostile import KINDS, OPTIONS, VOCAB, WRONG_VALUES, Shape, case_of
 from tests.parity import GroupMesh, cpu_backend, randomise, tiny_config
 from tests.test_docs import holds
 
@@ -116,6 +117,14 @@ def test_it_is_refused_on_all_ranks_or_trained_on_as_it_is_meant(ranks, what, da
             assert text.startswith(f"rank 1 of this CP group {why}")
         else:
             assert error == kind.error.__name__, text
+
+
+@pytest.mark.parametrize("text", WRONG_VALUES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_option_takes_yaml_of_another_kind(option, text):
+    block = yaml.safe_load(f"{{{option}: {text}}}")
+    with pytest.raises(ValueError, match=rf"^context_parallel\.{option}="):
+        ContextParallelOptions.from_block(block)
 
 
 def test_no_two_kinds_have_one_name():
