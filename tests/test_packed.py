@@ -88,7 +88,7 @@ def test_multi_token_prediction_of_one_document_a_row(ranks):
 
 def fsdp_job(group, rank):
     """Twenty FSDP2 steps; the last rank holds documents of 2 tokens, so no window at all."""
-    config = tiny_config([4, 128], num_nextn_predict_layers=0)
+    config = tiny_config([4, 128], context_parallel={"balance": "on"})
     model = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
     model.initialize_weights(torch.device("cpu"), torch.float32)
     randomise(model, 0)

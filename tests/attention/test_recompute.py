@@ -1,5 +1,6 @@
 """Activation checkpointing: what is kept, and that no recomputation can deadlock."""
 
+import pytest
 import torch
 from nemo_automodel.components.distributed.activation_checkpointing import (
     make_selective_checkpoint_context_fn,
@@ -11,9 +12,14 @@ from nemo_dsv4_cp.attention.recompute import KeptChoices
 from tests.parity import cpu_backend, randomise, rope_of, tiny_config
 
 
-def microbatches_job(group, rank, keep, shared_rope, selective=False):
-    """Two checkpointed microbatches in flight, backward in reverse; count the choices made."""
-    config = tiny_config([4], context_parallel={"keep_index_choice": keep})
+def microbatches_job(group, rank, keep, shared_rope, selective=False, balance="off"):
+    """Two checkpointed microbatches in flight, backward in reverse; count the choices made.
+
+    Balanced queries are chosen for in two parts.
+    """
+    options = {"keep_index_choice": keep, "balance": balance}
+    parts = 2 if balance == "on" else 1
+    config = tiny_config([4], context_parallel=options)
     layer = ContextParallelAttention(config, 0, cpu_backend())
     randomise(layer, 0)
     layer._cp_group = group
@@ -49,7 +55,7 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False):
                 if recompute:
                     made_before = made
                     outs.append(checkpoint(run, hidden, use_reentrant=False, **saving))
-                    assert made == made_before + 1
+                    assert made == made_before + parts
                 else:
                     outs.append(run(hidden))
             counted = made
@@ -58,29 +64,35 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False):
             gradients[recompute] = [
                 p.grad.clone() for p in layer.parameters() if p.grad is not None
             ]
-            again = made - counted
+            again = (made - counted) // parts
     finally:
         layer._kernels.choose_entries = original
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients.values(), strict=True))
     return same, again
 
 
-def test_a_kept_choice_is_not_made_again(ranks):
-    assert ranks.run(microbatches_job, 2, True, False) == [(True, 0)] * 2
+BALANCE = pytest.mark.parametrize("balance", ["on", "off"])
 
 
-def test_without_the_option_it_is_made_again(ranks):
-    assert ranks.run(microbatches_job, 2, False, False) == [(True, 2)] * 2
+@BALANCE
+def test_a_kept_choice_is_not_made_again(ranks, balance):
+    assert ranks.run(microbatches_job, 2, True, False, False, balance) == [(True, 0)] * 2
+
+
+@BALANCE
+def test_without_the_option_it_is_made_again(ranks, balance):
+    assert ranks.run(microbatches_job, 2, False, False, False, balance) == [(True, 2)] * 2
 
 
 def test_two_forwards_that_share_a_rotary_embedding_take_no_others_choice(ranks):
     assert ranks.run(microbatches_job, 2, True, True) == [(True, 2)] * 2
 
 
-def test_the_hosts_selective_checkpointing_loses_no_count(ranks):
+@BALANCE
+def test_the_hosts_selective_checkpointing_loses_no_count(ranks, balance):
     """It saves every other matrix product and every top-k, and hands them back by number."""
-    assert ranks.run(microbatches_job, 2, True, False, True) == [(True, 0)] * 2
-    assert ranks.run(microbatches_job, 2, False, False, True) == [(True, 2)] * 2
+    assert ranks.run(microbatches_job, 2, True, False, True, balance) == [(True, 0)] * 2
+    assert ranks.run(microbatches_job, 2, False, False, True, balance) == [(True, 2)] * 2
 
 
 def test_a_choice_lives_no_longer_than_its_key():
