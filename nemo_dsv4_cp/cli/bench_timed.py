@@ -99,7 +99,7 @@ def time_(
 
 
 def overlap(
-    seq_len: SeqLen = 4096,
+    seq_len: SeqLen = 8192,
     ratio: Ratios = [4],  # noqa: B006
     delay: Annotated[float, typer.Option(help="Seconds that a collective takes longer.")] = 0.2,
     repeats: Annotated[int, typer.Option(help="Measurements of each.", min=1)] = 3,

@@ -14,7 +14,7 @@ from tests.packed_parity import packed_model_job
 from tests.parity import assert_parity, model_job
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="gloo and the oracle are on the CPU")
-OPTIONS = {"kernels": "triton"}
+OPTIONS = {"kernels": "triton", "balance": "on"}
 RATIOS = [0, 4, 128]
 
 
