@@ -176,14 +176,18 @@ def layer_time(
     """
     crossed = crossings(sizes, shape, ratio, transport, balanced=schedule.moves)
     shard = shard_work(sizes, ratio, shape.layout.local_len)
+    queries = [
+        (query_work(sizes, ratio, kept), query_work(sizes, ratio, taken))
+        for kept, taken in zip(schedule.kept, schedule.taken, strict=True)
+    ]
     communicating = own = 0.0
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank
     for step in PASSES:
         rates, crossing = _Rates(gpu, shape.batch, step), _of_crossings(crossed, step, gpu, shape)
         communicating += crossing.all
         own += rates.shard(shard)
-        for rank, runs in enumerate(zip(schedule.kept, schedule.taken, strict=True)):
-            kept, taken = (rates.part(query_work(sizes, ratio, each)) for each in runs)
+        for rank, works in enumerate(queries):
+            kept, taken = map(rates.part, works)
             computing[rank] += kept.all + taken.all
             waits = _waiting(kept, taken, crossing, ratio=ratio, moves=schedule.moves)
             done[rank] += kept.all + taken.all + waits
