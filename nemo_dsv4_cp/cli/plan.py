@@ -13,18 +13,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
+from nemo_dsv4_cp.cli.plan_tables import print_plan
 from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.paths import BOUNDARY, HOST, PATHS, TRANSPORTS
+from nemo_dsv4_cp.tools.gpus import GPUS, Gpu
+from nemo_dsv4_cp.tools.paths import BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
 
 _DRAWN_AS = (".png", ".pdf", ".svg")
-# The table fits a terminal of 80 columns.
-_IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "host": "host"}
+_BALANCES = ("auto", "on", "off")
+_GPU_OPTIONS = {
+    "memory": "--gpu-memory",
+    "tflops": "--tflops",
+    "nvlink_gbs": "--nvlink-gbs",
+    "network_gbs": "--network-gbs",
+}
+"""Which option gives which figure of a GPU."""
 
 
 def plan(
@@ -39,10 +45,26 @@ def plan(
     cp_size: Annotated[
         int | None, typer.Option(help="Plan this size alone, not all powers of two.", min=1)
     ] = None,
-    gpu_memory: Annotated[float, typer.Option(help="Memory of a GPU, GiB.")] = 80,
+    gpu: Annotated[str, typer.Option(help="h100, h200 or b200, in nodes of 8.")] = "h100",
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="Memory of a GPU, GiB; else that of --gpu.")
+    ] = None,
     reserved: Annotated[
         float, typer.Option(help="GiB of it for weights, optimizer state and experts.")
     ] = 40,
+    balance: Annotated[
+        str, typer.Option(help="context_parallel.balance: auto, on or off.")
+    ] = "auto",
+    overlap: Annotated[bool, typer.Option(help="context_parallel.overlap.")] = True,
+    tflops: Annotated[
+        float | None, typer.Option(help="Dense bfloat16 peak of a GPU; else that of --gpu.")
+    ] = None,
+    nvlink_gbs: Annotated[
+        float | None, typer.Option(help="GB/s to a GPU within a node; else those of --gpu.")
+    ] = None,
+    network_gbs: Annotated[
+        float | None, typer.Option(help="GB/s to a GPU from other nodes; else 50.")
+    ] = None,
     json_: Annotated[
         Path | None, typer.Option("--json", help='Write the plan here, in bytes; "-" prints.')
     ] = None,
@@ -50,9 +72,10 @@ def plan(
         Path | None, typer.Option(help="Draw memory and bytes against cp_size here.")
     ] = None,
 ) -> None:
-    """Plan a context-parallel size: padding, traffic, memory, imbalance, and what fits.
+    """Plan a context-parallel size: padding, traffic, memory, balance, time, and what fits.
 
     Nothing is run: all figures are computed, for bfloat16 activations and checkpointed layers.
+    Time is an estimate by rates that are assumed.
 
     Example: nemo-dsv4-cp plan v4_flash --seq-len 1048576 --ranks 64
 
@@ -60,12 +83,15 @@ def plan(
     """
     if transport not in TRANSPORTS:
         raise typer.BadParameter(f"--transport {transport} is unknown; use boundary or all_gather")
-    if not (math.isfinite(gpu_memory) and gpu_memory > 0):
-        raise typer.BadParameter(f"--gpu-memory {gpu_memory:g} is no GPU's; use GiB, such as 80")
-    if not 0 <= reserved < gpu_memory:
+    if balance not in _BALANCES:
+        raise typer.BadParameter(f"--balance {balance} is unknown; use auto, on or off")
+    machine = _gpu(
+        gpu, memory=gpu_memory, tflops=tflops, nvlink_gbs=nvlink_gbs, network_gbs=network_gbs
+    )
+    if not 0 <= reserved < machine.memory:
         raise typer.BadParameter(
-            f"--reserved {reserved:g} leaves nothing of --gpu-memory {gpu_memory:g}; use GiB from "
-            f"0 to below {gpu_memory:g}, such as {gpu_memory / 2:g}"
+            f"--reserved {reserved:g} leaves nothing of --gpu-memory {machine.memory:g}; use GiB "
+            f"from 0 to below {machine.memory:g}, such as {machine.memory / 2:g}"
         )
     if cp_size is not None and cp_size > ranks:
         raise typer.BadParameter(
@@ -85,20 +111,21 @@ def plan(
     except ValueError as error:
         raise typer.BadParameter(f"MODEL: {error}") from error
 
-    request = Request(sizes, seq_len, ranks, batch, transport, gpu_memory, reserved)
+    request = Request(sizes, seq_len, ranks, batch, transport, machine, reserved, balance, overlap)
     every = [planning.row(request, size) for size in planning.powers_of_two(ranks)]
     rows = every if cp_size is None else [planning.row(request, cp_size)]
-    smallest = planning.smallest_that_fits(request)
-    warnings = planning.warnings(request, rows, chosen=cp_size)
+    smallest = planning.smallest_that_fits(request, every)
+    fastest = planning.fastest_that_fits(request, every)
+    warnings = planning.warnings(request, rows, every, chosen=cp_size)
     printed = json_ is not None and str(json_) == "-"
     if json_ is not None:
-        text = json.dumps(_figures(request, rows, smallest, warnings), indent=2)
+        text = json.dumps(_figures(request, rows, smallest, fastest, warnings), indent=2)
         if printed:
             typer.echo(text)
         else:
             json_.write_text(text + "\n")
     if not printed:
-        _print(model, request, rows, smallest, warnings)
+        print_plan(model, request, rows, smallest=smallest, fastest=fastest, warnings=warnings)
     if plot is not None:
         _plot(model, request, every, plot)
         Console(stderr=True).print(f"Drawn: {plot}", markup=False, soft_wrap=True)
@@ -115,74 +142,33 @@ def _check_output(option: str, output: Path | None) -> None:
         raise typer.BadParameter(f"{option} {output} is read-only; name another file")
 
 
+def _gpu(name: str, **given: float | None) -> Gpu:
+    """Return a GPU with what the options say instead of its own figures."""
+    if name not in GPUS:
+        raise typer.BadParameter(f"--gpu {name} is unknown; use {', '.join(GPUS)}")
+    gpu = GPUS[name]
+    own: dict[str, Any] = {name: figure for name, figure in given.items() if figure is not None}
+    for field, figure in own.items():
+        if not (math.isfinite(figure) and figure > 0):
+            option, example = _GPU_OPTIONS[field], getattr(gpu, field)
+            raise typer.BadParameter(f"{option} {figure:g} is no GPU's; use such as {example:g}")
+    return dataclasses.replace(gpu, **own)
+
+
 def _figures(
-    request: Request, rows: Sequence[Row], smallest: int | None, warnings: Sequence[str]
+    request: Request,
+    rows: Sequence[Row],
+    smallest: int | None,
+    fastest: int | None,
+    warnings: Sequence[str],
 ) -> dict[str, Any]:
     return {
         "request": dataclasses.asdict(request),
         "smallest_cp_size_that_fits": smallest,
+        "fastest_cp_size_that_fits": fastest,
         "rows": [dataclasses.asdict(row) for row in rows],
         "warnings": list(warnings),
     }
-
-
-def _gib(size: int) -> str:
-    digits = 2 if size < 10 * GIB else 1 if size < 100 * GIB else 0
-    return f"{size / GIB:,.{digits}f}"
-
-
-def _print(
-    model: str,
-    request: Request,
-    rows: Sequence[Row],
-    smallest: int | None,
-    warnings: Sequence[str],
-) -> None:
-    console = Console()
-    rows_of = f"{request.batch} row{'s' if request.batch > 1 else ''}"
-    console.print(
-        f"{model}: {rows_of} of {request.seq_len:,} tokens, {request.ranks} GPUs of "
-        f"{request.gpu_memory:g} GiB; {request.transport} against AutoModel's own path (host); "
-        "GiB of one rank",
-        markup=False,
-    )
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
-    headers = ["cp\nsize", "shard\ntokens", "pad\n%"]
-    headers += [f"recv\n{_IN_HEADERS[path]}" for path in PATHS]
-    headers += [f"attn\n{_IN_HEADERS[request.transport]}", f"attn\n{HOST}"]
-    headers += ["last /\nfirst", "need", "fits"]
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            str(row.cp_size),
-            f"{row.shard_len:,}",
-            f"{row.padding * 100:.1f}",
-            *(_gib(row.of(path).received_bytes) for path in PATHS),
-            _gib(row.of(request.transport).attention_bytes),
-            _gib(row.of(HOST).attention_bytes),
-            f"{row.imbalance:.2f}",
-            _gib(row.needed_bytes),
-            "yes" if row.fits else "no",
-            style="bold" if row.cp_size == smallest else None,
-        )
-    console.print(table)
-    console.print(
-        "recv: received in a step, all layers, forward and backward. attn: peak of the worst "
-        "layer's attention. last / first: work of the last rank against the first's. need: attn, "
-        f"one checkpointed input a layer, and --reserved {request.reserved:g}.",
-        markup=False,
-    )
-    if smallest is None:
-        console.print(
-            "No cp_size up to --ranks fits: use more ranks, shorter or fewer rows, or a smaller "
-            "--reserved.",
-            style="bold red",
-        )
-    else:
-        console.print(f"Smallest cp_size that fits: {smallest}", style="bold green")
-    for warning in warnings:
-        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
 
 
 def _plot(model: str, request: Request, rows: Sequence[Row], destination: Path) -> None:
@@ -203,8 +189,8 @@ def _plot(model: str, request: Request, rows: Sequence[Row], destination: Path) 
         right.plot([r[0] for r in received], [r[1] for r in received], marker="o", label=path)
     needed = [row.needed_bytes / GIB for row in rows]
     left.plot(sizes, needed, color="black", ls="--", label=f"{request.transport}, all needed")
-    limit = f"--gpu-memory {request.gpu_memory:g}"
-    left.axhline(request.gpu_memory, color="grey", lw=0.8, label=limit)
+    limit = f"--gpu-memory {request.gpu.memory:g}"
+    left.axhline(request.gpu.memory, color="grey", lw=0.8, label=limit)
     left.set_ylabel("peak of the worst layer's attention, GiB")
     right.set_ylabel("received by one rank in a step, GiB")
     for axes in (left, right):

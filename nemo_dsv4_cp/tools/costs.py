@@ -46,9 +46,44 @@ class Shape:
         return self.layout.start
 
 
-def received_bytes(
+@dataclass(frozen=True)
+class Crossing:
+    """Bytes that one collective of a layer brings a rank, whatever algorithm carries them.
+
+    Attributes:
+        forward: In forward.
+        backward: Of their gradients, in backward.
+        repeated: In the recomputation of a checkpointed layer.
+        from_all: Whether every rank receives the same of all ranks, as a gather brings it; else
+            each what it asks a few for.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    repeated: int = 0
+    from_all: bool = True
+
+
+@dataclass(frozen=True)
+class LayerCrossings:
+    """What crosses for one layer, in the order of forward.
+
+    Attributes:
+        fetch: Raw keys, features before the shard, and what queries computed here bring.
+        index_keys: The indexer's finished entries.
+        entries: Finished entries.
+        home: Output of queries that were computed elsewhere.
+    """
+
+    fetch: Crossing
+    index_keys: Crossing
+    entries: Crossing
+    home: Crossing
+
+
+def crossings(
     sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, balanced: bool = False
-) -> tuple[int, int]:
+) -> LayerCrossings:
     """Return what other ranks send to one layer of a rank with neighbours on both sides.
 
     Args:
@@ -59,44 +94,59 @@ def received_bytes(
         balanced: Whether half of the layer's queries are computed by another rank.
 
     Returns:
-        Bytes in forward and in backward, whatever algorithm carries them. Backward carries
-        nothing of the indexer, which takes no gradient. A checkpointed layer's recomputation
-        repeats the forward's, less the indexer's.
+        Backward carries nothing of the indexer, which takes no gradient. A recomputation repeats
+        the forward's, less the indexer's.
     """
-    width, index_width = sizes.head_dim, sizes.index_head_dim
+    nothing = Crossing()
     if shape.ranks == 1:
-        return 0, 0
+        return LayerCrossings(nothing, nothing, nothing, nothing)
     remote = shape.batch * (shape.layout.seq_len - shape.layout.local_len)  # tokens
-    overlaps = ratio == OVERLAP_RATIO
-    # Finished entries [P, D], and for CSA index keys, of the other ranks.
-    both = (remote // ratio) * width * _BF16 if ratio else 0
-    index_only = (remote // ratio) * index_width * _BF16 if overlaps else 0
+    overlaps, width, index_width = ratio == OVERLAP_RATIO, sizes.head_dim, sizes.index_head_dim
+    key, home_width = width * _BF16, sizes.hidden_size * _BF16
     if path == BOUNDARY:
-        window = shape.batch * min(sizes.sliding_window - 1, shape.halo)
-        both += window * width * _BF16
+        keys = shape.batch * min(sizes.sliding_window - 1, shape.halo) * key
         # A window's predecessor: values and gates of its half, [r, 2 D] float32.
         before, halves = shape.batch * ratio, 2
     else:
-        both += remote * width * _BF16  # every raw key
+        keys = remote * key  # every raw key
         # The values and gates of every token: the overlapping half [S, 2 D] with all_gather,
         # both halves [S, 4 D] on the host's path.
         before, halves = remote, 2 if path == ALL_GATHER else 4
-    if overlaps:
-        both += before * halves * width * _FP32
-        index_only += before * halves * index_width * _FP32
-    forward, backward = both + index_only, both
+    if not overlaps:
+        before = 0
+    forward = backward = keys + before * halves * width * _FP32
+    index = before * halves * index_width * _FP32  # forward alone, and not repeated
+    home = nothing
     if balanced and ratio and path != HOST:
         moved, cost = shape.batch * (shape.layout.local_len // 2), QueryCost.of(sizes, ratio)
-        home = moved * sizes.hidden_size * _BF16
+        returned = moved * home_width
+        home = Crossing(returned, returned, returned, from_all=False)
+        weights = sizes.index_n_heads * _FP32 if overlaps else 0
+        there, back = cost.sent_forward - home_width - weights, cost.sent_backward - home_width
         if path == BOUNDARY:  # the keys before the half that is taken come with it
-            halo = shape.batch * (sizes.sliding_window - 1) * width * _BF16
-            forward += moved * cost.sent_forward + halo
-            backward += moved * cost.sent_backward + halo
+            rows, halo = moved, shape.batch * (sizes.sliding_window - 1) * key
         else:  # every rank has the keys; the other rows of every token's query
-            keys_and_home = (width + sizes.hidden_size) * _BF16
-            forward += remote * (cost.sent_forward - keys_and_home) + home
-            backward += remote * (cost.sent_backward - keys_and_home) + home
-    return forward, backward
+            rows, halo, there, back = remote, 0, there - key, back - key
+        forward, backward = forward + rows * there + halo, backward + rows * back + halo
+        index += rows * weights
+    # Finished entries [P, D], and for CSA index keys, of the other ranks.
+    finished = remote // ratio * width * _BF16 if ratio else 0
+    index_keys = remote // ratio * index_width * _BF16 if overlaps else 0
+    return LayerCrossings(
+        fetch=Crossing(forward + index, backward, forward, from_all=path != BOUNDARY),
+        index_keys=Crossing(forward=index_keys),
+        entries=Crossing(finished, finished, finished),
+        home=home,
+    )
+
+
+def received_bytes(
+    sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, balanced: bool = False
+) -> tuple[int, int]:
+    """Return the bytes of all :func:`crossings` together, in forward and in backward."""
+    layer = crossings(sizes, shape, ratio, path, balanced=balanced)
+    every = (layer.fetch, layer.index_keys, layer.entries, layer.home)
+    return sum(each.forward for each in every), sum(each.backward for each in every)
 
 
 def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> int:

@@ -18,9 +18,7 @@ from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
-
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
-"""Dense bfloat16 products a second, times 1e12, of GPUs by a word of their name (data sheets)."""
+from nemo_dsv4_cp.tools.gpus import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)

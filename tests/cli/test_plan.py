@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -20,26 +21,126 @@ def flat(text):
     return " ".join(text.replace("│", " ").split())
 
 
-def test_the_table_has_a_row_for_each_size_and_names_the_smallest_that_fits():
+def tables(output):
+    """The rows of each table, a list of cells each."""
+    found, inside = [], False
+    for line in output.splitlines():
+        cells = line.replace(", ", ",").split()
+        is_row = bool(cells) and (cells[0].isdigit() or (cells[0] == "step" and inside))
+        if is_row and not inside:
+            found.append([])
+        inside = is_row
+        if is_row:
+            found[-1].append(cells)
+    return found
+
+
+def test_the_tables_have_a_row_for_each_size_and_fit_a_terminal():
     done = run("v4_flash", "--seq-len", "1048576", "--ranks", "64")
     assert done.exit_code == 0, done.output
-    rows = [line.split() for line in done.output.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32", "64"]
-    assert [len(row) for row in rows] == [11] * 7
-    assert rows[-1][1] == "16,384"
-    assert (rows[-1][6:8], rows[-1][-1]) == (["6.30", "160"], "yes")
+    memory, time, layers = tables(done.output)
+    for table in (memory, time):
+        assert [row[0] for row in table] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert [len(row) for row in memory] == [10] * 7
+    assert memory[-1][1] == "16,384"
+    assert (memory[-1][6:8], memory[-1][-1]) == (["6.30", "160"], "yes")
+    # Last / first and largest / mean without balance and with it, moved, ratios, step, tokens.
+    assert time[-1][:7] == ["64", "2.88", "1.00", "1.48", "1.00", "7.18", "4,128"]
+    assert time[-1][-1].endswith("*")
+    assert not any(row[-1].endswith("*") for row in time[:-1])
+    assert [row[0] for row in layers] == ["0", "4", "128", "step"]
+    assert [row[1] for row in layers[:3]] == ["2", "21", "20"]
     assert "…" not in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
     assert "Smallest cp_size that fits: 64" in done.output
-    assert "Warning: cp_size 2, 4, 8, 16, 32, 64: the last rank works" in flat(done.output)
+    assert "Fastest cp_size that fits: 64" in done.output
+    assert "the last rank works" not in flat(done.output)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("v4_pro", "--seq-len", "1048576", "--ranks", "1024", "--gpu", "b200"),
+        ("v4_flash", "--seq-len", "1048576", "--ranks", "64", "--transport", "all_gather"),
+        ("v4_pro", "--seq-len", "65536", "--ranks", "64", "--balance", "off", "--no-overlap"),
+        ("v4_flash", "--seq-len", "128", "--ranks", "1"),
+    ],
+)
+def test_no_figure_is_cut_off(arguments):
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "…" not in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
+
+
+def test_times_are_those_of_the_settings():
+    arguments = ("v4_pro", "--seq-len", "1048576", "--ranks", "512", "--gpu", "b200")
+    figures = json.loads(run(*arguments, "--json", "-").stdout)
+    done = run(*arguments, "--balance", "off", "--no-overlap")
+    _, time, layers = tables(done.output)
+    for row, printed in zip(figures["rows"], time, strict=True):
+        step = row["staying"]["step"]
+        milliseconds = {
+            str(each["ratio"]): [
+                f"{each[name] * 1e3:,.1f}" for name in ("computing", "exposed", "communicating")
+            ]
+            for each in step["layers"]
+        }
+        seconds = step["computing"] + step["communicating"]
+        tokens = 512 // row["cp_size"] * 1048576 / seconds
+        assert float(printed[-3].replace(",", "")) == pytest.approx(seconds, rel=0.01)
+        assert float(printed[-1].strip("*").replace(",", "")) == pytest.approx(tokens, abs=1)
+        if printed[-1].endswith("*"):
+            assert {row[0]: row[2:5] for row in layers[:-1]} == milliseconds
+    assert any(row[-1].endswith("*") for row in time)
+    assert "balance: auto shares the work out" in flat(done.output)
+
+
+def test_an_own_size_that_auto_leaves_alone_is_shown_so():
+    done = run("v4_flash", "--seq-len", "8192", "--cp-size", "8")
+    _, (row,), layers = tables(done.output)
+    assert row[1:3] == [row[1]] * 2
+    assert row[5:7] == ["0.00", "-"]
+    assert all(each[2:5] == each[5:8] for each in layers[:-1])
+    moved = tables(run("v4_flash", "--seq-len", "8192", "--cp-size", "8", "--balance", "on").output)
+    assert moved[1][0][6] == "4,128"
+
+
+def test_a_gpu_brings_memory_and_rates_that_options_override():
+    def planned(*options):
+        command = ("v4_flash", "--seq-len", "131072", "--cp-size", "8", "--json", "-", *options)
+        figures = json.loads(run(*command).stdout)
+        return figures["request"]["gpu"], figures["rows"][0]
+
+    h100, slow = planned()
+    b200, fast = planned("--gpu", "b200")
+    assert (h100["name"], h100["memory"], h100["nvlink_gbs"]) == ("h100", 80, 450)
+    assert (b200["name"], b200["memory"], b200["nvlink_gbs"]) == ("b200", 179, 900)
+    assert fast["step_seconds"] < slow["step_seconds"]
+    own = ("--gpu-memory", "70", "--tflops", "500", "--nvlink-gbs", "300", "--network-gbs", "25")
+    mine, _ = planned("--gpu", "b200", *own)
+    changed = {"memory": 70, "tflops": 500, "nvlink_gbs": 300, "network_gbs": 25}
+    assert mine == b200 | changed
+
+
+def test_the_document_shows_what_is_printed():
+    text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    shown = text.split("$ nemo-dsv4-cp plan ", 1)[1].split("```", 1)[0]
+    command, *lines = shown.splitlines()
+    done = run(*command.split())
+    assert [line.rstrip() for line in done.output.splitlines()] == lines
 
 
 def test_json_holds_the_plan_and_nothing_else():
     done = run("v4_pro", "--seq-len", "16384", "--cp-size", "4", "--json", "-")
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
-    assert [row["cp_size"] for row in figures["rows"]] == [4]
-    paths = [cost["path"] for cost in figures["rows"][0]["costs"]]
-    assert paths == ["boundary", "all_gather", "host"]
+    (row,) = figures["rows"]
+    assert row["cp_size"] == 4
+    assert [cost["path"] for cost in row["costs"]] == ["boundary", "all_gather", "host"]
+    assert [row[name]["balance"] for name in ("staying", "moving")] == ["off", "auto"]
+    assert row["moving"]["moved_bytes"] == row["staying"]["moved_bytes"] == 0
+    assert figures["smallest_cp_size_that_fits"] == figures["fastest_cp_size_that_fits"] == 2
     assert any("is larger than the memory needs" in line for line in figures["warnings"])
 
 
@@ -47,7 +148,8 @@ def test_nothing_that_fits_is_said(tmp_path):
     done = run("v4_flash", "--seq-len", "1048576", "--json", str(tmp_path / "plan.json"))
     assert done.exit_code == 0, done.output
     assert "No cp_size up to --ranks fits" in flat(done.output)
-    assert json.loads((tmp_path / "plan.json").read_text())["smallest_cp_size_that_fits"] is None
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["smallest_cp_size_that_fits"] is figures["fastest_cp_size_that_fits"] is None
 
 
 @pytest.mark.parametrize("ranks", ["1", "8"])
@@ -65,8 +167,13 @@ def test_the_plot_is_drawn(ranks, tmp_path):
     [
         (["--transport", "carrier_pigeon"], "use boundary or all_gather"),
         (["--cp-size", "16"], "--cp-size 16 needs as many GPUs, --ranks says 8"),
-        (["--gpu-memory", "0"], "use GiB, such as 80"),
+        (["--gpu-memory", "0"], "--gpu-memory 0 is no GPU's; use such as 80"),
         (["--reserved", "80"], "from 0 to below 80, such as 40"),
+        (["--gpu", "v100"], "--gpu v100 is unknown; use h100, h200, b200"),
+        (["--balance", "sometimes"], "use auto, on or off"),
+        (["--tflops", "-1"], "--tflops -1 is no GPU's; use such as 989"),
+        (["--nvlink-gbs", "0"], "--nvlink-gbs 0 is no GPU's; use such as 450"),
+        (["--network-gbs", "inf"], "--network-gbs inf is no GPU's; use such as 50"),
         (["--json", "no-such-directory/plan.json"], "--json no-such-directory/plan.json cannot"),
         (["--plot", "."], "--plot . cannot be written"),
         (["--plot", "out.txt"], "end it with .png"),

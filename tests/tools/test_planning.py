@@ -1,28 +1,132 @@
+import dataclasses
+
 import pytest
 
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import planning
+from nemo_dsv4_cp.tools.costs import Shape, received_bytes
+from nemo_dsv4_cp.tools.gpus import GPUS
 from nemo_dsv4_cp.tools.planning import Request
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
+from nemo_dsv4_cp.tools.step_time import step_time
+from nemo_dsv4_cp.tools.work import work_of_ranks
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
+PRO = ModelSizes.of_fields(read_model_fields("v4_pro"))
 
 
-def test_the_last_rank_works_the_more_the_longer_the_row():
-    ratios = [
-        planning.row(Request(FLASH, seq_len, 8), 8).imbalance for seq_len in (1 << 14, 1 << 20)
-    ]
-    assert 1 < ratios[0] < 1.1 < 2 < ratios[1] < 8
-    assert planning.row(Request(FLASH, 1 << 14, 8), 1).imbalance == 1
+def all_sizes(request):
+    return [planning.row(request, size) for size in planning.powers_of_two(request.ranks)]
 
 
-def test_the_smallest_size_that_fits_divides_the_ranks():
-    assert planning.smallest_that_fits(Request(FLASH, 1 << 20, 64)) == 64
-    assert planning.smallest_that_fits(Request(FLASH, 1 << 20, 96)) is None
-    assert planning.smallest_that_fits(Request(FLASH, 4096, 8)) == 1
+def test_without_balance_the_last_rank_works_the_more_the_longer_the_row():
+    short, long = (
+        planning.row(Request(FLASH, seq_len, 8), 8).staying.last_over_first
+        for seq_len in (1 << 14, 1 << 20)
+    )
+    assert 1 < short < 1.1 < 2 < long < 8
+    assert planning.row(Request(FLASH, 1 << 14, 8), 1).staying.last_over_first == 1
+
+
+@pytest.mark.parametrize("transport", ["boundary", "all_gather"])
+def test_balance_is_planned_beside_what_stays(transport):
+    request = Request(FLASH, 1 << 20, 64, batch=2, transport=transport)
+    row = planning.row(request, 64)
+    shape = Shape(SequenceLayout(16384, 63, 64), batch=2)
+    stay, half = contiguous(shape.layout), balanced(shape.layout, 4)
+    moved = 0
+    for sharing, schedule in ((row.staying, stay), (row.moving, half)):
+        schedules = {0: stay, 4: schedule, 128: schedule}
+        works = work_of_ranks(FLASH, schedules, 16384)
+        assert sharing.last_over_first == pytest.approx(works[-1] / works[0])
+        assert sharing.largest_over_mean == pytest.approx(64 * max(works) / sum(works))
+        assert sharing.moved_bytes == moved
+        assert sharing.step == step_time(FLASH, shape, schedules, request.gpu, transport)
+        for layers, ratio in ((21, 4), (20, 128)):
+            for balance, sign in ((True, 1), (False, -1)):
+                received = received_bytes(FLASH, shape, ratio, transport, balanced=balance)
+                moved += sign * layers * sum(received)
+    assert (row.staying.moved_ratios, row.moving.moved_ratios) == ((), (4, 128))
+    assert row.staying.last_over_first > 2.8 > 1.01 > row.moving.last_over_first
+    assert row.staying.largest_over_mean > 1.4 > 1.01 > row.moving.largest_over_mean
+
+
+def test_the_settings_choose_time_and_bytes():
+    def planned(**settings):
+        row = planning.row(Request(FLASH, 1 << 20, 64, **settings), 32)
+        return row, row.step_seconds, row.of("boundary").received_bytes
+
+    row, seconds, received = planned()
+    moved = row.moving.moved_bytes
+    assert (row.moving.balance, seconds) == ("auto", row.moving.step.seconds(overlap=True))
+    assert row.tokens_a_second == pytest.approx(2 * (1 << 20) / seconds)
+    _, waited, _ = planned(overlap=False)
+    assert waited == row.moving.step.seconds(overlap=False) > seconds
+    off, stayed, less = planned(balance="off")
+    assert stayed == row.staying.step.seconds(overlap=True) > seconds
+    assert less == received - moved < received
+    assert off.moving == row.moving  # is shown all the same
+
+
+def test_auto_may_leave_layers_as_they_are_and_on_may_not():
+    request = Request(FLASH, 1 << 13, 8)
+    assert planning.row(request, 8).moving.moved_ratios == ()
+    always = dataclasses.replace(request, balance="on")
+    assert planning.row(always, 8).moving.moved_ratios == (4, 128)
+    # At ratio 128 a query's cost grows enough to move it, at ratio 4 not yet.
+    assert planning.row(Request(PRO, 1 << 16, 8), 8).moving.moved_ratios == (128,)
+
+
+@pytest.mark.parametrize("sizes", [FLASH, PRO], ids=["v4_flash", "v4_pro"])
+@pytest.mark.parametrize("gpu", [GPUS["h100"], GPUS["b200"]], ids=lambda gpu: gpu.name)
+def test_neither_overlap_nor_automatic_balance_makes_a_step_longer(sizes, gpu):
+    for power in range(11, 21):
+        for cp_size in (2, 8, 16, 64):
+            row = planning.row(Request(sizes, 1 << power, 64, gpu=gpu), cp_size)
+            for sharing in (row.staying, row.moving):
+                step = sharing.step
+                assert step.seconds(overlap=True) <= step.seconds(overlap=False)
+            assert row.step_seconds <= row.staying.step.seconds(overlap=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "cp_size"),
+    [("tflops", 8), ("float32_tflops", 8), ("nvlink_gbs", 8), ("network_gbs", 64)],
+)
+def test_a_faster_gpu_or_link_makes_a_step_shorter(field, cp_size):
+    request = Request(PRO, 1 << 17, 64, overlap=False)
+    gpu = dataclasses.replace(request.gpu, **{field: 2 * getattr(request.gpu, field)})
+    before, after = (
+        planning.row(each, cp_size).step_seconds
+        for each in (request, dataclasses.replace(request, gpu=gpu))
+    )
+    assert after < before
+
+
+def test_the_sizes_that_fit_divide_the_ranks():
+    for seq_len, ranks, smallest in ((1 << 20, 64, 64), (1 << 20, 96, None), (4096, 8, 1)):
+        request = Request(FLASH, seq_len, ranks)
+        assert planning.smallest_that_fits(request, all_sizes(request)) == smallest
+
+
+def test_the_fastest_size_is_of_those_that_fit_and_not_always_the_smallest():
+    request = Request(PRO, 1 << 16, 64, gpu=GPUS["b200"])
+    rows = all_sizes(request)
+    # One rank would be faster still, without room for it.
+    assert max(rows, key=lambda row: row.tokens_a_second).cp_size == 1
+    assert planning.smallest_that_fits(request, rows) == 2
+    fastest = planning.fastest_that_fits(request, rows)
+    assert fastest == 8
+    speeds = {row.cp_size: row.tokens_a_second for row in rows if row.fits}
+    assert speeds[fastest] == max(speeds.values())
+    nothing = Request(FLASH, 1 << 20, 8)
+    assert planning.fastest_that_fits(nothing, all_sizes(nothing)) is None
 
 
 def warned(request, cp_size):
-    return " ".join(planning.warnings(request, [planning.row(request, cp_size)], chosen=cp_size))
+    row = planning.row(request, cp_size)
+    return " ".join(planning.warnings(request, [row], all_sizes(request), chosen=cp_size))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +134,6 @@ def warned(request, cp_size):
     [
         (800, 8, 8, "some ranks hold padding only; 800 tokens fill 7 ranks"),
         (1100, 8, 8, "46% of the row is padding"),
-        (1 << 20, 64, 64, "works up to 2.9 times"),
         (1 << 20, 64, 64, "AutoModel's own path needs up to 160 GiB"),
         (16384, 12, 8, "--ranks 12 is not divisible"),
         (4096, 8, 4, "1 fits"),
@@ -39,6 +142,28 @@ def warned(request, cp_size):
 )
 def test_poor_settings_are_named(seq_len, ranks, cp_size, message):
     assert message in warned(Request(FLASH, seq_len, ranks), cp_size)
+
+
+def test_ranks_that_wait_are_named_only_where_they_do():
+    request = Request(FLASH, 1 << 20, 64)
+    assert "the last rank" not in warned(request, 64)
+    off = warned(dataclasses.replace(request, balance="off"), 64)
+    assert "cp_size 64: the last rank works up to 2.9 times as much as the first" in off
+    assert "balance: auto shares the work out" in off
+
+
+def test_balance_that_costs_more_than_it_spares_is_named():
+    request = Request(PRO, 1 << 16, 64, gpu=GPUS["b200"], overlap=False)
+    assert "cp_size 32: by these rates, balance: auto moves more" in warned(request, 32)
+    assert "a step takes up to 2% longer" in warned(request, 32)
+    assert "moves more" not in warned(dataclasses.replace(request, overlap=True), 32)
+    assert "moves more" not in warned(dataclasses.replace(request, balance="off"), 32)
+
+
+def test_a_size_that_is_fastest_is_not_called_too_large():
+    request = Request(PRO, 1 << 16, 64, gpu=GPUS["b200"])
+    assert "larger than the memory needs" not in warned(request, 8)
+    assert "larger than the memory needs: 2 fits" in warned(request, 16)
 
 
 def test_shards_shorter_than_the_window_are_named():

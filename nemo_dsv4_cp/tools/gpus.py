@@ -1,0 +1,113 @@
+"""What GPUs and the links between them do in a second, as far as plans and benchmarks go by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+"""Dense bfloat16 products a second, times 1e12, of GPUs by a word of their name (data sheets)."""
+
+PRODUCT_SHARE = 0.7
+"""What matrix products get of a peak: an H200's large bfloat16 ones about 790 of 989 TFLOP/s,
+experts' and other thin ones less."""
+
+LINK_SHARE = 0.8
+"""What collectives get of a link: NCCL about 360 of NVLink 4's 450 GB/s, 40 of a network's 50."""
+
+NVLINK_SECONDS = 30e-6
+"""What a collective among the GPUs of a node takes whatever it moves: launch and handshake."""
+
+NETWORK_SECONDS = 60e-6
+"""The same among nodes: some hops more."""
+
+NETWORK_GBS = 50.0
+"""A 400 Gb/s adapter a GPU, as in the DGX and HGX systems of H100, H200 and B200."""
+
+GPUS_A_NODE = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a node of :data:`GPUS_A_NODE`, and its links.
+
+    Attributes:
+        name: As ``plan --gpu`` takes it.
+        memory: GiB, as ``nvidia-smi`` shows them; the gigabytes of data sheets are nearly these.
+        tflops: Dense bfloat16 peak, times 1e12 a second.
+        float32_tflops: Float32 peak without TF32, which torch leaves off and AutoModel, too.
+        kernel_share: What attention and index scores get of the bfloat16 peak.
+        nvlink_gbs: GB/s that arrive from GPUs of the node, peak.
+        network_gbs: GB/s that arrive from other nodes, peak.
+    """
+
+    name: str
+    memory: float
+    tflops: float
+    float32_tflops: float
+    kernel_share: float
+    nvlink_gbs: float
+    network_gbs: float = NETWORK_GBS
+
+    @property
+    def products_a_second(self) -> float:
+        """Return floating-point operations a second of bfloat16 matrix products."""
+        return self.tflops * 1e12 * PRODUCT_SHARE
+
+    @property
+    def float32_a_second(self) -> float:
+        """Return floating-point operations a second of float32 matrix products."""
+        return self.float32_tflops * 1e12 * PRODUCT_SHARE
+
+    @property
+    def kernels_a_second(self) -> float:
+        """Return floating-point operations a second of attention and index scores."""
+        return self.tflops * 1e12 * self.kernel_share
+
+    def gather_seconds(self, received: float, ranks: int) -> float:
+        """Return how long all ranks take to receive the same from all others, or back its sum.
+
+        A node fetches each byte of other nodes once, each of its GPUs a share over its own adapter,
+        and NVLink hands it on: NCCL's rings, whose bus bandwidth among nodes is that of all
+        adapters together.
+
+        Args:
+            received: Bytes that a rank receives of all other ranks.
+            ranks: How many ranks there are, neighbours in a node.
+        """
+        if not received:
+            return 0.0
+        nvlink = received / (self.nvlink_gbs * 1e9 * LINK_SHARE)
+        if ranks <= GPUS_A_NODE:
+            return nvlink + NVLINK_SECONDS
+        of_other_nodes = received * (ranks - GPUS_A_NODE) / (ranks - 1)
+        network = of_other_nodes / (GPUS_A_NODE * self.network_gbs * 1e9 * LINK_SHARE)
+        return max(nvlink, network) + NETWORK_SECONDS
+
+    def exchange_seconds(self, received: float, ranks: int) -> float:
+        """Return how long ranks take to receive what each asks one or two others for.
+
+        Among nodes the slowest rank's partner is in another, and all goes over the network.
+
+        Args:
+            received: Bytes that a rank receives.
+            ranks: How many ranks there are, neighbours in a node.
+        """
+        if not received:
+            return 0.0
+        if ranks <= GPUS_A_NODE:
+            return received / (self.nvlink_gbs * 1e9 * LINK_SHARE) + NVLINK_SECONDS
+        return received / (self.network_gbs * 1e9 * LINK_SHARE) + NETWORK_SECONDS
+
+
+_SXM = (
+    Gpu("h100", 80, PEAK_TFLOPS["H100"], 67, kernel_share=0.4, nvlink_gbs=450),
+    Gpu("h200", 140, PEAK_TFLOPS["H200"], 67, kernel_share=0.4, nvlink_gbs=450),
+    Gpu("b200", 179, PEAK_TFLOPS["B200"], 75, kernel_share=0.3, nvlink_gbs=900),
+)
+
+GPUS = {gpu.name: gpu for gpu in _SXM}
+"""SXM modules by name: data sheets, NVLink 4 and 5 one way. Attention of 512 wide heads that share
+their keys: FlashMLA's sparse forward is published with 640 TFLOP/s on H800 (0.65 of its peak),
+cuDNN's sparse backward with 500 to 690 on B200 (0.22 to 0.31). The shares here are a guess for the
+Triton kernels of this package, whose times no GPU has told yet; H100's is what ``balance: auto``
+counts with."""
