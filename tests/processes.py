@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 STILL_SECONDS = 15 * 60
 """How long a log may stay as it is: a tiny model's step takes seconds, minutes if all is busy."""
@@ -51,3 +55,25 @@ def run_to_log(
         finally:
             process.terminate()  # torchrun ends its ranks then
     return status
+
+
+def on_ranks(directory: Path, recipe: dict[str, Any], processes: int, *program: str) -> list[str]:
+    """Write a recipe into a directory and return torchrun's command for it.
+
+    Args:
+        directory: Receives ``recipe.yaml``.
+        recipe: What the program is called with.
+        processes: How many ranks.
+        program: What runs on each rank, the host's command line if not told.
+    """
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes)]
+    return [*command, *(program or ("-m", "nemo_automodel.cli.app")), str(path)]
+
+
+def cpu_environment() -> dict[str, str]:
+    """Return the environment of ranks on this machine's CPU that import these tests."""
+    root = str(Path(__file__).parents[1])
+    return os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

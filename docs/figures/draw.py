@@ -55,7 +55,7 @@ def main() -> None:
     drawn = {"cut": cut, "balance": balance, "memory": memory}
     with plt.rc_context(STYLE):
         for name in sys.argv[1:] or drawn:
-            _save(drawn[name](), f"{name}.svg")
+            save(drawn[name](), f"{name}.svg")
 
 
 def balance() -> Figure:
@@ -129,7 +129,8 @@ def _how_much(axes: Axes, layout: SequenceLayout) -> None:
     axes.set_ylim(0, 2.4)
 
 
-def _save(figure: Figure, name: str) -> None:
+def save(figure: Figure, name: str) -> None:
+    """Write a figure next to this file."""
     # Date is left out, so that drawing again gives the same bytes.
     figure.savefig(HERE / name, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.1)
     plt.close(figure)

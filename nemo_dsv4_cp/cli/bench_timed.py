@@ -135,13 +135,14 @@ def overlap(
         failed.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     table = Table(
+        collapse_padding=True,
         title=f"{seq_len:,} tokens on {RANKS} gloo ranks of one thread each, hidden "
         f"{SIZES['hidden_size']}, float32; each collective {delay:g} s longer; least of "
-        f"{repeats}, in turn; {describe_machine()}"
+        f"{repeats}, in turn, waited: median; {describe_machine()}",
     )
     for header in ("ratio", "balance", "overlap", "pass"):
         table.add_column(header)
-    for header in ("collectives", "seconds", "slowed", "hidden"):
+    for header in ("collectives", "seconds", "slowed", "waited", "hidden"):
         table.add_column(header, justify="right")
     for each in passes:
         table.add_row(
@@ -152,6 +153,7 @@ def overlap(
             str(each.collectives),
             f"{each.seconds:.3f}",
             f"{each.slowed_seconds:.3f}",
+            f"{each.waited:.3f}",
             f"{each.hidden:.0%}",
         )
     figures = [dataclasses.asdict(each) | {"hidden": each.hidden} for each in passes]

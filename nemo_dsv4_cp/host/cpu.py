@@ -1,7 +1,8 @@
 """Runs the host's fine-tuning recipe where torch sees no CUDA device.
 
 Written for nemo_automodel 0.7.0. Some of its modules get a view of torch in which the few CUDA
-calls that they make unasked are answered; torch itself stays as it is.
+calls that they make unasked are answered; torch itself stays as it is, and `patches.undo` takes the
+view away.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
 from nemo_automodel.components.moe import parallelizer
 from nemo_automodel.recipes.llm import kd, train_ft
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nemo_dsv4_cp.host import patches
 
 TESTED_RELEASE = "0.7.0"
 
@@ -63,30 +66,33 @@ def lift_cuda_assumptions() -> None:
 
     # recipes/llm/train_ft.py resets the peak memory in setup() and after every step. (Its other
     # two, empty_cache and max_memory_allocated, do nothing and return 0 without CUDA.)
-    train_ft.torch = _Overlay(
-        torch, cuda=_Overlay(torch.cuda, reset_peak_memory_stats=lambda: None)
-    )
-    kd.torch = train_ft.torch  # recipes/llm/kd.py does the same after its steps
+    without_peaks = _Overlay(torch, cuda=_Overlay(torch.cuda, reset_peak_memory_stats=lambda: None))
+    patches.replace(train_ft, "torch", without_peaks)
+    patches.replace(kd, "torch", without_peaks)  # recipes/llm/kd.py does the same after its steps
     # _transformers/auto_model.py puts every model that it builds on the current CUDA device.
-    auto_model.torch = _Overlay(
+    on_cpu = _Overlay(
         torch,
         device=lambda *_: torch.device("cpu"),
         cuda=_Overlay(torch.cuda, current_device=lambda: torch.device("cpu")),
     )
+    patches.replace(auto_model, "torch", on_cpu)
     # models/deepseek_v4/model.py initialises on the current CUDA device when it is told no other;
     # our own class tells it, the host's model (context_parallel.enabled: false) is not told.
-    deepseek_v4.torch = _Overlay(
+    initialised_on_cpu = _Overlay(
         torch,
         device=lambda *_: torch.device("cpu"),
         cuda=_Overlay(torch.cuda, current_device=lambda: 0),
     )
+    patches.replace(deepseek_v4, "torch", initialised_on_cpu)
     # distributed/pipelining/functional.py waits for the device after a first message between
     # pipeline stages, where it knows the rows' length ahead, as with packed rows (from 0.6 on).
-    pipelining.torch = _Overlay(torch, cuda=_Overlay(torch.cuda, synchronize=lambda *_: None))
+    without_waiting = _Overlay(torch, cuda=_Overlay(torch.cuda, synchronize=lambda *_: None))
+    patches.replace(pipelining, "torch", without_waiting)
     # moe/parallelizer.py, apply_cp: with ep_size > 1 and cp_size > 1 it imports transformer_engine
     # to tell TE's attention from others, before it asks whether a model brings its own.
     if importlib.util.find_spec("transformer_engine") is None:
-        parallelizer.apply_cp = _without_transformer_engine(parallelizer.apply_cp)
+        apply_cp = _without_transformer_engine(parallelizer.apply_cp)
+        patches.replace(parallelizer, "apply_cp", apply_cp)
     # moe/experts.py compiles its activations with max_autotune: on a CPU that takes half a minute,
     # and a C++ compiler.
     torch.compiler.set_stance("force_eager")
@@ -170,13 +176,17 @@ class _OnCpu:
 
     def setup(self) -> None:
         """Lift the host's CUDA assumptions if need be, then set up as the host does."""
-        if not torch.cuda.is_available():
-            lift_cuda_assumptions()
-            auto_model.apply_model_infrastructure = _with_weights_of_seed(
-                infrastructure.apply_model_infrastructure,
-                self.cfg.get("seed", 42),  # type: ignore[attr-defined]
-            )
-        super().setup()  # type: ignore[misc]
+        if torch.cuda.is_available():
+            super().setup()  # type: ignore[misc]
+            return
+        lift_cuda_assumptions()
+        original = infrastructure.apply_model_infrastructure
+        seed = self.cfg.get("seed", 42)  # type: ignore[attr-defined]
+        auto_model.apply_model_infrastructure = _with_weights_of_seed(original, seed)
+        try:
+            super().setup()  # type: ignore[misc]
+        finally:
+            auto_model.apply_model_infrastructure = original
 
 
 class CpuFinetuneRecipe(_OnCpu, train_ft.TrainFinetuneRecipeForNextTokenPrediction):

@@ -150,26 +150,6 @@ def test_a_row_shorter_than_a_window_has_no_entries():
     assert out.isfinite().all()
 
 
-def test_bfloat16_stays_close_to_float32():
-    attention, hidden = make(4), torch.randn(1, 256, 64)
-    exact = call(attention, hidden)
-    attention.to(torch.bfloat16)
-    for holder in (
-        attention.sinks_param,
-        attention.compressor.wkv,
-        attention.compressor.wgate,
-        attention.compressor.ape_param,
-        attention.compressor.indexer.wkv,
-        attention.compressor.indexer.wgate,
-        attention.compressor.indexer.ape_param,
-    ):
-        holder.float()  # as the host keeps them
-    rough = call(attention, hidden.bfloat16())
-    assert rough.dtype == torch.bfloat16
-    # The indexer may choose otherwise where scores nearly tie; the rest must be close.
-    assert (rough - exact).abs().median() <= 0.02 * exact.abs().max()
-
-
 @pytest.mark.skipif(
     not hasattr(ContextParallelAttention, "setup_cp_attention"),
     reason="shown by training: without that contract, the group comes with the batch",

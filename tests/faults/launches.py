@@ -5,15 +5,19 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.faults.recipes import REACHED
-from tests.processes import STILL_SECONDS, Progress, Stuck, run_to_log
+from tests.processes import (
+    STILL_SECONDS,
+    Progress,
+    Stuck,
+    cpu_environment,
+    on_ranks,
+    run_to_log,
+)
 
 STEPS = 6
 FAULT_STEP = 3
@@ -52,20 +56,10 @@ def recipe_for(directory: Path, *, cp_size: int, restore_from: Path | None = Non
     return recipe
 
 
-def _command(directory: Path, recipe, processes: int) -> dict:
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "nemo_automodel.cli.app", str(path)]
-    root = str(Path(__file__).parents[2])
-    environment = {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {"args": command, "cwd": directory, "env": os.environ | environment}
-
-
 def train(directory: Path, recipe, processes: int) -> int:
     """Run a recipe to its end and return the exit status; ``log`` has its output."""
-    call = _command(directory, recipe, processes)
-    return run_to_log(call.pop("args"), directory / "log", **call)
+    command = on_ranks(directory, recipe, processes)
+    return run_to_log(command, directory / "log", cwd=directory, env=cpu_environment())
 
 
 def losses(directory: Path) -> dict[int, float]:
@@ -85,8 +79,13 @@ class Harmed:
     def __init__(self, directory: Path, recipe, processes: int) -> None:
         self.directory, self.log = directory, directory / "log"
         self._output = self.log.open("wb")
-        call = _command(directory, recipe, processes)
-        self._process = subprocess.Popen(stdout=self._output, stderr=self._output, **call)
+        self._process = subprocess.Popen(
+            on_ranks(directory, recipe, processes),
+            cwd=directory,
+            env=cpu_environment(),
+            stdout=self._output,
+            stderr=self._output,
+        )
 
     def pids(self) -> list[int]:
         """Return the process ids of all ranks that came to their first step."""

@@ -8,15 +8,16 @@ from nemo_automodel._transformers import auto_model
 from nemo_automodel.components.distributed.pipelining import functional as pipelining
 from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
 from nemo_automodel.components.moe import parallelizer
-from nemo_automodel.recipes.llm import train_ft
+from nemo_automodel.recipes.llm import kd, train_ft
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from nemo_dsv4_cp.host import cpu
+from nemo_dsv4_cp.host import cpu, patches
 
 PATCHED = {
     train_ft: "torch",
+    kd: "torch",
     auto_model: "torch",
     deepseek_v4: "torch",
     pipelining: "torch",
@@ -28,9 +29,8 @@ PATCHED = {
 def no_cuda(monkeypatch):
     """A process whose torch sees no CUDA, and whose host is put back afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for module, name in PATCHED.items():
-        monkeypatch.setattr(module, name, getattr(module, name))
     yield
+    patches.undo()
     torch.compiler.set_stance("default")
 
 
@@ -68,6 +68,15 @@ def test_lifting_twice_changes_nothing_more(no_cuda):
     once = patched()
     cpu.lift_cuda_assumptions()
     assert all(a is b for a, b in zip(once, patched(), strict=True))
+
+
+def test_what_was_lifted_is_given_back_and_can_be_lifted_again(no_cuda):
+    before = patched()
+    for _ in range(2):
+        cpu.lift_cuda_assumptions()
+        assert not any(a is b for a, b in zip(before, patched(), strict=True))
+        patches.undo()
+        assert all(a is b for a, b in zip(before, patched(), strict=True))
 
 
 def test_with_cuda_lifting_is_refused(no_cuda, monkeypatch):
@@ -166,15 +175,20 @@ def test_weights_that_are_loaded_are_not_drawn_again():
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_recipe_lifts_only_where_there_is_no_cuda(no_cuda, monkeypatch, cuda):
-    host_setup = []
+    during_setup = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     host_recipe = train_ft.TrainFinetuneRecipeForNextTokenPrediction
-    monkeypatch.setattr(host_recipe, "setup", lambda recipe: host_setup.append(recipe))
+    monkeypatch.setattr(
+        host_recipe,
+        "setup",
+        lambda recipe: during_setup.append((recipe, auto_model.apply_model_infrastructure)),
+    )
     infrastructure = auto_model.apply_model_infrastructure
-    monkeypatch.setattr(auto_model, "apply_model_infrastructure", infrastructure)
     before = patched()
     recipe = cpu.CpuFinetuneRecipe({"seed": 3})
     recipe.setup()
-    assert host_setup == [recipe]
+    ((set_up, used),) = during_setup
+    assert set_up is recipe
+    assert (used is infrastructure) is cuda
+    assert auto_model.apply_model_infrastructure is infrastructure
     assert (patched() == before) is cuda
-    assert (auto_model.apply_model_infrastructure is infrastructure) is cuda
