@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from tests.hostile import KINDS, Kind
+from tests.breaking import Kind
+from tests.hostile import KINDS
 
 PAGE = Path(__file__).with_name("refusals.md")
 START, END = "<!-- hostile input -->\n", "<!-- end of hostile input -->\n"

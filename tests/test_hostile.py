@@ -14,8 +14,9 @@ from torch.nn.functional import cross_entropy
 from nemo_dsv4_cp import ContextParallelOptions
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+from tests.breaking import OPTIONS, VOCAB, WRONG_VALUES, Shape, case_of
 from tests.examples import MANY
-from tests.hostile import KINDS, OPTIONS, VOCAB, WRONG_VALUES, Shape, case_of
+from tests.hostile import KINDS
 from tests.parity import GroupMesh, cpu_backend, randomise, tiny_config
 from tests.test_docs import holds
 

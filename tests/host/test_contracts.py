@@ -77,30 +77,15 @@ def test_a_host_without_deepseek_v4_is_refused(monkeypatch):
 
 # Every name in the host's modules and classes, before and after a config and a model are made.
 PATCHED = textwrap.dedent("""
-    import json, sys, types
+    import json, sys
     import torch
     from nemo_automodel.components.models.deepseek_v4 import model as host
     from nemo_automodel.recipes.llm import kd, train_ft
     from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
     from nemo_dsv4_cp.host import patches
     from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+    from tests.host.names import changed, names
     from tests.parity import cpu_backend, tiny_config
-
-    def names():
-        found = {}
-        for path, module in list(sys.modules.items()):
-            if path.startswith("nemo_automodel") and isinstance(module, types.ModuleType):
-                for name, value in list(vars(module).items()):
-                    found[path, name] = value
-                    if isinstance(value, type) and value.__module__ == path:
-                        found |= {(path, name, key): v for key, v in vars(value).items()}
-        return found
-
-    def changed(before):
-        after = names()
-        return sorted(
-            ".".join(key) for key, value in before.items() if after.get(key) is not value
-        )
 
     enabled = sys.argv[1] == "enabled"
     before = names()
