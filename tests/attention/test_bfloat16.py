@@ -48,7 +48,10 @@ def backward(layer, hidden, weight, mask, start):
 
 
 def errors_job(group, rank, ratio, options, seed):
-    """Return squared errors of this rank's shard, ours and the host's, and of all gradients."""
+    """Return squared errors, ours and the host's, and of how many entries.
+
+    Of this rank's shard of the output and the input's gradient; of each parameter's gradient.
+    """
     config = tiny_config([ratio], context_parallel=options)
     exact = DeepseekV4Attention(config, 0, cpu_backend()).float()
     randomise(exact, seed)
@@ -81,7 +84,7 @@ def errors_job(group, rank, ratio, options, seed):
 
     found = {}
     for name, a, b, c in zip(("output", "input gradient"), right, host, ours, strict=True):
-        found[name] = (squared(c, a[:, here]), squared(b[:, here], a[:, here]))
+        found[name] = (squared(c, a[:, here]), squared(b[:, here], a[:, here]), c.numel())
     for name, parameter in mine.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -89,7 +92,8 @@ def errors_job(group, rank, ratio, options, seed):
         dist.all_reduce(gradient, group=group)  # in float32, as AutoModel reduces gradients
         expected, their = exact.get_parameter(name).grad, theirs.get_parameter(name).grad
         share = 1 / size  # the same on every rank
-        found[name] = (squared(gradient, expected) * share, squared(their, expected) * share)
+        errors = squared(gradient, expected) * share, squared(their, expected) * share
+        found[name] = (*errors, gradient.numel())
     return found
 
 
@@ -105,4 +109,6 @@ def test_errors_are_no_larger_than_the_hosts(ranks, ratio, balance):
         ours, theirs = (sum(found[name][whose] for found in every) ** 0.5 for whose in (0, 1))
         print(f"{name}: {ours:.3g}, the host's {theirs:.3g}")
         assert theirs > 0
-        assert ours <= 1.1 * theirs, name
+        # A few entries tell the ratio of two errors only roughly.
+        limit = 1.1 if every[0][name][2] > 1000 else 1.5
+        assert ours <= limit * theirs, name
