@@ -26,7 +26,8 @@ _WAITED = "nemo_dsv4_cp/waited"
 
 def install() -> None:
     """Have errors that end this process looked at before they are printed; again does nothing."""
-    if not patches.is_replaced(sys, "excepthook"):
+    # torch puts its own on top with every first process group, and calls ours from there.
+    if not patches.was_replaced(sys, "excepthook"):
         patches.replace(sys, "excepthook", _calling_the_roll(sys.excepthook))
 
 

@@ -27,6 +27,11 @@ def is_replaced(owner: Any, name: str) -> bool:
     return any(new is found for _, known, _, new in _replaced if known == name)
 
 
+def was_replaced(owner: Any, name: str) -> bool:
+    """Whether something was put there, which another may stand on top of since."""
+    return any(known_owner is owner and known == name for known_owner, known, _, _ in _replaced)
+
+
 def undo() -> None:
     """Give everything back, to modules too that imported a replacement since."""
     while _replaced:

@@ -64,6 +64,9 @@ ALONE = textwrap.dedent("""
     ours = sys.excepthook
     roll_call.install()
     assert sys.excepthook is ours is not before
+    sys.excepthook = on_top = lambda *error: ours(*error)  # as torch does with a process group
+    roll_call.install()
+    assert sys.excepthook is on_top
     patches.undo()
     assert sys.excepthook is before
     roll_call.install()
