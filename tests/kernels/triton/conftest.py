@@ -15,6 +15,6 @@ LAUNCHES = INTERPRETED or torch.cuda.is_available()
 collect_ignore_glob = [] if LAUNCHES else ["test_*.py"]
 
 if LAUNCHES:
-    settings.register_profile("few", deadline=None, max_examples=12)
+    settings.register_profile("few", deadline=None, max_examples=8)
     settings.register_profile("many", deadline=None, max_examples=300)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "few"))

@@ -87,7 +87,7 @@ def test_output_and_gradients_are_the_torch_paths(case):
     assert_same(mine, with_gradients(theirs, tensors, chosen, rope, **options))
 
 
-@settings(max_examples=300 if MANY else 5)  # each runs three times
+@settings(max_examples=300 if MANY else 3)  # each runs three times
 @given(case=cases())
 def test_the_deterministic_path_sums_the_same(case):
     tensors, chosen, rope, options, workspace = case
