@@ -106,6 +106,24 @@ def compare_gradients(
     return differences
 
 
+def attend(
+    attention: torch.nn.Module, config: Any, x: torch.Tensor, mask: Any, start: int
+) -> torch.Tensor:
+    """Return a layer's output for the positions from ``start`` on, the host's or ours."""
+    positions = torch.arange(start, start + x.shape[1]).expand(len(x), -1)
+    rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
+    rope_compress = DeepseekV4RotaryEmbedding(160000.0, config.head_dim, 0.5)
+    out: torch.Tensor = attention(
+        x,
+        rope(x, positions),
+        attention_mask=mask,
+        position_embeddings_compress=rope_compress(x, positions),
+        rotary_compress=rope_compress,
+        position_ids=positions,
+    )[0]
+    return out
+
+
 def attention_job(
     group: dist.ProcessGroup,
     rank: int,
@@ -128,28 +146,15 @@ def attention_job(
             module.compressor.indexer.requires_grad_(False)  # as the host does before training
     mine._cp_group = group
 
-    rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
-    rope_compress = DeepseekV4RotaryEmbedding(160000.0, config.head_dim, 0.5)
     generator = torch.Generator().manual_seed(seed + 1)
     hidden = torch.randn(rows, seq_len, config.hidden_size, generator=generator)
     weight = torch.randn(rows, seq_len, config.hidden_size, generator=generator)
-
-    def call(attention: torch.nn.Module, x: torch.Tensor, mask: Any, start: int) -> torch.Tensor:
-        positions = torch.arange(start, start + x.shape[1]).expand(rows, -1)
-        return attention(
-            x,
-            rope(x, positions),
-            attention_mask=mask,
-            position_embeddings_compress=rope_compress(x, positions),
-            rotary_compress=rope_compress,
-            position_ids=positions,
-        )[0]
 
     whole = hidden.clone().requires_grad_()
     mask = build_causal_padding_mask(
         None, seq_len, torch.float32, whole.device, rows, config.sliding_window
     )
-    expected = call(reference, whole, mask, 0)
+    expected = attend(reference, config, whole, mask, 0)
     (expected * weight).sum().backward()
 
     size = dist.get_world_size(group)
@@ -162,9 +167,9 @@ def attention_job(
     own = slice(layout.start, layout.end)
     shard = pad(hidden, (0, 0, 0, padded - seq_len))[:, own].clone().requires_grad_()
     if recompute:
-        out = checkpoint(call, mine, shard, None, layout.start, use_reentrant=False)
+        out = checkpoint(attend, mine, config, shard, None, layout.start, use_reentrant=False)
     else:
-        out = call(mine, shard, None, layout.start)
+        out = attend(mine, config, shard, None, layout.start)
     (out * pad(weight, (0, 0, 0, padded - seq_len))[:, own]).sum().backward()
 
     real = max(0, min(seq_len, layout.end) - layout.start)

@@ -55,7 +55,7 @@ def lift_cuda_assumptions() -> None:
             "the CPU regardless; call it only without CUDA, or hide the devices with "
             "CUDA_VISIBLE_DEVICES=''"
         )
-    if isinstance(train_ft.torch, _Overlay):
+    if patches.is_replaced(train_ft, "torch"):
         return
     _expect(train_ft, "torch.cuda.reset_peak_memory_stats()")
     _expect(kd, "torch.cuda.reset_peak_memory_stats()")

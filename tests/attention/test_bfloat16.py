@@ -7,13 +7,12 @@ import torch
 import torch.distributed as dist
 from nemo_automodel.components.models.deepseek_v4.layers import (
     DeepseekV4Attention,
-    DeepseekV4RotaryEmbedding,
     build_causal_padding_mask,
 )
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from tests.parity import cpu_backend, randomise, tiny_config
+from tests.parity import attend, cpu_backend, randomise, tiny_config
 
 LENGTH = 1024
 IN_FLOAT32 = ("sinks_param", "ape_param", ".wkv", ".wgate")
@@ -29,20 +28,10 @@ def rounded(layer):
     return copied
 
 
-def backward(layer, hidden, weight, mask, start):
+def backward(layer, config, hidden, weight, mask, start):
     """Return the output and the input's gradient; parameters keep theirs."""
     x = hidden.to(layer.wq_a.weight.dtype, copy=True).requires_grad_()
-    positions = torch.arange(start, start + x.shape[1])[None]
-    rope = DeepseekV4RotaryEmbedding(10000.0, layer.head_dim, 0.5)
-    rope_compress = DeepseekV4RotaryEmbedding(160000.0, layer.head_dim, 0.5)
-    out = layer(
-        x,
-        rope(x, positions),
-        attention_mask=mask,
-        position_embeddings_compress=rope_compress(x, positions),
-        rotary_compress=rope_compress,
-        position_ids=positions,
-    )[0]
+    out = attend(layer, config, x, mask, start)
     (out.float() * weight).sum().backward()
     return out.detach().float(), x.grad.float()
 
@@ -74,10 +63,10 @@ def errors_job(group, rank, ratio, options, seed):
     mask = build_causal_padding_mask(
         None, LENGTH, torch.float32, hidden.device, 1, config.sliding_window
     )
-    right = backward(exact, hidden, weight, mask, 0)
-    host = backward(theirs, hidden, weight, mask.bfloat16(), 0)
+    right = backward(exact, config, hidden, weight, mask, 0)
+    host = backward(theirs, config, hidden, weight, mask.bfloat16(), 0)
     here = slice(own.start, own.stop)
-    ours = backward(mine, hidden[:, here], weight[:, here], None, own.start)
+    ours = backward(mine, config, hidden[:, here], weight[:, here], None, own.start)
 
     def squared(a, b):
         return float((a - b).double().pow(2).sum())
