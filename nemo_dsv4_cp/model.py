@@ -24,7 +24,13 @@ from nemo_dsv4_cp.backbone import ContextParallelModel, packed_layout_of, route_
 from nemo_dsv4_cp.batch import local_token_indices
 from nemo_dsv4_cp.batch_checks import padding_of
 from nemo_dsv4_cp.exchange import roll_call
-from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled, sharding_groups
+from nemo_dsv4_cp.exchange.collectives import (
+    CP_GROUP_KEY,
+    Group,
+    cp_enabled,
+    is_first_rank,
+    sharding_groups,
+)
 from nemo_dsv4_cp.finite import FiniteCheck
 from nemo_dsv4_cp.host import fsdp, lora, resume, router_replay
 from nemo_dsv4_cp.host.contracts import batch_contract
@@ -40,7 +46,9 @@ from nemo_dsv4_cp.host.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import validate_cp_size
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.packing import is_packed, token_documents, tokens_ahead
+from nemo_dsv4_cp.startup import log_first_step, padding_of_shard
 
 if TYPE_CHECKING:
     from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
@@ -58,6 +66,8 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     # Set here, not by the constructor alone: AutoModel's tools make models without calling it.
     _finite: FiniteCheck | None = None
     _routed_over: Group | None = None
+    _logged = False
+    _padding = padding_of_shard(None, None, 1)
     _settings_are_one = False  # the ranks of the CP group compare them on the first step
     supports_thd = True  # the host then asks for our sharder at CP size 1 too, for packed rows
     # The host keeps these by exact class name (_transformers/model_parallelization.py).
@@ -119,7 +129,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         compare = self._compare_ranks != "never"
         if self._compare_ranks == "first":
             self._compare_ranks = "never"
-        return self._batch_fn(
+        cut = self._batch_fn(
             cp_mesh,
             tp_mesh,
             batch,
@@ -130,6 +140,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             vocab_size=getattr(self.model.embed_tokens, "num_embeddings", self.config.vocab_size),
             **kwargs,
         )
+        shape = cut[2]
+        if cp_mesh is not None and cp_mesh.size() > 1 and shape is not None:
+            self._padding = padding_of_shard(
+                shape.original_seq_len, shape.padded_seq_len, self._pad_multiple
+            )
+        return cut
 
     def prepare_mtp_inputs_for_cp(
         self, batch: dict[str, Any], *, ignore_index: int = -100
@@ -222,6 +238,24 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         if group is not None and group is not self._routed_over:
             route_over_whole_rows(self, group)
             self._routed_over = group
+        images = shows_images(
+            self.model,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            vision_token_types=vision_token_types,
+            checked=cp_enabled(group),
+        )
+        tokens = input_ids if input_ids is not None else attn_kwargs.get("inputs_embeds")
+        if tokens is not None and tokens.dim() > 1 and not images:
+            layout, padding = packed_layout_of(attn_kwargs, *tokens.shape[:2])
+            if layout is not None:
+                attn_kwargs[LAYOUT_KEY] = layout
+            if padding_mask is None:
+                padding_mask = padding
+            if self.training and not self._logged:
+                self._logged = True
+                all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+                self._log_first_step(tokens, layout, group, all_logits=all_logits)
         text: dict[str, Any] = {
             "position_ids": position_ids,
             "attention_mask": attention_mask,
@@ -229,33 +263,41 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             "logits_to_keep": logits_to_keep,
             "output_hidden_states": output_hidden_states,
         }
-        images = {
-            "pixel_values": pixel_values,
-            "image_grid_hws": image_grid_hws,
-            "n_images_per_sample": n_images_per_sample,
-            "vision_token_types": vision_token_types,
-        }
-        predicts = self.mtp is not None and self.training and input_ids is not None
-        if (
-            predicts
-            and not self._is_pipeline_parallel_stage()
-            and not shows_images(
-                self.model,
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                vision_token_types=vision_token_types,
-                checked=cp_enabled(group),
-            )
-        ):
-            assert input_ids is not None
+        predicts = self.mtp is not None and self.training and not images
+        if predicts and input_ids is not None and not self._is_pipeline_parallel_stage():
             out = self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **text, **attn_kwargs)
         else:
-            # Releases without a vision tower take no images.
-            shown = {name: value for name, value in images.items() if value is not None}
+            shown = {
+                "pixel_values": pixel_values,
+                "image_grid_hws": image_grid_hws,
+                "n_images_per_sample": n_images_per_sample,
+                "vision_token_types": vision_token_types,
+            }
+            # Releases without a vision tower take none of these.
+            shown = {name: value for name, value in shown.items() if value is not None}
             out = super().forward(input_ids, *mtp_embed_inputs, **text, **shown, **attn_kwargs)
         if self._finite is not None:
             self._finite.raise_on_all_ranks(group)
         return out
+
+    def _log_first_step(
+        self,
+        tokens: torch.Tensor,
+        layout: PackedLayout | None,
+        group: Group | None,
+        *,
+        all_logits: bool,
+    ) -> None:
+        """Log what the plugin does for this model, on rank 0."""
+        if is_first_rank():
+            log_first_step(
+                self,
+                tokens,
+                layout=layout,
+                group=group,
+                all_logits=all_logits,
+                padding=self._padding,
+            )
 
     def _forward_with_mtp(
         self,
@@ -270,13 +312,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         **attn_kwargs: Any,
     ) -> DeepseekV4CausalLMOutput:
         """Do what AutoModel's forward does with MTP, without its dense [L, S] mask."""
-        rows, length = input_ids.shape
-        packed = attn_kwargs.get("qkv_format") == "thd"
-        layout, padding = packed_layout_of(attn_kwargs, rows, length)
-        if layout is not None:
-            attn_kwargs[LAYOUT_KEY] = layout
-        if padding_mask is None:
-            padding_mask = padding
+        layout: PackedLayout | None = attn_kwargs.get(LAYOUT_KEY)
         depths = range(1, self.mtp_config.num_layers + 1)
         if shifted_ids is None and cp_enabled(attn_kwargs.get(CP_GROUP_KEY)):
             raise ValueError(
@@ -298,7 +334,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             **attn_kwargs,
         )
         logits = compute_lm_head_logits(
-            self.lm_head, hidden, logits_to_keep, is_thd=packed, fp32_lm_head=True
+            self.lm_head, hidden, logits_to_keep, fp32_lm_head=True
         ).logits
         if position_ids is None and layout is not None:
             position_ids = layout.document_positions(input_ids.device)
