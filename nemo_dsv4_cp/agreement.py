@@ -36,7 +36,7 @@ def settings_of(model: torch.nn.Module) -> dict[str, Any]:
         model: With ``config``, its ``context_parallel`` options among it or not, and ``backend``.
     """
     config: Any = model.config
-    options = getattr(config, "context_parallel", None) or ContextParallelOptions()
+    options = ContextParallelOptions.of(config)
     settings: dict[str, Any] = {name: version(name) for name in ("nemo-dsv4-cp", "nemo_automodel")}
     for part, fields in (
         ("context_parallel", vars(options)),

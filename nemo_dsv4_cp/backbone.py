@@ -11,7 +11,7 @@ import torch
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Model
 from nemo_automodel.components.moe.layers import MoE
 
-from nemo_dsv4_cp.attention.layer import LAYOUT_KEY
+from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.batch_checks import padding_of, refuse_left_padding
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
@@ -25,6 +25,8 @@ from nemo_dsv4_cp.exchange.collectives import (
 )
 from nemo_dsv4_cp.host.auxiliary_loss import refuse_unscaled
 from nemo_dsv4_cp.host.deepseek_v4 import shows_images, with_keywords
+from nemo_dsv4_cp.options import ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.packing import document_starts, is_packed, packed_padding
 
@@ -50,40 +52,43 @@ def route_over_whole_rows(model: torch.nn.Module, group: Group) -> None:
                 module.cp_mesh = mesh_of(group, next(module.parameters()).device)
 
 
-def packed_layout_of(
-    kwargs: dict[str, Any], rows: int, length: int
-) -> tuple[PackedLayout | None, torch.Tensor | None]:
-    """Take the documents of packed rows out of a forward's keyword arguments.
+def step_of(
+    kwargs: dict[str, Any], rows: int, length: int, options: ContextParallelOptions
+) -> tuple[StepContext, torch.Tensor | None]:
+    """Take what describes a step out of a forward's keyword arguments.
 
     Args:
-        kwargs: Changed in place: what describes packing leaves it.
+        kwargs: Changed in place: what describes packing leaves it, and ``cp_step`` is there.
         rows: B.
         length: L, local tokens.
+        options: The model's.
 
     Returns:
-        The layout of this step and which local tokens are padding, bool [B, L]. No layout for rows
-        of one document each, no padding where it is not known here: under CP the batch has it.
+        The step's context, and which local tokens are padding, bool [B, L]; None where that is not
+        known here: of rows of one document each, and under CP, where the batch has it.
 
     Raises:
         KeyError: If rows are marked as packed and no lengths describe their documents.
     """
-    if LAYOUT_KEY in kwargs:
-        return kwargs[LAYOUT_KEY], None
-    if not is_packed(kwargs):
-        return None, None
-    group = kwargs.get(CP_GROUP_KEY)
+    if STEP_KEY in kwargs:
+        return kwargs[STEP_KEY], None
+    group, padding = kwargs.get(CP_GROUP_KEY), None
     rank, size = cp_rank(group), cp_size(group)
-    starts = document_starts(kwargs, rows, length * size)
-    padding = packed_padding(kwargs, rows, length * size)
-    for key in _PACKING_KEYS:
-        kwargs.pop(key, None)
-    if starts is None or padding is None:
-        raise KeyError(
-            "packed rows (qkv_format: thd) need `seq_lens` or `cu_seqlens` beside them; nothing "
-            "else tells where documents end"
-        )
-    layout = PackedLayout.of_documents(starts, length, cp_rank=rank, cp_size=size)
-    return layout, padding[:, layout.start : layout.end]
+    layout = SequenceLayout(length, rank, size)
+    if is_packed(kwargs):
+        starts = document_starts(kwargs, rows, length * size)
+        padding = packed_padding(kwargs, rows, length * size)
+        for key in _PACKING_KEYS:
+            kwargs.pop(key, None)
+        if starts is None or padding is None:
+            raise KeyError(
+                "packed rows (qkv_format: thd) need `seq_lens` or `cu_seqlens` beside them; "
+                "nothing else tells where documents end"
+            )
+        layout = PackedLayout.of_documents(starts, length, cp_rank=rank, cp_size=size)
+        padding = padding[:, layout.start : layout.end]
+    kwargs[STEP_KEY] = StepContext(layout, group, options)
+    return kwargs[STEP_KEY], padding
 
 
 _PACKING_KEYS = (
@@ -185,15 +190,12 @@ class ContextParallelModel(DeepseekV4Model):
 
         like_BLE = streams_BLME[:, :, 0]
         batch, length = like_BLE.shape[:2]
-        layout, padding = packed_layout_of(attn_kwargs, batch, length)
-        if layout is not None:
-            attn_kwargs[LAYOUT_KEY] = layout
+        options = ContextParallelOptions.of(self.config)
+        step, padding = step_of(attn_kwargs, batch, length, options)
         if padding_mask is None:
             padding_mask = padding
         if position_ids is None:
-            position_ids = torch.arange(length, device=like_BLE.device)
-            if layout is not None:
-                position_ids = layout.document_positions(like_BLE.device)
+            position_ids = step.layout.document_positions(like_BLE.device)
         position_ids = torch.atleast_2d(position_ids).expand(batch, -1)
         rope = self.rotary_emb(like_BLE, position_ids)
         rope_compress = self.rotary_emb_compress(like_BLE, position_ids)

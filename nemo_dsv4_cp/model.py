@@ -19,8 +19,9 @@ from nemo_automodel.components.models.deepseek_v4.model import (
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.agreement import compare_settings, settings_of
-from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
-from nemo_dsv4_cp.backbone import ContextParallelModel, packed_layout_of, route_over_whole_rows
+from nemo_dsv4_cp.attention.layer import ContextParallelAttention
+from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
+from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import local_token_indices
 from nemo_dsv4_cp.batch_checks import padding_of
 from nemo_dsv4_cp.exchange import roll_call
@@ -46,7 +47,6 @@ from nemo_dsv4_cp.host.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import validate_cp_size
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.packing import is_packed, token_documents, tokens_ahead
 from nemo_dsv4_cp.startup import log_first_step, padding_of_shard
 
@@ -89,7 +89,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         fsdp.install()
         resume.install(type(self))
         roll_call.install()
-        options = getattr(config, "context_parallel", None) or ContextParallelOptions()
+        options = ContextParallelOptions.of(config)
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
         self._pad_documents = options.pad_documents
@@ -247,15 +247,14 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         )
         tokens = input_ids if input_ids is not None else attn_kwargs.get("inputs_embeds")
         if tokens is not None and tokens.dim() > 1 and not images:
-            layout, padding = packed_layout_of(attn_kwargs, *tokens.shape[:2])
-            if layout is not None:
-                attn_kwargs[LAYOUT_KEY] = layout
+            options = ContextParallelOptions.of(self.config)
+            step, padding = step_of(attn_kwargs, tokens.shape[0], tokens.shape[1], options)
             if padding_mask is None:
                 padding_mask = padding
             if self.training and not self._logged:
                 self._logged = True
                 all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-                self._log_first_step(tokens, layout, group, all_logits=all_logits)
+                self._log_first_step(tokens, step, all_logits=all_logits)
         text: dict[str, Any] = {
             "position_ids": position_ids,
             "attention_mask": attention_mask,
@@ -280,24 +279,10 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             self._finite.raise_on_all_ranks(group)
         return out
 
-    def _log_first_step(
-        self,
-        tokens: torch.Tensor,
-        layout: PackedLayout | None,
-        group: Group | None,
-        *,
-        all_logits: bool,
-    ) -> None:
+    def _log_first_step(self, tokens: torch.Tensor, step: StepContext, *, all_logits: bool) -> None:
         """Log what the plugin does for this model, on rank 0."""
         if is_first_rank():
-            log_first_step(
-                self,
-                tokens,
-                layout=layout,
-                group=group,
-                all_logits=all_logits,
-                padding=self._padding,
-            )
+            log_first_step(self, tokens, step, all_logits=all_logits, padding=self._padding)
 
     def _forward_with_mtp(
         self,
@@ -312,7 +297,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         **attn_kwargs: Any,
     ) -> DeepseekV4CausalLMOutput:
         """Do what AutoModel's forward does with MTP, without its dense [L, S] mask."""
-        layout: PackedLayout | None = attn_kwargs.get(LAYOUT_KEY)
+        step: StepContext = attn_kwargs[STEP_KEY]
         depths = range(1, self.mtp_config.num_layers + 1)
         if shifted_ids is None and cp_enabled(attn_kwargs.get(CP_GROUP_KEY)):
             raise ValueError(
@@ -321,9 +306,8 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 "batch and shard what it returns, or set num_nextn_predict_layers: 0"
             )
         if shifted_ids is None:
-            documents = (
-                None if layout is None else layout.first_keys(layout.positions(input_ids.device))
-            )
+            layout = step.layout
+            documents = layout.first_keys(layout.positions(input_ids.device))
             shifted_ids = [tokens_ahead(input_ids, depth, documents) for depth in depths]
         hidden, streams = self.model(
             input_ids,
@@ -336,8 +320,9 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         logits = compute_lm_head_logits(
             self.lm_head, hidden, logits_to_keep, fp32_lm_head=True
         ).logits
-        if position_ids is None and layout is not None:
-            position_ids = layout.document_positions(input_ids.device)
+        if position_ids is None:
+            position_ids = step.layout.document_positions(input_ids.device)
+            position_ids = position_ids.expand(len(input_ids), -1)
         if attention_mask is not None and padding_mask is None:
             padding_mask = padding_of(attention_mask)
         predicted = self.mtp(

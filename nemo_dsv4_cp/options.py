@@ -69,6 +69,12 @@ class ContextParallelOptions:
     check_finite: bool = False
 
     @classmethod
+    def of(cls, config: Any) -> ContextParallelOptions:
+        """Return a model config's options, the defaults for one without a block."""
+        options: ContextParallelOptions | None = getattr(config, "context_parallel", None)
+        return options or cls()
+
+    @classmethod
     def from_block(cls, block: ContextParallelOptions | Mapping[str, Any] | None) -> Any:
         """Make options of a YAML block (a mapping, OmegaConf's included); None gives the defaults.
 

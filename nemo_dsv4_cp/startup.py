@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
-from nemo_dsv4_cp.exchange.collectives import Group, cp_rank, cp_size
+from nemo_dsv4_cp.attention.step import StepContext
 from nemo_dsv4_cp.host import patches
 from nemo_dsv4_cp.options import ContextParallelOptions
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 
 _logger = logging.getLogger(__name__)
@@ -25,9 +24,8 @@ _logger = logging.getLogger(__name__)
 def log_first_step(
     model: Any,
     tokens: torch.Tensor,
+    step: StepContext,
     *,
-    layout: PackedLayout | None,
-    group: Group | None,
     all_logits: bool,
     padding: str,
 ) -> None:
@@ -36,25 +34,24 @@ def log_first_step(
     Args:
         model: The model, or this rank's pipeline stage of it.
         tokens: The first shard that it trains on, [B, L] or with more dimensions.
-        layout: Of packed rows; None for one document per row.
-        group: The CP group, None without CP.
+        step: The forward's context.
         all_logits: Whether the loss takes logits of all positions, [B, L, V].
         padding: What was padded, from :func:`padding_of_shard`.
     """
-    options = getattr(model.config, "context_parallel", None) or ContextParallelOptions()
+    options = ContextParallelOptions.of(model.config)
     rows, length = tokens.shape[:2]
-    at = layout or SequenceLayout(length, cp_rank(group), cp_size(group))
+    cp_size, packed = step.layout.cp_size, isinstance(step.layout, PackedLayout)
     attention = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
     overlap = "overlapped with compute" if options.overlap else "waited for"
-    exchange = f"{options.transport}, collectives {overlap}" if at.cp_size > 1 else "none"
+    exchange = f"{options.transport}, collectives {overlap}" if cp_size > 1 else "none"
     lines = [
         f"Context parallelism (nemo-dsv4-cp {version('nemo-dsv4-cp')}):",
-        f"- cp_size: {at.cp_size}",
+        f"- cp_size: {cp_size}",
         f"- transport: {exchange}",
         f"- kernels: {', '.join(sorted({layer.kernels_name for layer in attention}))}",
-        f"- load balancing ({options.balance}): {', '.join(_balancing(attention, at))}",
+        f"- load balancing ({options.balance}): {', '.join(_balancing(attention, step))}",
         f"- first batch: {rows} x {length} local tokens, "
-        f"{'packed' if layout else 'one document per row'}, {padding}",
+        f"{'packed' if packed else 'one document per row'}, {padding}",
         f"- loss: {_loss(model, rows, length, all_logits)}",
         f"- patched: {', '.join(patches.replaced_names()) or 'nothing'}",
     ]
@@ -76,11 +73,11 @@ def padding_of_shard(before: int | None, after: int | None, multiple: int) -> st
     return f"rows of {before} padded to {after} tokens (shards: multiple of {multiple})"
 
 
-def _balancing(attention: list[ContextParallelAttention], layout: SequenceLayout) -> Iterator[str]:
+def _balancing(attention: list[ContextParallelAttention], step: StepContext) -> Iterator[str]:
     """Yield for each compress ratio whether its queries move to other ranks."""
     of_ratio = {layer.compress_ratio: layer for layer in attention if layer.compress_ratio}
     for ratio, layer in sorted(of_ratio.items()):
-        yield f"ratio {ratio} {'on' if layer.schedule(layout).moves else 'off'}"
+        yield f"ratio {ratio} {'on' if step.schedule(layer.kind).moves else 'off'}"
     if not of_ratio:
         yield "no compressed layers"
 

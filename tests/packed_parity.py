@@ -15,7 +15,8 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCaus
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
+from nemo_dsv4_cp.attention.layer import ContextParallelAttention
+from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.tools.verification import (
@@ -112,8 +113,10 @@ def packed_attention_job(
     own = slice(layout.start, layout.end)
     shard = hidden[:, own].clone().requires_grad_()
 
+    step = StepContext(layout, group, config.context_parallel)
+
     def forward(x: torch.Tensor) -> Any:
-        return call(mine, x, None, positions[:, own], **{LAYOUT_KEY: layout})
+        return call(mine, x, None, positions[:, own], **{STEP_KEY: step})
 
     out = checkpoint(forward, shard, use_reentrant=False) if recompute else forward(shard)
     here = real[:, own]

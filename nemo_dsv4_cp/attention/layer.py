@@ -1,47 +1,58 @@
 """V4 attention that sees across the cuts of a context-parallel sequence.
 
-# B batch rows   L local tokens   E hidden   C queries of a part
+# B batch rows   L local tokens   E hidden   C queries   A query rank (q_lora_rank)   N heads
+# D head_dim   I index heads   F index width   K selected entries
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.attention.compressor import Pooling
+from nemo_dsv4_cp.attention.compressor import overlap_half, pool_windows, window_features
 from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
-from nemo_dsv4_cp.attention.parts import Part, Tokens
 from nemo_dsv4_cp.attention.recompute import KeptChoices, unseen_by_checkpointing
-from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled, cp_rank, cp_size
-from nemo_dsv4_cp.exchange.rows import start_exchange
-from nemo_dsv4_cp.exchange.transport import Transport
+from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, QueryRows, StepContext
+from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
 from nemo_dsv4_cp.host.deepseek_v4 import (
     kernel_backend,
     keywords_of,
     make_norms_uniform,
 )
-from nemo_dsv4_cp.kernels.protocol import Kernels
+from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
-from nemo_dsv4_cp.sequence.routes import routes
-from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, contiguous, schedule_of
+from nemo_dsv4_cp.sequence.row_plan import take
 
-LAYOUT_KEY = "cp_layout"
-"""Keyword under which the model hands a step's layout to attention."""
+_IMAGE_PATH_KEYS = ("packed_seq_ids", "vision_token_types")
 
-_HOST_PATH_KEYS = ("packed_seq_ids", "vision_token_types")
+
+@dataclass
+class _Queries:
+    """Queries that are computed together, from low-rank query to attention.
+
+    Attributes:
+        rows: Which.
+        low_BCA: Normalised low-rank queries.
+        rope: Cos and sin of their positions, [B, C, r] each.
+        weights_BCI: Weights of the index heads, float32; None where nothing is chosen.
+    """
+
+    rows: QueryRows
+    low_BCA: torch.Tensor
+    rope: Rope
+    weights_BCI: torch.Tensor | None
 
 
 class ContextParallelAttention(DeepseekV4Attention):
-    """The host's ``DeepseekV4Attention``: same constructor, parameters and call, any cp_size.
+    """AutoModel's ``DeepseekV4Attention``: same constructor, parameters and call, any cp_size.
 
-    It goes by positions and never reads ``attention_mask``, which the host strips at cp_size > 1
+    It goes by positions and never reads ``attention_mask``, which AutoModel strips at cp_size > 1
     and ep_size 1; padding must be on the right.
     """
 
@@ -51,10 +62,10 @@ class ContextParallelAttention(DeepseekV4Attention):
 
     @classmethod
     def adopt(cls, attention: DeepseekV4Attention) -> ContextParallelAttention:
-        """Turn a host attention into this class in place, keeping its parameters.
+        """Turn an AutoModel attention into this class in place, keeping its parameters.
 
-        The host's blocks name their attention class themselves. Building a second one would draw
-        random numbers that the host's model does not draw, and other weights after them.
+        AutoModel's blocks name their attention class themselves. Building a second one would draw
+        random numbers that AutoModel's model does not draw, and other weights after them.
         """
         attention.__class__ = cls
         attention._adopted()
@@ -68,16 +79,14 @@ class ContextParallelAttention(DeepseekV4Attention):
                 "parallelism; set attention_dropout: 0.0"
             )
         make_norms_uniform(self)
-        options = getattr(self.config, "context_parallel", None) or ContextParallelOptions()
-        self._transport_cls = plugins.load(plugins.TRANSPORTS, options.transport)
-        self._overlap, self._balance = options.overlap, str(options.balance)
-        self._query_cost = QueryCost.of(self.config, self.compress_ratio)
-        named = kernel_backend(self.backend) if options.kernels == AUTO else options.kernels
-        self.kernels_name = named
-        self._kernels: Kernels = plugins.load(plugins.KERNELS, named)(
-            workspace_bytes=options.workspace_mib << 20
+        self._options = ContextParallelOptions.of(self.config)
+        self.kind = LayerKind.of(self.config, self.compress_ratio)
+        named = self._options.kernels
+        self.kernels_name = kernel_backend(self.backend) if named == AUTO else named
+        self._kernels: Kernels = plugins.load(plugins.KERNELS, self.kernels_name)(
+            workspace_bytes=self._options.workspace_mib << 20
         )
-        self._kept = KeptChoices() if options.keep_index_choice else None
+        self._kept = KeptChoices() if self._options.keep_index_choice else None
 
     def forward(
         self,
@@ -90,18 +99,18 @@ class ContextParallelAttention(DeepseekV4Attention):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attend within one document a row, cut into equal contiguous shards.
+        """Attend within the documents of a row, cut into equal contiguous shards.
 
         Args:
             hidden_states: This rank's [B, L, E].
             position_embeddings: Cos and sin for layers without compression, [B, L, rope].
             attention_mask: Not read.
             position_embeddings_compress: Cos and sin for layers with compression.
-            rotary_compress: The host's rotary embedding of compressed entries.
+            rotary_compress: AutoModel's rotary embedding of compressed entries.
             start_pos: 0; there is no cache in training.
             position_ids: Not read; the embeddings hold them.
-            **kwargs: ``_dsv4_cp_group`` hands over the CP group when ``setup_cp_attention`` did
-                not.
+            **kwargs: ``cp_step``, the forward's :class:`StepContext`; without it rows of one
+                document each, cut over the group of ``_dsv4_cp_group`` or ``setup_cp_attention``.
 
         Returns:
             [B, L, E], and None in place of attention weights.
@@ -111,9 +120,9 @@ class ContextParallelAttention(DeepseekV4Attention):
         """
         kwargs = keywords_of(rotary_compress, kwargs)
         group: Group | None = kwargs.get(CP_GROUP_KEY) or getattr(self, "_cp_group", None)
-        if any(kwargs.get(key) is not None for key in _HOST_PATH_KEYS):
-            # Packed rows and images exist at CP size 1 only, where the host's path serves them.
-            assert not cp_enabled(group), f"{_HOST_PATH_KEYS} under CP passed the batch's checks"
+        if any(kwargs.get(key) is not None for key in _IMAGE_PATH_KEYS):
+            # Images exist at CP size 1 only, where AutoModel's own path serves them.
+            assert not cp_enabled(group), f"{_IMAGE_PATH_KEYS} under CP passed the batch's checks"
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states,
                 position_embeddings,
@@ -126,169 +135,254 @@ class ContextParallelAttention(DeepseekV4Attention):
             )
         if start_pos:
             raise ValueError(f"start_pos={start_pos} is not supported in training; use 0")
-
-        layout = kwargs.get(LAYOUT_KEY) or SequenceLayout(
-            hidden_states.shape[1], cp_rank(group), cp_size(group)
+        step: StepContext = kwargs.get(STEP_KEY) or StepContext.of_rows(
+            hidden_states.shape[1], group, self._options
         )
-        compresses = self.compressor is not None
-        rope = position_embeddings_compress if compresses else position_embeddings
+        with unseen_by_checkpointing():  # a recomputation finds it made
+            plan = step.plan(self.kind, hidden_states.device)
+        rope = position_embeddings if self.compressor is None else position_embeddings_compress
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
-        transport: Transport = self._transport_cls(group, overlap=self._overlap)
-        keys_BLD = self._kernels.rotate(self.kv_norm(self.wkv(hidden_states)), rope)
-        tokens = Tokens(hidden_states, keys_BLD, rope)
-        if not compresses:
-            return self._windowed(tokens, layout, transport), None
-        return self._compressed(tokens, layout, transport, group, rotary_compress), None
+        attend = self._local if plan.remote is None else self._with_remote
+        return attend(hidden_states, rope, rotary_compress, step, plan), None
 
-    def schedule(self, layout: SequenceLayout) -> Schedule:
-        """Return which rank computes which queries of this layer."""
-        return schedule_of(layout, self.compress_ratio, self._balance, self._query_cost)
-
-    def _windowed(
-        self, tokens: Tokens, layout: SequenceLayout, transport: Transport
+    def _local(
+        self, hidden: torch.Tensor, rope: Rope, rotary: Any, step: StepContext, plan: LayerPlan
     ) -> torch.Tensor:
-        """Attend to the window alone."""
-        route = routes(layout, contiguous(layout), self.sliding_window)
-        fetched = transport.fetch([tokens.keys], [route.kept_keys])
-        self._project_low_rank(tokens)
-        part = Part.of_own(route.kept, tokens)
-        self._project(part)
-        (part.raw,) = fetched.wait()
-        return self._attend(part, tokens.keys[:, :0], None)
+        """Attend to this rank's own queries.
 
-    def _compressed(
-        self,
-        tokens: Tokens,
-        layout: SequenceLayout,
-        transport: Transport,
-        group: Group | None,
-        rotary: Any,
-    ) -> torch.Tensor:
-        """Attend to the window and to past entries, each query where the schedule says.
-
-        What hides what, in forward and the same in backward: low-rank queries the exchange, or
-        where they are sent by it, projections of the kept ones; other projections the gather of
-        index keys, the choice that of entries, and attention of the kept queries the way home of
-        what the taken ones yield.
+        Overlap, in order: the exchange of halos runs behind the low-rank query projection, the
+        all-gather of index keys behind the other projections, that of entries behind top-k
+        selection.
         """
-        ratio, indexer = self.compress_ratio, self.compressor.indexer
-        route = routes(layout, self.schedule(layout), self.sliding_window)
-        moved = route.moved
-        recalled = self._kept.recall(tokens.rope[0]) if self._kept else None
-        choices: Sequence[torch.Tensor | None] = recalled or (None, None)
-        chooses = indexer is not None and recalled is None
+        transport = step.transport
+        chosen = self._recall(rope)
+        choose = self._has_indexer and chosen is None
+        keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
+        fetched = transport.fetch(
+            {"keys": keys, **self._features(hidden, index=choose)}, self._moves(plan)
+        )
+        low = self.q_norm(self.wq_a(hidden))
+        rows = fetched.wait()
+        index_keys = (
+            transport.gather(self._index_keys(rows, plan, rotary, hidden)) if choose else None
+        )
+        entries = None
+        if self.compressor is not None:
+            entries = transport.gather(self._entries(rows, plan, rotary, hidden))
 
-        pools = [Pooling(self.compressor, tokens.hidden, layout)]
-        if chooses:
-            with _whole_numbers_only():
-                pools.insert(0, Pooling(indexer, tokens.hidden, layout))
-                tokens.index_weights = head_weights(indexer, tokens.hidden)
-        asked = [(tokens.keys, route.kept_keys)]
-        if moved is not None:
-            self._project_low_rank(tokens)
-            asked.append((tokens.keys, moved.keys))
-            asked += [(rows, moved.rows) for rows in tokens.of_queries()]
-        for pool in pools:
-            asked += pool.asked
-        fetched = transport.fetch([rows for rows, _ in asked], [moves for _, moves in asked])
+        weights = self._head_weights(hidden) if choose else None
+        queries = _Queries(plan.local, low, rope, weights)
+        q_index = self._project_index(queries) if choose else None
+        q = self._project(queries)
+        if index_keys is not None:
+            with _indices_only():
+                chosen = [self._choose(queries, q_index, plan.in_order(index_keys.wait()))]
+            self._keep(rope, chosen)
+        every = keys[:, :0] if entries is None else plan.in_order(entries.wait())
+        return self._attend(queries, q, rows["keys"], every, chosen[0] if chosen else None)
 
-        self._project_low_rank(tokens)
-        kept = Part.of_own(route.kept, tokens)
-        parts = [kept]
-        if chooses:
-            self._project_index(kept)
-        if moved is not None:
-            self._project(kept)
-        answers = iter(fetched.wait())
-        kept.raw = next(answers)
-        if moved is not None:
-            raw = next(answers)
-            rows = [next(answers) for _ in tokens.of_queries()]
-            parts.insert(0, Part.of_rows(moved.queries, rows, raw))
-        gathers = []
-        for pool in pools:
-            with _whole_numbers_only() if pool.module is indexer else nullcontext():
-                entries = pool.entries(answers, rotary, tokens.hidden.dtype, self._kernels)
-                gathers.append(transport.gather_entries(entries))
+    def _with_remote(
+        self, hidden: torch.Tensor, rope: Rope, rotary: Any, step: StepContext, plan: LayerPlan
+    ) -> torch.Tensor:
+        """Attend to some of this rank's queries and to queries of other ranks.
 
-        for part in parts:
-            if chooses:
-                self._project_index(part)
-            self._project(part)
-        if chooses:
-            with _whole_numbers_only():
-                index_keys = layout.entries_in_order(gathers[0].wait(), ratio)
-                choices = made = [self._choose(part, index_keys) for part in parts]
-            if self._kept:
-                self._kept.keep(tokens.rope[0], made)
-        every = layout.entries_in_order(gathers[-1].wait(), ratio)
-        if moved is None:
-            return self._attend(kept, every, choices[0])
-        taken = self._attend(parts[0], every, choices[0])
-        home = start_exchange([taken], [moved.returned], cp_group=group, overlap=self._overlap)
-        return home([self._attend(kept, every, choices[1])])[0]
+        Overlap, in order: the exchange of halos and remote queries runs behind the projections of
+        local queries, the all-gather of index keys behind those of remote ones, that of entries
+        behind top-k selection, and the return of remote outputs behind local attention.
+        """
+        transport = step.transport
+        assert plan.remote is not None and plan.returned is not None
+        assert plan.local.rows is not None
+        chosen = self._recall(rope)
+        choose = self._has_indexer and chosen is None
+        keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
+        low, (cos, sin) = self.q_norm(self.wq_a(hidden)), rope
+        moving = {"keys": keys, "remote_keys": keys}
+        moving |= {"remote_low": low, "remote_cos": cos, "remote_sin": sin}
+        weights = None
+        if choose:
+            moving["remote_weights"] = weights = self._head_weights(hidden)
+        moving |= self._features(hidden, index=choose)
+        fetched = transport.fetch(moving, self._moves(plan))
 
-    def _project_low_rank(self, tokens: Tokens) -> None:
-        """Compute all tokens' low-rank queries, unless they are there."""
-        if tokens.q_residual is None:
-            tokens.q_residual = self.q_norm(self.wq_a(tokens.hidden))
+        own = plan.local.rows
+        local = _Queries(
+            plan.local,
+            take(low, own),
+            (take(cos, own), take(sin, own)),
+            None if weights is None else take(weights, own),
+        )
+        q_index = self._project_index(local) if choose else None
+        q = self._project(local)
+        rows = fetched.wait()
+        remote = _Queries(
+            plan.remote,
+            rows["remote_low"],
+            (rows["remote_cos"], rows["remote_sin"]),
+            rows.get("remote_weights"),
+        )
+        index_keys = (
+            transport.gather(self._index_keys(rows, plan, rotary, hidden)) if choose else None
+        )
+        entries = transport.gather(self._entries(rows, plan, rotary, hidden))
+        remote_q_index = self._project_index(remote) if choose else None
+        remote_q = self._project(remote)
 
-    def _project(self, part: Part) -> None:
-        """Compute a part's queries, unless they are there."""
-        if part.q is None:
-            batch = part.q_residual.shape[0]
-            q = self.wq_b(part.q_residual)
-            part.q = q.view(batch, len(part.queries), self.num_heads, self.head_dim)
+        if index_keys is not None:
+            with _indices_only():
+                keys_of_all = plan.in_order(index_keys.wait())
+                chosen = [
+                    self._choose(remote, remote_q_index, keys_of_all),
+                    self._choose(local, q_index, keys_of_all),
+                ]
+            self._keep(rope, chosen)
+        every = plan.in_order(entries.wait())
+        of_remote, of_local = chosen or (None, None)
+        out = self._attend(remote, remote_q, rows["remote_keys"], every, of_remote)
+        returning = transport.send_back(out, plan.returned)
+        out = self._attend(local, q, rows["keys"], every, of_local)
+        return returning.wait({"rows": out})["rows"]
 
-    def _project_index(self, part: Part) -> None:
-        """Compute a part's index queries, unless they are there."""
-        if part.q_index is None:
-            with _whole_numbers_only():
-                part.q_index = index_queries(self.compressor.indexer, part.q_residual)
+    @property
+    def _has_indexer(self) -> bool:
+        return self.compressor is not None and self.compressor.indexer is not None
 
-    def _choose(self, part: Part, index_keys: torch.Tensor) -> torch.Tensor:
-        """Choose the entries of a part's queries."""
-        if not len(part.queries):
+    def _recall(self, rope: Rope) -> Sequence[torch.Tensor] | None:
+        """Return the choice of the forward that is being recomputed, if one was kept."""
+        return self._kept.recall(rope[0]) if self._kept and self._has_indexer else None
+
+    def _keep(self, rope: Rope, chosen: Sequence[torch.Tensor]) -> None:
+        if self._kept:
+            self._kept.keep(rope[0], chosen)
+
+    def _moves(self, plan: LayerPlan) -> Any:
+        """Return the row plan of everything that may be fetched, by name."""
+        moves = dict(plan.moves)
+        for name in ("features", "overlap"):
+            if name in moves:
+                moves[f"index_{name}"] = moves[name]
+        if "remote_rows" in moves:
+            for name in ("low", "cos", "sin", "weights"):
+                moves[f"remote_{name}"] = moves["remote_rows"]
+        return moves
+
+    def _features(self, hidden: torch.Tensor, *, index: bool) -> dict[str, torch.Tensor]:
+        """Project tokens to what windows pool: of the compressor, and of the indexer if asked."""
+        features: dict[str, torch.Tensor] = {}
+        if index:
+            with _indices_only():
+                features |= self._features_of(self.compressor.indexer, hidden, "index_")
+        if self.compressor is not None:
+            features |= self._features_of(self.compressor, hidden, "")
+        return features
+
+    def _features_of(self, module: Any, hidden: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+        features = window_features(module, hidden)
+        if not self.kind.overlaps:
+            return {f"{name}features": features}
+        return {f"{name}features": features, f"{name}overlap": overlap_half(module, features)}
+
+    def _entry_rope(self, plan: LayerPlan, rotary: Any, hidden: torch.Tensor) -> Rope:
+        """Return cos and sin of this rank's entries, made by the first layer that needs them."""
+        assert plan.windows is not None
+        with _indices_only():
+            rope: Rope = plan.windows.rope(rotary, hidden)
+        return rope
+
+    def _entries(
+        self, rows: dict[str, torch.Tensor], plan: LayerPlan, rotary: Any, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Pool this rank's entries, [B, n, D]."""
+        assert plan.windows is not None
+        return pool_windows(
+            self.compressor,
+            rows["features"],
+            rows.get("overlap"),
+            plan.windows,
+            rope=self._entry_rope(plan, rotary, hidden),
+            dtype=hidden.dtype,
+            kernels=self._kernels,
+        )
+
+    def _index_keys(
+        self, rows: dict[str, torch.Tensor], plan: LayerPlan, rotary: Any, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Pool this rank's index keys, [B, n, F]."""
+        assert plan.windows is not None
+        with _indices_only():
+            return pool_windows(
+                self.compressor.indexer,
+                rows["index_features"],
+                rows.get("index_overlap"),
+                plan.windows,
+                rope=self._entry_rope(plan, rotary, hidden),
+                dtype=hidden.dtype,
+                kernels=self._kernels,
+            )
+
+    def _head_weights(self, hidden: torch.Tensor) -> torch.Tensor:
+        with _indices_only():
+            return head_weights(self.compressor.indexer, hidden)
+
+    def _project(self, queries: _Queries) -> torch.Tensor:
+        """Return queries [B, C, N, D] before norm and rotary."""
+        q = self.wq_b(queries.low_BCA)
+        heads: torch.Tensor = q.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads
+
+    def _project_index(self, queries: _Queries) -> torch.Tensor:
+        with _indices_only():
+            return index_queries(self.compressor.indexer, queries.low_BCA)
+
+    def _choose(
+        self, queries: _Queries, q_index: torch.Tensor | None, index_keys: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the top-k indices of each query, int32 [B, C, K]."""
+        if not len(queries.rows):
             return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
-        assert part.q_index is not None and part.index_weights is not None
+        assert q_index is not None and queries.weights_BCI is not None
         return self._kernels.choose_entries(
-            part.q_index,
-            part.index_weights,
+            q_index,
+            queries.weights_BCI,
             index_keys,
-            part.rope,
-            queries=part.queries,
-            ratio=self.compress_ratio,
+            queries.rope,
+            queries=queries.rows.attention.queries,
+            ratio=self.kind.ratio,
             topk=self.compressor.indexer.index_topk,
         )
 
     def _attend(
-        self, part: Part, entries: torch.Tensor, chosen: torch.Tensor | None
+        self,
+        queries: _Queries,
+        q: torch.Tensor,
+        raw_keys: torch.Tensor,
+        entries: torch.Tensor,
+        chosen: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return a part's share of the layer's output, [B, C, E]."""
-        q, groups = part.q, self.config.o_groups
-        assert q is not None and part.raw is not None
-        if len(part.queries):
+        """Return the queries' rows of the layer's output, [B, C, E]."""
+        groups = self.config.o_groups
+        if len(queries.rows):
             # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
             grouped = self._kernels.attend(
                 q,
-                part.raw,
+                raw_keys,
                 entries,
                 self.sinks_param(q),
                 chosen,
-                part.rope,
-                plan=AttentionPlan(part.queries, self.sliding_window, self.compress_ratio),
+                queries.rope,
+                plan=queries.rows.attention,
                 scale=self.scaling,
                 eps=self.config.rms_norm_eps,
                 groups=groups,
             )
         else:  # other ranks have them all, and wait for gradients, be they of nothing
-            grouped = (q + part.raw[:, :0, None]).flatten(2).unflatten(2, (groups, -1))
+            grouped = (q + raw_keys[:, :0, None]).flatten(2).unflatten(2, (groups, -1))
         out: torch.Tensor = self.wo_b(self.wo_a(grouped).flatten(2))
         return out
 
 
 @contextmanager
-def _whole_numbers_only() -> Iterator[None]:
-    """Compute what a choice is made of: whole numbers, without gradient."""
+def _indices_only() -> Iterator[None]:
+    """Compute what top-k indices are made of: integers, without gradient."""
     with torch.no_grad(), unseen_by_checkpointing():
         yield

@@ -1,51 +1,40 @@
-"""Miles-style transport: every rank receives every token.
+"""Full all-gather: every rank receives every token, as on AutoModel's own path.
 
-# B batch rows   L local tokens   S global tokens   T tokens of an answer
+# B batch rows   L local tokens   S global tokens   T rows of an answer
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group
-from nemo_dsv4_cp.exchange.gather import start_gather
 from nemo_dsv4_cp.exchange.in_flight import Pending
-from nemo_dsv4_cp.exchange.rows import unmoved
+from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.sequence.queries import Runs
-from nemo_dsv4_cp.sequence.transfers import Transfers
+from nemo_dsv4_cp.sequence.row_plan import RowPlan
 
 
-class AllGatherTransport:
-    """Gathers whole tensors, as AutoModel's own path does: simple, and linear in S."""
-
-    def __init__(self, cp_group: Group | None, *, overlap: bool) -> None:
-        """Bind the CP group (None without CP)."""
-        self.cp_group, self.overlap = cp_group, overlap
+class AllGatherTransport(Transport):
+    """Gathers whole tensors: simple, and linear in S."""
 
     def fetch(
-        self, tensors: Sequence[torch.Tensor], transfers: Sequence[Transfers]
-    ) -> Pending[list[torch.Tensor]]:
+        self, tensors: Mapping[str, torch.Tensor], plans: Mapping[str, RowPlan]
+    ) -> Pending[dict[str, torch.Tensor]]:
         """Start to gather each tensor [B, L, ...] once, and take of [B, S, ...] what is wanted."""
-        asked = list(zip(tensors, transfers, strict=True))
-        moving = {id(tensor): tensor for tensor, transfer in asked if transfer.any_moves}
-        gathers = {name: self.gather_entries(tensor) for name, tensor in moving.items()}
+        moving = {id(tensor): tensor for name, tensor in tensors.items() if plans[name].moves}
+        gathers = {key: self.gather(tensor) for key, tensor in moving.items()}
 
-        def wait() -> list[torch.Tensor]:
-            whole = {name: gather.wait() for name, gather in gathers.items()}
-            return [
-                _tokens(whole[id(tensor)], transfer.wanted)
-                if transfer.any_moves
-                else unmoved(transfer, tensor)
-                for tensor, transfer in asked
-            ]
+        def wait() -> dict[str, torch.Tensor]:
+            whole = {key: gather.wait() for key, gather in gathers.items()}
+            return {
+                name: _tokens(whole[id(tensor)], plans[name].wanted)
+                if plans[name].moves
+                else plans[name].answer(tensor, None)
+                for name, tensor in tensors.items()
+            }
 
         return Pending(wait)
-
-    def gather_entries(self, entries: torch.Tensor) -> Pending[torch.Tensor]:
-        """Start to fetch all ranks' entries [B, R * n, D] in window order."""
-        return start_gather(entries, dim=1, cp_group=self.cp_group, overlap=self.overlap)
 
 
 def _tokens(whole_BSF: torch.Tensor, wanted: Runs) -> torch.Tensor:

@@ -1,62 +1,77 @@
-"""Exchange of rows of per-token tensors with autograd, in two steps: start it, and wait for it.
+"""Rows of per-token tensors from rank to rank with autograd, in two steps: start, and wait.
 
 One all-to-all of bytes carries the rows of all tensors, whatever their dtypes. It runs on the
 group's own stream of collectives, so it can neither overtake nor deadlock with the others.
 """
 
-# B batch rows   L local tokens   T tokens of an answer   R CP ranks
+# B batch rows   R CP ranks   n rows that leave   m rows that arrive
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled, cp_size, start_all_to_all
+from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled, start_all_to_all
 from nemo_dsv4_cp.exchange.in_flight import InFlight, uncompiled
-from nemo_dsv4_cp.sequence.transfers import Piece, Transfers
+from nemo_dsv4_cp.sequence.row_plan import RowPlan
 
 _ALIGNED = 16
 """Bytes that each tensor's rows begin at a multiple of, so that any dtype can view them."""
 
-# forward:   an answer's rows come from this rank's own tensor, or from a rank that sends them
-# backward:  each owner adds up the gradients of the rows that it sent
+# forward:   arriving_i = the rows of tensor i that each rank sends to this one
+# backward:  d leaving_i = the gradients of the rows that this rank sent to each
 
 
 class _Buffer:
-    """Rows of several tensors for, or from, every rank: bytes in one piece of memory."""
+    """Bytes to, or from, every rank: of each rank the rows of all tensors, one after another."""
 
     def __init__(
-        self, like: Sequence[torch.Tensor], rows: Sequence[Mapping[int, int]], group: Group
+        self, like: Sequence[torch.Tensor], counts: Sequence[Sequence[int]], group: Group
     ) -> None:
-        """Make room for ``rows[i][rank]`` rows of the tensors i, [B, rows, ...] each."""
-        self._group, self._rows = group, rows
-        self._like = [(each.shape[0], each.shape[2:], each.dtype) for each in like]
-        self.sizes = [
-            sum(self._bytes(i, counts.get(rank, 0)) for i, counts in enumerate(rows))
-            for rank in range(cp_size(group))
+        """Make room for ``counts[i][rank]`` rows of tensor i, [B, rows, ...] each."""
+        self._group, self._counts = group, counts
+        self._like = [(tensor.shape[0], tensor.shape[2:], tensor.dtype) for tensor in like]
+        row_bytes = [b * row.numel() * dtype.itemsize for b, row, dtype in self._like]
+        self._bytes = [
+            [-(-rows * size // _ALIGNED) * _ALIGNED for rows in of_ranks]
+            for of_ranks, size in zip(counts, row_bytes, strict=True)
         ]
-        device = like[0].device
-        self.memory = torch.empty(sum(self.sizes), dtype=torch.uint8, device=device)
+        self.sizes = [sum(of_rank) for of_rank in zip(*self._bytes, strict=True)]
+        self.memory = torch.empty(sum(self.sizes), dtype=torch.uint8, device=like[0].device)
 
-    def _bytes(self, tensor: int, rows: int) -> int:
-        batch, row, dtype = self._like[tensor]
-        return -(-batch * rows * row.numel() * dtype.itemsize // _ALIGNED) * _ALIGNED
+    def write(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Fill it with each tensor's rows, which are in the order of the ranks."""
+        self._copy(tensors, into_memory=True)
 
-    def blocks(self) -> list[dict[int, torch.Tensor]]:
-        """Return, of each tensor, the [B, rows, ...] of each rank that has any, as views."""
-        views: list[dict[int, torch.Tensor]] = [{} for _ in self._rows]
-        begin = 0
+    def read(self) -> list[torch.Tensor]:
+        """Return each tensor's rows, [B, rows, ...], in the order of the ranks."""
+        tensors = [
+            self.memory.new_empty((batch, sum(counts), *row), dtype=dtype)
+            for (batch, row, dtype), counts in zip(self._like, self._counts, strict=True)
+        ]
+        self._copy(tensors, into_memory=False)
+        return tensors
+
+    def _copy(self, tensors: Sequence[torch.Tensor], *, into_memory: bool) -> None:
+        """Copy between tensors and memory: one launch for each dtype."""
+        pairs: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        begins = [0] * len(tensors)
+        at = 0
         for rank in range(len(self.sizes)):
             for i, (batch, row, dtype) in enumerate(self._like):
-                if count := self._rows[i].get(rank, 0):
-                    taken = batch * count * row.numel() * dtype.itemsize
-                    flat = self.memory[begin : begin + taken].view(dtype)
-                    views[i][rank] = flat.view(batch, count, *row)
-                    begin += self._bytes(i, count)
-        return views
+                rows = self._counts[i][rank]
+                if rows:
+                    size = batch * rows * row.numel() * dtype.itemsize
+                    block = self.memory[at : at + size].view(dtype).view(batch, rows, *row)
+                    blocks, parts = pairs.setdefault(dtype, ([], []))
+                    blocks.append(block)
+                    parts.append(tensors[i][:, begins[i] : begins[i] + rows])
+                    begins[i] += rows
+                at += self._bytes[i][rank]
+        for blocks, parts in pairs.values():
+            torch._foreach_copy_(*((blocks, parts) if into_memory else (parts, blocks)))
 
     def send(self, arriving: _Buffer, flight: InFlight) -> None:
         """Start to send every rank its rows; theirs land in ``arriving``."""
@@ -70,32 +85,24 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        transfers: Sequence[Transfers],
-        moved: Sequence[int],
+        plans: Sequence[RowPlan],
+        learns: Sequence[bool],
         flight: InFlight,
         group: Group,
-        *sent: torch.Tensor,
+        *leaving: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.transfers, ctx.moved, ctx.flight = transfers, moved, flight
-        ctx.lengths = [tensor.shape[1] for tensor in sent]
-        ctx.no_rows = [t.new_empty(t.shape[0], 0, *t.shape[2:]) for t in sent]
-        leaving = _Buffer(sent, [each.leaving for each in transfers], group)
-        for tensor, transfer, blocks in zip(sent, transfers, leaving.blocks(), strict=True):
-            for rank, block in blocks.items():
-                for rows, part in _split(block, transfer.sent[rank]):
-                    part.copy_(tensor[:, rows])
-        leaving.send(_Buffer(sent, [each.arriving for each in transfers], group), flight)
-        return sent[0].new_empty(0, dtype=torch.float32)
+        ctx.learns, ctx.flight = learns, flight
+        outgoing = _Buffer(leaving, [plan.leaving_counts for plan in plans], group)
+        outgoing.write(leaving)
+        incoming = _Buffer(leaving, [plan.arriving_counts for plan in plans], group)
+        outgoing.send(incoming, flight)
+        return leaving[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads: list[torch.Tensor | None] = [None] * len(ctx.lengths)
-        for i, blocks in zip(ctx.moved, ctx.flight.end().blocks(), strict=True):
-            sent = ctx.transfers[i].sent
-            parts = [part for rank in blocks for part in _split(blocks[rank], sent[rank])]
-            grads[i] = _sum_of_rows(parts, ctx.lengths[i], ctx.no_rows[i])
-        return None, None, None, None, *grads
+        grads = iter(ctx.flight.end().read())
+        return None, None, None, None, *(next(grads) if does else None for does in ctx.learns)
 
 
 class _Wait(torch.autograd.Function):
@@ -103,167 +110,89 @@ class _Wait(torch.autograd.Function):
     def forward(
         ctx: Any,
         started: torch.Tensor,
-        transfers: Sequence[Transfers],
-        moved: Sequence[int],
+        plans: Sequence[RowPlan],
+        learns: Sequence[bool],
         flight: InFlight,
         group: Group,
-        *own: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)  # of what takes none
-        ctx.transfers, ctx.moved, ctx.flight, ctx.group = transfers, moved, flight, group
-        ctx.device, ctx.lengths = started.device, [tensor.shape[1] for tensor in own]
-        answers = [
-            torch.cat(_parts_of(transfer, tensor, blocks), dim=1)
-            for transfer, tensor, blocks in zip(transfers, own, flight.end().blocks(), strict=True)
-        ]
+        ctx.set_materialize_grads(False)  # of rows that take none
+        ctx.plans, ctx.learns, ctx.flight, ctx.group = plans, learns, flight, group
+        arriving = flight.end().read()
+        ctx.shapes = [(rows.shape, rows.dtype) for rows in arriving]
+        ctx.device = started.device
         ctx.mark_non_differentiable(
-            *(
-                answer
-                for i, answer in enumerate(answers)
-                if i not in moved and not ctx.needs_input_grad[5 + i]
-            )
+            *(rows for rows, does in zip(arriving, learns, strict=True) if not does)
         )
-        return tuple(answers)
+        return tuple(arriving)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        moved, transfers = ctx.moved, [ctx.transfers[i] for i in ctx.moved]
-        if moved:
-            of_moved = [grads[i] for i in moved]
-            leaving = _Buffer(of_moved, [each.arriving for each in transfers], ctx.group)
-            for grad, transfer, blocks in zip(of_moved, transfers, leaving.blocks(), strict=True):
-                begin = dict.fromkeys(blocks, 0)
-                for rows, piece in _pieces(transfer):
-                    if piece.source is not None:
-                        at = begin[piece.source]
-                        begin[piece.source] = at + len(piece)
-                        blocks[piece.source][:, at : at + len(piece)] = grad[:, rows]
-            arriving = _Buffer(of_moved, [each.leaving for each in transfers], ctx.group)
-            leaving.send(arriving, ctx.flight)
-        own: list[torch.Tensor | None] = [
-            _of_own(transfer, grad, length) if needed and grad is not None else None
-            for transfer, grad, length, needed in zip(
-                ctx.transfers, grads, ctx.lengths, ctx.needs_input_grad[5:], strict=True
-            )
-        ]
-        started = torch.empty(0, device=ctx.device)
-        return started, None, None, None, None, *own
-
-
-def _split(block: torch.Tensor, parts: Sequence[slice]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield each of ``parts`` with its rows of a block that holds them end to end."""
-    begin = 0
-    for rows in parts:
-        end = begin + rows.stop - rows.start
-        yield rows, block[:, begin:end]
-        begin = end
-
-
-def _pieces(transfer: Transfers) -> Iterator[tuple[slice, Piece]]:
-    """Yield each piece with its rows of the answer."""
-    begin = 0
-    for piece in transfer.pieces:
-        yield slice(begin, begin + len(piece)), piece
-        begin += len(piece)
-
-
-def _parts_of(
-    transfer: Transfers, own: torch.Tensor, blocks: Mapping[int, torch.Tensor]
-) -> list[torch.Tensor]:
-    """Return the pieces of an answer, [B, rows, ...] each, views where they exist."""
-    parts, begin = [], dict.fromkeys(blocks, 0)
-    for piece in transfer.pieces:
-        if piece.is_own:
-            parts.append(own[:, piece.rows])
-        elif piece.source is None:
-            parts.append(own.new_zeros(own.shape[0], len(piece), *own.shape[2:]))
-        else:
-            at = begin[piece.source]
-            begin[piece.source] = at + len(piece)
-            parts.append(blocks[piece.source][:, at : at + len(piece)])
-    return parts or [own[:, :0]]
-
-
-def unmoved(transfer: Transfers, own: torch.Tensor) -> torch.Tensor:
-    """Return an answer to which no other rank adds, as it is if it is one piece."""
-    parts = _parts_of(transfer, own, {})
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _of_own(transfer: Transfers, grad: torch.Tensor, length: int) -> torch.Tensor | None:
-    """Return what an answer's gradient gives to the rows that were this rank's own."""
-    parts = [(piece.rows, grad[:, rows]) for rows, piece in _pieces(transfer) if piece.is_own]
-    return _sum_of_rows(parts, length, grad[:, :0])
-
-
-def _sum_of_rows(
-    parts: Sequence[tuple[slice, torch.Tensor]], length: int, no_rows: torch.Tensor
-) -> torch.Tensor | None:
-    """Return the sum of gradients of some rows each, [B, length, ...].
-
-    None where rows got nothing; for a tensor without rows, a gradient without rows: what lies
-    behind it may be others' to wait for.
-    """
-    if not parts:
-        return no_rows if length == 0 else None
-    ordered = sorted((rows.start, rows.stop) for rows, _ in parts)
-    apart = all(stop <= start for (_, stop), (start, _) in pairwise(ordered))
-    whole = apart and sum(stop - start for start, stop in ordered) == length
-    if whole and len(parts) == 1:
-        return parts[0][1]
-    shape = (no_rows.shape[0], length, *no_rows.shape[2:])
-    total = no_rows.new_empty(shape) if whole else no_rows.new_zeros(shape)
-    for rows, part in parts:
-        if apart:
-            total[:, rows] = part
-        else:
-            total[:, rows] += part
-    return total
-
-
-Wait = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
-"""Returns the answers, given the tensors that their rows of this rank's own are of."""
+        sent, plans = [], []
+        for grad, plan, does, (shape, dtype) in zip(
+            grads, ctx.plans, ctx.learns, ctx.shapes, strict=True
+        ):
+            if does:
+                if grad is None:
+                    grad = torch.zeros(shape, dtype=dtype, device=ctx.device)
+                sent.append(grad)
+                plans.append(plan)
+        if sent:
+            outgoing = _Buffer(sent, [plan.arriving_counts for plan in plans], ctx.group)
+            outgoing.write(sent)
+            incoming = _Buffer(sent, [plan.leaving_counts for plan in plans], ctx.group)
+            outgoing.send(incoming, ctx.flight)
+        return torch.empty(0, device=ctx.device), None, None, None, None
 
 
 _start, _wait = uncompiled(_Start.apply), uncompiled(_Wait.apply)
 
 
-def start_exchange(
-    sent: Sequence[torch.Tensor],
-    transfers: Sequence[Transfers],
-    *,
-    cp_group: Group | None,
-    overlap: bool,
-) -> Wait:
-    """Start to fetch rows of other ranks' per-token tensors, in one exchange for all of them.
+class RowsInFlight:
+    """Rows of other ranks on their way, of several tensors by name."""
 
-    Args:
-        sent: [B, L, ...] each, what other ranks may want rows of.
-        transfers: This rank's part in the exchange of each; the ranks' parts must fit together.
-        cp_group: CP group; without CP nothing moves.
-        overlap: Whether it goes on behind what is computed until the wait; else it is waited for.
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        plans: Mapping[str, RowPlan],
+        *,
+        cp_group: Group | None,
+        overlap: bool,
+    ) -> None:
+        """Start to exchange the rows that move.
 
-    Returns:
-        What waits for the answers: of each [B, T, ...], zero where a token does not exist.
+        Args:
+            tensors: [B, L, ...] each, what other ranks may want rows of.
+            plans: This rank's part in the exchange of each; the ranks' parts must fit together.
+            cp_group: CP group; without CP nothing moves.
+            overlap: Whether it goes on behind what is computed until the wait; else it is waited
+                for.
+        """
+        self._plans = {name: plans[name] for name in tensors}
+        self._moving = [name for name, plan in self._plans.items() if plan.moves]
+        self._arriving: Callable[[], Sequence[torch.Tensor]] = tuple
+        if cp_group is None or not cp_enabled(cp_group) or not self._moving:
+            self._moving = []
+            return
+        flight, moving = InFlight(overlap=overlap), [self._plans[name] for name in self._moving]
+        leaving = [
+            tensors[name].index_select(1, plan.leaving)
+            for name, plan in zip(self._moving, moving, strict=True)
+        ]
+        learns = [rows.requires_grad for rows in leaving]
+        started = _start(moving, learns, flight, cp_group, *leaving)
+        self._arriving = lambda: _wait(started, moving, learns, flight, cp_group)
+
+    def wait(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return of each tensor its answer, [B, T, ...], zeros where a token does not exist.
+
         Gradients return to the rows' owners, who wait for them: whatever takes a gradient must be
         used on every rank.
-    """
-    moving = [i for i, each in enumerate(transfers) if each.any_moves]
-    if cp_group is None or not cp_enabled(cp_group) or not moving:
-        return lambda own: [unmoved(t, o) for t, o in zip(transfers, own, strict=True)]
-    flight, parts = InFlight(overlap=overlap), [transfers[i] for i in moving]
-    recorded = torch.is_grad_enabled()
-    moved = [n for n, i in enumerate(moving) if recorded and sent[i].requires_grad]
-    started = _start(parts, moved, flight, cp_group, *(sent[i] for i in moving))
 
-    def wait(own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        mine = [own[i] for i in moving]
-        arrived = _wait(started, parts, moved, flight, cp_group, *mine)
-        answers = dict(zip(moving, arrived, strict=True))
-        return [
-            answers[i] if i in answers else unmoved(transfer, own[i])
-            for i, transfer in enumerate(transfers)
-        ]
-
-    return wait
+        Args:
+            own: What the rows of this rank's own are of, by name.
+        """
+        arriving = dict(zip(self._moving, self._arriving(), strict=True))
+        return {
+            name: plan.answer(own[name], arriving.get(name)) for name, plan in self._plans.items()
+        }

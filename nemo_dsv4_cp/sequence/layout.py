@@ -123,6 +123,10 @@ class SequenceLayout:
         """Return the global position of each local token, int64 [L]."""
         return torch.arange(self.start, self.end, device=device)
 
+    def document_positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the position of each local token in its document, int64 [B or 1, L]."""
+        return self.positions(device)[None]
+
     def shard(self, rank: int, *, before: int = 0) -> range:
         """Return the positions of ``rank``'s tokens, and of as many before them.
 
@@ -157,9 +161,18 @@ class SequenceLayout:
         """
         return None
 
-    def entries_in_order(self, gathered_BPD: torch.Tensor, ratio: int) -> torch.Tensor:
-        """Put the entries of all ranks' windows, in rank order, where queries look for them."""
-        return gathered_BPD
+    def entry_order(self, ratio: int, capacity: int, device: torch.device) -> torch.Tensor | None:
+        """Return where queries find each entry among those of all ranks, in rank order.
+
+        Args:
+            ratio: Compress ratio.
+            capacity: Entries that each rank has.
+            device: Where the result lives.
+
+        Returns:
+            Int64 [B, P]; None where they are in order already.
+        """
+        return None
 
     def entry_span(self, span: range, ratio: int) -> range:
         """Return which entries the queries at the positions in ``span`` see between them."""

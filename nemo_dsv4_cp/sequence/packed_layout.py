@@ -82,21 +82,19 @@ class PackedLayout(SequenceLayout):
         """Return where the document of each of ``positions`` [C] starts, int64 [B, C]."""
         return self._documents_at(positions)[0]
 
-    def entries_in_order(self, gathered_BPD: torch.Tensor, ratio: int) -> torch.Tensor:
-        """Return entry g as the one whose window contains token g * r: [B, ceil(S / r), D].
+    def entry_order(self, ratio: int, capacity: int, device: torch.device) -> torch.Tensor | None:
+        """Return entry g as the one whose window contains token g * r: [B, ceil(S / r)].
 
         A document that starts at s then has its windows at ceil(s / r), ceil(s / r) + 1, ...
         """
         if self.local_len % ratio == 0:  # every rank's slots are in this order already
-            return gathered_BPD
-        inside = torch.arange(0, self.seq_len, ratio, device=gathered_BPD.device)
+            return None
+        inside = torch.arange(0, self.seq_len, ratio, device=device)
         begin, _ = self._documents_at(inside)
         last = begin + (inside - begin) // ratio * ratio + ratio - 1
         owner = (last // self.local_len).clamp(max=self.cp_size - 1)
-        capacity = gathered_BPD.shape[1] // self.cp_size
         slot = owner * capacity + (last - owner * self.local_len) // ratio
-        slot = slot.clamp(max=gathered_BPD.shape[1] - 1)  # an incomplete window's: nobody looks
-        return gathered_BPD.gather(1, slot[..., None].expand(-1, -1, gathered_BPD.shape[2]))
+        return slot.clamp(max=capacity * self.cp_size - 1)  # an incomplete window's: nobody looks
 
     def entry_span(self, span: range, ratio: int) -> range:
         """Return which entries the queries at the positions in ``span`` see between them."""

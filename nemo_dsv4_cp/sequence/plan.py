@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -36,6 +36,9 @@ class AttentionPlan:
     queries: Queries
     window: int
     ratio: int
+    _ranges: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def raw_span(self, rows: slice) -> slice:
         """Return the raw keys that the queries in ``rows`` see between them."""
@@ -52,19 +55,24 @@ class AttentionPlan:
         return self.queries.entries_seen(rows, self.ratio, batch=batch) if self.ratio else 0
 
     def sight(self, device: torch.device) -> torch.Tensor:
-        """Return each query's keys as rows of both storages, without a position in them.
+        """Return each query's keys as rows of both storages; computed once.
 
         Returns:
             Int32 [B or 1, C, 4], ascending in every column: its first raw key and its last, which
             is its own; the first entry that it may see and the one after the last.
         """
+        if device not in self._ranges:
+            self._ranges[device] = self._visible_ranges(device)
+        return self._ranges[device]
+
+    def _visible_ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
         first = layout.first_keys(positions)
         inside = positions[None] if first is None else positions - first
         own = concatenated(self._rows_of_own(), device)
         begin = own - inside.clamp(max=self.window - 1)
         if self.ratio:
-            entries = layout.visible_entries(positions, self.ratio)
+            entries = self.queries.visible_entries(self.ratio, device)
         else:
             entries = (torch.zeros_like(begin),) * 2
         rows = (begin, own.expand_as(begin), *entries)

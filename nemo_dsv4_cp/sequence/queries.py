@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ class Queries:
 
     layout: SequenceLayout
     runs: Runs
+    _tensors: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def own(cls, layout: SequenceLayout) -> Queries:
@@ -36,8 +38,24 @@ class Queries:
         return sum(map(len, self.runs))
 
     def positions(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return their positions, int64 [C]."""
-        return concatenated(self.runs, device)
+        """Return their positions, int64 [C]; computed once."""
+        if device not in self._tensors:
+            self._tensors[device] = concatenated(self.runs, device)
+        positions: torch.Tensor = self._tensors[device]
+        return positions
+
+    def visible_entries(
+        self, ratio: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first entry that each sees and the one after its last; computed once.
+
+        Int64 [B or 1, C] each, as :meth:`SequenceLayout.visible_entries` counts them.
+        """
+        if (ratio, device) not in self._tensors:
+            positions = self.positions(device)
+            self._tensors[ratio, device] = self.layout.visible_entries(positions, ratio)
+        bounds: tuple[torch.Tensor, torch.Tensor] = self._tensors[ratio, device]
+        return bounds
 
     def run_at(self, row: int) -> int:
         """Return which run holds a row."""

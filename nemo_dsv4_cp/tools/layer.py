@@ -15,7 +15,7 @@ from nemo_automodel.components.models.deepseek_v4 import layers as host_layers
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention.layer import LAYOUT_KEY
+from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
@@ -119,6 +119,8 @@ def build(
         positions = layout.positions(device).expand(case.batch, -1)
         rope = rotary(hidden, positions)
 
+    step = StepContext(layout, group, config.context_parallel)
+
     def forward() -> torch.Tensor:
         mask = None
         if case.path == HOST:
@@ -141,7 +143,7 @@ def build(
             position_embeddings_compress=rope,
             rotary_compress=rotary,
             position_ids=positions,
-            **({LAYOUT_KEY: layout} if case.path != HOST else {}),
+            **({STEP_KEY: step} if case.path != HOST else {}),
         )[0]
         return out
 

@@ -6,6 +6,7 @@ from torch.distributed import get_world_size
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.row_plan import RowPlan
 from nemo_dsv4_cp.sequence.transfers import transfers
 
 TRANSPORTS = ["all_gather", "boundary"]
@@ -37,9 +38,12 @@ def context_job(group, rank, name, local_len, tokens, overlap):
     wanted = [
         tuple(wanted_by(r, size, local_len, before) for r in range(size)) for before in tokens
     ]
-    answers = transport.fetch(
-        mine, [transfers(asked, shards, shards, rank=rank) for asked in wanted]
-    ).wait()
+    plans = {
+        str(i): RowPlan.of(transfers(asked, shards, shards, rank=rank), size, torch.device("cpu"))
+        for i, asked in enumerate(wanted)
+    }
+    fetched = transport.fetch({str(i): tensor for i, tensor in enumerate(mine)}, plans).wait()
+    answers = [fetched[str(i)] for i in range(len(mine))]
 
     told, loss = {}, torch.zeros(())
     for i, (rows, before) in enumerate(zip(answers, tokens, strict=True)):
@@ -80,7 +84,7 @@ def test_wanted_tokens_come_from_their_owners_and_gradients_return(
 
 def entries_job(group, rank, name):
     transport = plugins.load(plugins.TRANSPORTS, name)(group, overlap=True)
-    return transport.gather_entries(torch.full((1, 2, 1), float(rank))).wait().flatten().tolist()
+    return transport.gather(torch.full((1, 2, 1), float(rank))).wait().flatten().tolist()
 
 
 @pytest.mark.parametrize("name", TRANSPORTS)

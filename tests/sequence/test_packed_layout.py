@@ -42,7 +42,8 @@ def test_every_complete_window_is_pooled_once_and_found_by_those_who_may_see_it(
         assert (windows.starts + ratio <= layout.end).all()
     gathered = torch.cat([windows.starts for windows in pooled], dim=1)
     for layout in layouts:
-        entries = layout.entries_in_order(gathered[..., None], ratio)[..., 0]
+        order = layout.entry_order(ratio, len(pooled[0]), gathered.device)
+        entries = gathered if order is None else gathered.gather(1, order)
         first, stop = layout.visible_entries(layout.positions(), ratio)
         firsts = layout.first_keys(layout.positions())
         assert layout.entries_seen(layout.own, ratio) == (stop - first).sum()

@@ -79,7 +79,7 @@ def choose_entries(
     layout, rows = queries.layout, length
     while rows > 1 and rows * batch * taken * layout.most_entries(rows, ratio) > workspace_bytes:
         rows = (rows + 1) // 2
-    bounds = layout.visible_entries(queries.positions(q_BLID.device), ratio)
+    bounds = queries.visible_entries(ratio, q_BLID.device)
     for chunk in queries.chunks(max(rows, 1)):
         span = queries.entry_span(chunk, ratio)
         if not len(span):

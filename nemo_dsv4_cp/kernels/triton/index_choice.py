@@ -195,7 +195,7 @@ def choose_entries(
     Returns:
         Int32 [B, L, min(topk, P)] in order of place, ``NOTHING`` in unused slots.
     """
-    bounds = queries.layout.visible_entries(queries.positions(q_BLIF.device), ratio)
+    bounds = queries.visible_entries(ratio, q_BLIF.device)
     cos, sin = (part.expand(q_BLIF.shape[0], -1, -1).contiguous() for part in rope)
     chosen: torch.Tensor = choose_entries_op(
         q_BLIF.contiguous(),

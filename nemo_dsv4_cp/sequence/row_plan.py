@@ -1,0 +1,119 @@
+"""How one rank's rows of a per-token tensor move: index tensors and counts, made once per step."""
+
+# B batch rows   L local tokens   R CP ranks   T rows of the answer   n rows that leave
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from nemo_dsv4_cp.sequence.queries import Runs, concatenated
+from nemo_dsv4_cp.sequence.transfers import Transfers
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """One rank's part in an exchange of rows.
+
+    Attributes:
+        moves: Whether any row of any rank moves: the same on all ranks.
+        leaving: Int64 [n]: rows of the local tensor that leave, by destination.
+        leaving_counts: How many go to each rank.
+        arriving_counts: How many come from each rank.
+        missing: How many rows of the answer stand for tokens before the row's first: zeros.
+        own: Rows of the local tensor in the answer: a slice, or int64.
+        order: Int64 [T]: which of (missing, arriving, own) each row of the answer is; None where
+            they are in order.
+        wanted: Positions of the answer's tokens, negative before the row's first.
+    """
+
+    moves: bool
+    leaving: torch.Tensor
+    leaving_counts: tuple[int, ...]
+    arriving_counts: tuple[int, ...]
+    missing: int
+    own: slice | torch.Tensor
+    order: torch.Tensor | None
+    wanted: Runs
+
+    @classmethod
+    def of(cls, transfers: Transfers, ranks: int, device: torch.device) -> RowPlan:
+        """Lay an exchange out as indices.
+
+        Args:
+            transfers: This rank's part, piece by piece.
+            ranks: R.
+            device: Where indices live.
+        """
+        received = [0] * ranks
+        for piece in transfers.pieces:
+            if piece.source is not None:
+                received[piece.source] += len(piece)
+        missing = sum(len(piece) for piece in transfers.pieces if not piece.exists)
+        arrivals = sum(received)
+        # Where the next row of each kind stands among (missing, arriving by rank, own).
+        begins = [missing + sum(received[:rank]) for rank in range(ranks)]
+        next_missing, next_own = 0, missing + arrivals
+        order: list[range] = []
+        own: list[range] = []
+        for piece in transfers.pieces:
+            if piece.is_own:
+                own.append(range(piece.rows.start, piece.rows.stop))
+                begin, next_own = next_own, next_own + len(piece)
+            elif piece.source is None:
+                begin, next_missing = next_missing, next_missing + len(piece)
+            else:
+                begin = begins[piece.source]
+                begins[piece.source] += len(piece)
+            order.append(range(begin, begin + len(piece)))
+        sent = [
+            [range(part.start, part.stop) for part in transfers.sent.get(rank, ())]
+            for rank in range(ranks)
+        ]
+        return cls(
+            moves=transfers.any_moves,
+            leaving=concatenated(tuple(run for runs in sent for run in runs), device),
+            leaving_counts=tuple(sum(map(len, runs)) for runs in sent),
+            arriving_counts=tuple(received),
+            missing=missing,
+            own=_rows(own, device),
+            order=None if _joined(order) else concatenated(tuple(order), device),
+            wanted=transfers.wanted,
+        )
+
+    def answer(self, own: torch.Tensor, arriving: torch.Tensor | None) -> torch.Tensor:
+        """Put the answer together, [B, T, ...]; differentiable.
+
+        Args:
+            own: What the rows of this rank's own are of.
+            arriving: Rows of other ranks, by rank; None where none move.
+        """
+        mine = take(own, self.own)
+        parts = [] if arriving is None else [arriving]
+        if self.missing:
+            parts.insert(0, own.new_zeros(own.shape[0], self.missing, *own.shape[2:]))
+        whole = torch.cat((*parts, mine), dim=1) if parts else mine
+        return whole if self.order is None else whole.index_select(1, self.order)
+
+
+def take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+    """Return rows of a per-token tensor [B, L, ...]: a view for a slice, else a copy."""
+    return tensor[:, rows] if isinstance(rows, slice) else tensor.index_select(1, rows)
+
+
+def rows_of(runs: Runs, start: int, device: torch.device) -> slice | torch.Tensor:
+    """Return which rows of a shard that starts at ``start`` runs of positions are."""
+    return _rows([range(run.start - start, run.stop - start) for run in runs], device)
+
+
+def _rows(runs: list[range], device: torch.device) -> slice | torch.Tensor:
+    if _joined(runs):
+        return slice(runs[0].start, runs[-1].stop) if runs else slice(0, 0)
+    return concatenated(tuple(runs), device)
+
+
+def _joined(runs: list[range]) -> bool:
+    """Return whether each run begins where the one before ends."""
+    return all(a.stop == b.start for a, b in pairwise(runs))
