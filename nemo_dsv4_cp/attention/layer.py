@@ -197,8 +197,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         choose = self._has_indexer and chosen is None
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         low, (cos, sin) = self.q_norm(self.wq_a(hidden)), rope
-        moving = {"keys": keys, "remote_keys": keys}
-        moving |= {"remote_low": low, "remote_cos": cos, "remote_sin": sin}
+        moving = {"keys": keys, "remote_low": low, "remote_cos": cos, "remote_sin": sin}
         weights = None
         if choose:
             moving["remote_weights"] = weights = self._head_weights(hidden)
@@ -238,9 +237,10 @@ class ContextParallelAttention(DeepseekV4Attention):
             self._keep(rope, chosen)
         every = plan.in_order(entries.wait())
         of_remote, of_local = chosen or (None, None)
-        out = self._attend(remote, remote_q, rows["remote_keys"], every, of_remote)
+        remote_keys, local_keys = rows["keys"].split(plan.n_keys, dim=1)
+        out = self._attend(remote, remote_q, remote_keys, every, of_remote)
         returning = transport.send_back(out, plan.returned)
-        out = self._attend(local, q, rows["keys"], every, of_local)
+        out = self._attend(local, q, local_keys, every, of_local)
         return returning.wait({"rows": out})["rows"]
 
     @property

@@ -78,8 +78,9 @@ class LayerPlan:
     Attributes:
         local: Queries of its own shard that it computes itself.
         remote: Queries of other shards that it computes; None where no rank computes any.
-        moves: What is fetched: ``keys``, ``features``, ``overlap``; with remote queries also
-            ``remote_keys`` and ``remote_rows``, the rows of the queries themselves.
+        moves: What is fetched: ``keys``, the raw keys of remote and then of local queries;
+            ``features`` and ``overlap`` of windows; ``remote_rows``, the remote queries themselves.
+        n_keys: How many raw keys are for remote queries, and how many for local ones.
         returned: The rows of its own shard, computed here or by the rank that took them.
         windows: The windows that it pools; None without compression.
         entry_order: Int64 [B, P]: where each entry is among those gathered; None where in order.
@@ -88,6 +89,7 @@ class LayerPlan:
     local: QueryRows
     remote: QueryRows | None
     moves: Mapping[str, RowPlan]
+    n_keys: tuple[int, ...]
     returned: RowPlan | None
     windows: WindowRows | None
     entry_order: torch.Tensor | None
@@ -149,8 +151,8 @@ class StepContext:
         def fetched(wanted: tuple[Runs, ...]) -> RowPlan:
             return RowPlan.of(transfers(wanted, shards, shards, rank=rank), ranks, device)
 
-        def keys(queries: tuple[Runs, ...]) -> RowPlan:
-            return fetched(tuple(raw_tokens(runs, kind.window) for runs in queries))
+        def keys(runs: Runs) -> Runs:
+            return raw_tokens(runs, kind.window)
 
         def before(tokens: int) -> RowPlan:
             return fetched(tuple((layout.shard(r, before=tokens),) for r in range(ranks)))
@@ -161,7 +163,9 @@ class StepContext:
                 plan.sight(device)  # kept with it, for every layer
             return plan
 
-        moves = {"keys": keys(schedule.kept)}
+        of_remote = [keys(runs) for runs in schedule.taken]
+        of_local = [keys(runs) for runs in schedule.kept]
+        moves = {"keys": fetched(tuple(a + b for a, b in zip(of_remote, of_local, strict=True)))}
         windows = entry_order = remote = returned = None
         if kind.ratio:
             straddling = layout.straddling(kind.ratio)
@@ -172,9 +176,10 @@ class StepContext:
                 moves["overlap"] = before(kind.ratio + straddling)
         if schedule.moves:
             remote = QueryRows(queries(schedule.taken[rank]))
-            moves |= {"remote_keys": keys(schedule.taken), "remote_rows": fetched(schedule.taken)}
+            moves["remote_rows"] = fetched(schedule.taken)
             back = transfers(shards, schedule.kept, schedule.taken, rank=rank)
             returned = RowPlan.of(back, ranks, device)
         kept = schedule.kept[rank]
         local = QueryRows(queries(kept), rows_of(kept, layout.start, device))
-        return LayerPlan(local, remote, moves, returned, windows, entry_order)
+        n_keys = tuple(sum(map(len, runs)) for runs in (of_remote[rank], of_local[rank]))
+        return LayerPlan(local, remote, moves, n_keys, returned, windows, entry_order)

@@ -15,7 +15,7 @@ import torch
 
 from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled, start_all_to_all
 from nemo_dsv4_cp.exchange.in_flight import InFlight, uncompiled
-from nemo_dsv4_cp.sequence.row_plan import RowPlan
+from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
 
 _ALIGNED = 16
 """Bytes that each tensor's rows begin at a multiple of, so that any dtype can view them."""
@@ -176,7 +176,7 @@ class RowsInFlight:
             return
         flight, moving = InFlight(overlap=overlap), [self._plans[name] for name in self._moving]
         leaving = [
-            tensors[name].index_select(1, plan.leaving)
+            take(tensors[name], plan.leaving)
             for name, plan in zip(self._moving, moving, strict=True)
         ]
         learns = [rows.requires_grad for rows in leaving]

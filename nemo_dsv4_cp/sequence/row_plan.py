@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -95,12 +96,53 @@ class RowPlan:
         if self.missing:
             parts.insert(0, own.new_zeros(own.shape[0], self.missing, *own.shape[2:]))
         whole = torch.cat((*parts, mine), dim=1) if parts else mine
-        return whole if self.order is None else whole.index_select(1, self.order)
+        if self.order is None:
+            return whole
+        ordered: torch.Tensor = _Permuted.apply(whole, self.order)
+        return ordered
 
 
 def take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """Return rows of a per-token tensor [B, L, ...]: a view for a slice, else a copy."""
-    return tensor[:, rows] if isinstance(rows, slice) else tensor.index_select(1, rows)
+    if isinstance(rows, slice):
+        return tensor[:, rows]
+    taken: torch.Tensor = _Rows.apply(tensor, rows)
+    return taken
+
+
+# Indices are attributes, not saved tensors: under activation checkpointing a rank that unpacks one
+# recomputes the layer at once, and would start its collectives in another order than the others.
+
+
+class _Rows(torch.autograd.Function):
+    # forward:   y = x[:, rows]
+    # backward:  dx[:, rows] += dy
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.rows, ctx.length = rows, tensor.shape[1]
+        return tensor.index_select(1, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grad.new_zeros(grad.shape[0], ctx.length, *grad.shape[2:])
+        return total.index_add_(1, ctx.rows, grad), None
+
+
+class _Permuted(torch.autograd.Function):
+    # forward:   y = x[:, order], each row of x once
+    # backward:  dx[:, order] = dy
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        ctx.order = order
+        return tensor.index_select(1, order)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.empty_like(grad).index_copy_(1, ctx.order, grad), None
 
 
 def rows_of(runs: Runs, start: int, device: torch.device) -> slice | torch.Tensor:
