@@ -98,7 +98,7 @@ class RowPlan:
         whole = torch.cat((*parts, mine), dim=1) if parts else mine
         if self.order is None:
             return whole
-        ordered: torch.Tensor = _Permuted.apply(whole, self.order)
+        ordered: torch.Tensor = _Permuted.apply(whole, self.order)  # type: ignore[no-untyped-call]
         return ordered
 
 
@@ -106,7 +106,7 @@ def take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """Return rows of a per-token tensor [B, L, ...]: a view for a slice, else a copy."""
     if isinstance(rows, slice):
         return tensor[:, rows]
-    taken: torch.Tensor = _Rows.apply(tensor, rows)
+    taken: torch.Tensor = _Rows.apply(tensor, rows)  # type: ignore[no-untyped-call]
     return taken
 
 
