@@ -46,9 +46,9 @@ def verify(
     Both start from the same weights and train on the same two microbatches in float32, with the
     recipe's loss, auxiliary loss, gate bias update and activation checkpointing, on this machine's
     GPUs if there is one per rank and on CPU processes otherwise. Prints the largest differences and
-    what of the recipe was left out. With --kernels it compares every kernel that the recipe names (auto:
-    triton) with the torch path instead, on one GPU, in the recipe's dtype and at its model's own
-    sizes.
+    what of the recipe was left out. With --kernels it compares every kernel that the recipe names
+    (auto: triton) with the torch path instead, on one GPU, in the recipe's dtype and at its model's
+    own sizes.
 
     Example: nemo-dsv4-cp verify recipe.yaml
 

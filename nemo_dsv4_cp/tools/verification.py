@@ -226,7 +226,9 @@ def packed_batch(documents: list[list[int]], seq_len: int, seed: int, vocab: int
 def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
     """Return a batch of one document per row as AutoModel's default collater makes it."""
     real = batch["labels"] != -100
-    return {"input_ids": batch["input_ids"], "labels": batch["labels"], "attention_mask": real}
+    # MTP reads the padding behind a row's last token; packed documents are followed by id 0.
+    ids = batch["input_ids"].masked_fill(~real, 0)
+    return {"input_ids": ids, "labels": batch["labels"], "attention_mask": real}
 
 
 def _document_rows(
