@@ -110,13 +110,21 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         loss_fn: As :func:`build_loss` returns it.
         device: This rank's device.
         setup: How the model is sharded; None for a model that every rank runs alone.
+        packed: Whether rows hold several documents.
     """
 
     def __init__(
-        self, model: Any, loss_fn: Any, device: torch.device, setup: DistributedSetup | None = None
+        self,
+        model: Any,
+        loss_fn: Any,
+        device: torch.device,
+        setup: DistributedSetup | None = None,
+        *,
+        packed: bool = False,
     ) -> None:
-        # 0.5 cuts packed rows by what the dataloader's collater is.
-        super().__init__(ConfigNode({"dataloader": {"collate_fn": COLLATER}}))
+        # 0.5 recognises packed rows by the dataloader's collater.
+        dataloader = {"collate_fn": COLLATER} if packed else {}
+        super().__init__(ConfigNode({"dataloader": dataloader}))
         self.device_mesh = None if setup is None else setup.mesh_context.device_mesh
         self.moe_mesh = None
         self.distributed_config = None if setup is None else setup.strategy_config
@@ -165,6 +173,8 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         result = self._result
         # A loss that projects hidden states has the model return the last token's logits alone.
         kept = output.hidden_states if takes_hidden_states(self.loss_fn) else output.logits
+        if kept is None:
+            return  # releases before 0.7 end here, with the setting that is missing
         result.logits.append(kept.detach())
         for name, gate in _gates(model).items():
             result.loads[name] = result.loads.get(name, 0) + gate._last_expert_load

@@ -116,7 +116,10 @@ def case_of(
     Raises:
         ValueError: If the config cannot be made.
     """
-    small = shrinking.shrink(config)
+    # The model section may hold it as well as the config.
+    hidden = (recipe.get("model") or {}).get("output_hidden_states")
+    extra = {} if hidden is None else {"output_hidden_states": hidden}
+    small = shrinking.shrink({**config, **extra})
     options = DeepseekV4ContextParallelConfig(**small).context_parallel
     multiple = options.resolve_pad_multiple(small["compress_ratios"])
     documents = documents_for(packed, cp_size, multiple)
@@ -277,13 +280,17 @@ def _models(case: Case, device: torch.device) -> tuple[Any, Any]:
     )
     settings = shrinking.model_settings(case.recipe)
     reference = DeepseekV4ForCausalLM(config, backend=backend, **settings)
-    reference.initialize_weights(torch.device("cpu"), torch.float32)  # the hash gate's table
+    mine = DeepseekV4ContextParallelForCausalLM(config, backend=backend, **settings)
+    for model in (reference, mine):  # dtypes, and tables of hash gates
+        model.initialize_weights(torch.device("cpu"), torch.float32)
     draw_weights(reference, seed=0)
     generator = torch.Generator().manual_seed(1)
+    tables = dict(mine.named_buffers())
     for name, buffer in reference.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    mine = DeepseekV4ContextParallelForCausalLM(config, backend=backend, **settings)
+        elif name.endswith("tid2eid"):  # AutoModel 0.5 leaves it uninitialised
+            buffer.copy_(tables[name])
     mine.load_state_dict(reference.state_dict())
     for model in (reference, mine):
         model.to(device).train()
@@ -322,7 +329,7 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
     expected = TrainingStep(reference, loss.function, device).run(rows)
     mine, setup = training_step.parallelize(mine, case.recipe, cp_size=size, device=device)
     loss = loss.for_model(mine)
-    found = TrainingStep(mine, loss.function, device, setup).run(batches)
+    found = TrainingStep(mine, loss.function, device, setup, packed=case.packed).run(batches)
 
     not_run = [] if loss.reason is None else [f"loss_fn: {loss.name} ({loss.reason})"]
     differences = [Difference("loss", abs(found.loss - expected.loss), OUTPUT_LIMIT)]
