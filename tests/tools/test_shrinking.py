@@ -26,6 +26,9 @@ def test_settings_of_the_gates_and_of_mtp_are_kept_and_sizes_are_not():
         ({"quantization": {"load_in_4bit": True}}, ["quantisation (quantization)"]),
         ({"distributed": {"pp_size": 2}}, ["pipeline stages (distributed.pp_size: 2)"]),
         ({"distributed": {"pp_size": 1, "ep_size": None}}, []),
+        ({"distributed": {"activation_checkpointing": True}}, []),
+        ({"distributed": {"strategy": "megatron_fsdp"}}, ["distributed.strategy: megatron_fsdp"]),
+        ({"freeze_config": {"freeze": ["x"]}}, ["frozen parameters (freeze_config)"]),
         ({"model": {"backend": {"attn": "eager", "experts": "torch"}}}, []),
         ({"model": {"backend": {"attn": "tilelang"}}}, ["model.backend.attn: tilelang"]),
     ],
@@ -38,6 +41,7 @@ def test_what_is_left_out_of_the_packages_recipes():
     assert left_out(recipes.compose("tiny_cpu").fields) == []
     of_flash = [
         "expert parallelism (distributed.ep_size: 64)",
+        "activation checkpointing of expert parallelism (runs as with ep_size: 1)",
         "model.backend.attn: tilelang",
         "model.backend.experts: torch_mm",
         "model.backend.dispatcher: hybridep",
