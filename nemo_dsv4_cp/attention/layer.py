@@ -142,17 +142,29 @@ class ContextParallelAttention(DeepseekV4Attention):
             plan = step.plan(self.kind, hidden_states.device)
         rope = position_embeddings if self.compressor is None else position_embeddings_compress
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
+        if self.compressor is None:
+            return self._windowed(hidden_states, rope, step, plan), None
         attend = self._local if plan.remote is None else self._with_remote
         return attend(hidden_states, rope, rotary_compress, step, plan), None
+
+    def _windowed(
+        self, hidden: torch.Tensor, rope: Rope, step: StepContext, plan: LayerPlan
+    ) -> torch.Tensor:
+        """Attend to the sliding window alone; its halo moves behind the query projections."""
+        keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
+        fetched = step.transport.fetch({"keys": keys}, plan.moves)
+        queries = _Queries(plan.local, self.q_norm(self.wq_a(hidden)), rope, None)
+        q = self._project(queries)
+        return self._attend(queries, q, fetched.wait()["keys"], keys[:, :0], None)
 
     def _local(
         self, hidden: torch.Tensor, rope: Rope, rotary: Any, step: StepContext, plan: LayerPlan
     ) -> torch.Tensor:
         """Attend to this rank's own queries.
 
-        Overlap, in order: the exchange of halos runs behind the low-rank query projection, the
-        all-gather of index keys behind the other projections, that of entries behind top-k
-        selection.
+        Overlap, in order: the exchange of halos runs behind the low-rank query projection and the
+        index queries, the all-gather of index keys behind the other projection, that of entries
+        behind top-k selection.
         """
         transport = step.transport
         chosen = self._recall(rope)
@@ -162,23 +174,21 @@ class ContextParallelAttention(DeepseekV4Attention):
             {"keys": keys, **self._features(hidden, index=choose)}, self._moves(plan)
         )
         low = self.q_norm(self.wq_a(hidden))
-        rows = fetched.wait()
-        index_keys = (
-            transport.gather(self._index_keys(rows, plan, rotary, hidden)) if choose else None
-        )
-        entries = None
-        if self.compressor is not None:
-            entries = transport.gather(self._entries(rows, plan, rotary, hidden))
-
         weights = self._head_weights(hidden) if choose else None
         queries = _Queries(plan.local, low, rope, weights)
         q_index = self._project_index(queries) if choose else None
+        rows = fetched.wait()
+        index_keys = None
+        if choose:
+            index_keys = transport.gather(self._index_keys(rows, plan, rotary, hidden))
+        entries = transport.gather(self._entries(rows, plan, rotary, hidden))
+
         q = self._project(queries)
         if index_keys is not None:
             with _indices_only():
                 chosen = [self._choose(queries, q_index, plan.in_order(index_keys.wait()))]
             self._keep(rope, chosen)
-        every = keys[:, :0] if entries is None else plan.in_order(entries.wait())
+        every = plan.in_order(entries.wait())
         return self._attend(queries, q, rows["keys"], every, chosen[0] if chosen else None)
 
     def _with_remote(
@@ -245,7 +255,7 @@ class ContextParallelAttention(DeepseekV4Attention):
 
     @property
     def _has_indexer(self) -> bool:
-        return self.compressor is not None and self.compressor.indexer is not None
+        return self.compressor.indexer is not None
 
     def _recall(self, rope: Rope) -> Sequence[torch.Tensor] | None:
         """Return the choice of the forward that is being recomputed, if one was kept."""
@@ -272,9 +282,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         if index:
             with _indices_only():
                 features |= self._features_of(self.compressor.indexer, hidden, "index_")
-        if self.compressor is not None:
-            features |= self._features_of(self.compressor, hidden, "")
-        return features
+        return features | self._features_of(self.compressor, hidden, "")
 
     def _features_of(self, module: Any, hidden: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
         features = window_features(module, hidden)

@@ -12,7 +12,7 @@ import torch
 from nemo_dsv4_cp.exchange.in_flight import Pending
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.sequence.queries import Runs
-from nemo_dsv4_cp.sequence.row_plan import RowPlan
+from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
 
 
 class AllGatherTransport(Transport):
@@ -30,7 +30,7 @@ class AllGatherTransport(Transport):
             return {
                 name: _tokens(whole[id(tensor)], plans[name].wanted)
                 if plans[name].moves
-                else plans[name].answer(tensor, None)
+                else plans[name].answer(take(tensor, plans[name].own), None)
                 for name, tensor in tensors.items()
             }
 

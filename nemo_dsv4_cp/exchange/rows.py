@@ -158,6 +158,7 @@ class RowsInFlight:
         *,
         cp_group: Group | None,
         overlap: bool,
+        returned: bool = False,
     ) -> None:
         """Start to exchange the rows that move.
 
@@ -167,32 +168,46 @@ class RowsInFlight:
             cp_group: CP group; without CP nothing moves.
             overlap: Whether it goes on behind what is computed until the wait; else it is waited
                 for.
+            returned: Whether the rows of this rank's own are of other tensors, that :meth:`wait`
+                is given.
         """
         self._plans = {name: plans[name] for name in tensors}
-        self._moving = [name for name, plan in self._plans.items() if plan.moves]
+        moving = [name for name, plan in self._plans.items() if plan.moves]
+        if cp_group is None or not cp_enabled(cp_group):
+            moving = []
+        leaving: list[torch.Tensor] = []
+        self._own: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            plan = self._plans[name]
+            if returned or name not in moving:
+                if not returned:
+                    self._own[name] = take(tensor, plan.own)
+                if name in moving:
+                    leaving.append(take(tensor, plan.leaving))
+            else:
+                self._own[name], leaves = plan.divide(tensor)
+                leaving.append(leaves)
+        self._moving = moving
         self._arriving: Callable[[], Sequence[torch.Tensor]] = tuple
-        if cp_group is None or not cp_enabled(cp_group) or not self._moving:
-            self._moving = []
+        if not moving:
             return
-        flight, moving = InFlight(overlap=overlap), [self._plans[name] for name in self._moving]
-        leaving = [
-            take(tensors[name], plan.leaving)
-            for name, plan in zip(self._moving, moving, strict=True)
-        ]
+        flight, parts = InFlight(overlap=overlap), [self._plans[name] for name in moving]
         learns = [rows.requires_grad for rows in leaving]
-        started = _start(moving, learns, flight, cp_group, *leaving)
-        self._arriving = lambda: _wait(started, moving, learns, flight, cp_group)
+        started = _start(parts, learns, flight, cp_group, *leaving)
+        self._arriving = lambda: _wait(started, parts, learns, flight, cp_group)
 
-    def wait(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def wait(self, own: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Return of each tensor its answer, [B, T, ...], zeros where a token does not exist.
 
         Gradients return to the rows' owners, who wait for them: whatever takes a gradient must be
         used on every rank.
 
         Args:
-            own: What the rows of this rank's own are of, by name.
+            own: Of returned rows, those that this rank computed itself, by name.
         """
         arriving = dict(zip(self._moving, self._arriving(), strict=True))
-        return {
-            name: plan.answer(own[name], arriving.get(name)) for name, plan in self._plans.items()
-        }
+        answers = {}
+        for name, plan in self._plans.items():
+            mine = self._own[name] if own is None else take(own[name], plan.own)
+            answers[name] = plan.answer(mine, arriving.get(name))
+        return answers

@@ -40,7 +40,7 @@ class Transport:
             Of each its answer [B, T, ...]; tokens before the row's first are zeros.
         """
         rows = RowsInFlight(tensors, plans, cp_group=self.cp_group, overlap=self.overlap)
-        return Pending(lambda: rows.wait(tensors))
+        return Pending(rows.wait)
 
     def gather(self, entries: torch.Tensor) -> Pending[torch.Tensor]:
         """Start to fetch all ranks' entries [B, R * n, D] in window order, from [B, n, D] each."""
@@ -53,5 +53,9 @@ class Transport:
             What waits for this rank's own, given those that it computed itself, as ``rows``.
         """
         return RowsInFlight(
-            {"rows": rows}, {"rows": plan}, cp_group=self.cp_group, overlap=self.overlap
+            {"rows": rows},
+            {"rows": plan},
+            cp_group=self.cp_group,
+            overlap=self.overlap,
+            returned=True,
         )

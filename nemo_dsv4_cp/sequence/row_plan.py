@@ -20,7 +20,7 @@ class RowPlan:
 
     Attributes:
         moves: Whether any row of any rank moves: the same on all ranks.
-        leaving: Int64 [n]: rows of the local tensor that leave, by destination.
+        leaving: Rows of the local tensor that leave, by destination: a slice, or int64 [n].
         leaving_counts: How many go to each rank.
         arriving_counts: How many come from each rank.
         missing: How many rows of the answer stand for tokens before the row's first: zeros.
@@ -31,7 +31,7 @@ class RowPlan:
     """
 
     moves: bool
-    leaving: torch.Tensor
+    leaving: slice | torch.Tensor
     leaving_counts: tuple[int, ...]
     arriving_counts: tuple[int, ...]
     missing: int
@@ -75,7 +75,7 @@ class RowPlan:
         ]
         return cls(
             moves=transfers.any_moves,
-            leaving=concatenated(tuple(run for runs in sent for run in runs), device),
+            leaving=_rows([run for runs in sent for run in runs], device),
             leaving_counts=tuple(sum(map(len, runs)) for runs in sent),
             arriving_counts=tuple(received),
             missing=missing,
@@ -84,14 +84,21 @@ class RowPlan:
             wanted=transfers.wanted,
         )
 
+    def divide(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of a tensor [B, L, ...] that stay and those that leave; differentiable."""
+        divided: tuple[torch.Tensor, torch.Tensor] = _Divided.apply(  # type: ignore[no-untyped-call]
+            tensor, self.own, self.leaving
+        )
+        return divided
+
     def answer(self, own: torch.Tensor, arriving: torch.Tensor | None) -> torch.Tensor:
         """Put the answer together, [B, T, ...]; differentiable.
 
         Args:
-            own: What the rows of this rank's own are of.
+            own: The rows of this rank's own, [B, rows, ...].
             arriving: Rows of other ranks, by rank; None where none move.
         """
-        mine = take(own, self.own)
+        mine = own
         parts = [] if arriving is None else [arriving]
         if self.missing:
             parts.insert(0, own.new_zeros(own.shape[0], self.missing, *own.shape[2:]))
@@ -105,7 +112,8 @@ class RowPlan:
 def take(tensor: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
     """Return rows of a per-token tensor [B, L, ...]: a view for a slice, else a copy."""
     if isinstance(rows, slice):
-        return tensor[:, rows]
+        whole = rows == slice(0, tensor.shape[1])  # itself: a slice's backward copies
+        return tensor if whole else tensor[:, rows]
     taken: torch.Tensor = _Rows.apply(tensor, rows)  # type: ignore[no-untyped-call]
     return taken
 
@@ -128,6 +136,45 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         total = grad.new_zeros(grad.shape[0], ctx.length, *grad.shape[2:])
         return total.index_add_(1, ctx.rows, grad), None
+
+
+class _Divided(torch.autograd.Function):
+    # forward:   y = x[:, own], z = x[:, leaving]
+    # backward:  dx[:, own] = dy, then dx[:, leaving] += dz
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tensor: torch.Tensor,
+        own: slice | torch.Tensor,
+        leaving: slice | torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.own, ctx.leaving, ctx.length = own, leaving, tensor.shape[1]
+        parts = [
+            tensor[:, rows] if isinstance(rows, slice) else tensor.index_select(1, rows)
+            for rows in (own, leaving)
+        ]
+        return parts[0], parts[1]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_own: torch.Tensor, grad_leaving: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
+        if ctx.own == slice(0, ctx.length):
+            total = grad_own.clone()
+        else:
+            total = grad_own.new_zeros(grad_own.shape[0], ctx.length, *grad_own.shape[2:])
+            _add(total, ctx.own, grad_own)
+        _add(total, ctx.leaving, grad_leaving)
+        return total, None, None
+
+
+def _add(total: torch.Tensor, rows: slice | torch.Tensor, part: torch.Tensor) -> None:
+    if isinstance(rows, slice):
+        total[:, rows] += part
+    else:
+        total.index_add_(1, rows, part)
 
 
 class _Permuted(torch.autograd.Function):

@@ -24,15 +24,17 @@ from nemo_dsv4_cp.exchange.in_flight import Pending
 
 
 class NoWindowBeforeTheCut(BoundaryTransport):
-    def fetch(self, tensors, transfers):
-        answers = super().fetch(tensors, transfers)
+    def fetch(self, tensors, plans):
+        answers = super().fetch(tensors, plans)
 
         def wait():
-            raw, *others = answers.wait()
+            rows = answers.wait()
             if cp_rank(self.cp_group):  # the keys before the cut are lost
-                before = raw.shape[1] - tensors[0].shape[1]
+                raw = rows["keys"]
+                before = raw.shape[1] - tensors["keys"].shape[1]
                 raw = torch.cat((torch.zeros_like(raw[:, :before]), raw[:, before:]), dim=1)
-            return [raw, *others]
+                rows["keys"] = raw
+            return rows
 
         return Pending(wait)
 """
@@ -44,10 +46,10 @@ from nemo_dsv4_cp.exchange.collectives import cp_rank
 
 
 class Raises(BoundaryTransport):
-    def fetch(self, tensors, transfers):
+    def fetch(self, tensors, plans):
         if cp_rank(self.cp_group):
             raise ArithmeticError("no left [context] here")
-        return super().fetch(tensors, transfers)
+        return super().fetch(tensors, plans)
 """
 
 

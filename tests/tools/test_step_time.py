@@ -56,23 +56,21 @@ class Recorder:
 
         self._patch(InFlight, "begin", on_begin)
         self._patch(InFlight, "end", on_end)
-        self._watch("_project_index", "index_projection", computed="q_index")
-        self._watch("_project", "projection", computed="q")
+        self._watch("_project_index", "index_projection")
+        self._watch("_project", "projection")
         self._watch("_choose", "choice")
         self._watch("_attend", "attending")
 
-    def _watch(self, method, field, computed=None):
+    def _watch(self, method, field):
         original = getattr(ContextParallelAttention, method)
 
-        def run(layer, part, *others):
-            whose = "kept" if part.queries.runs[0].start in self._own else "taken"
-            if computed is not None and getattr(part, computed) is not None:
-                return original(layer, part, *others)  # is there, nothing is computed
-            result = original(layer, part, *others)
+        def run(layer, queries, *others):
+            first = queries.rows.attention.queries.runs[0].start
+            whose = "kept" if first in self._own else "taken"
+            result = original(layer, queries, *others)
             self.events.append((whose, field, "forward"))
-            tensor = getattr(part, computed) if computed else result
-            if tensor.requires_grad:
-                tensor.register_hook(lambda _: self.events.append((whose, field, "backward")))
+            if result.requires_grad:
+                result.register_hook(lambda _: self.events.append((whose, field, "backward")))
             return result
 
         self._patch(ContextParallelAttention, method, run)
