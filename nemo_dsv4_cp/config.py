@@ -9,6 +9,7 @@ from typing import Any
 from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
 
 from nemo_dsv4_cp.host import contracts, registration
+from nemo_dsv4_cp.host.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.options import ContextParallelOptions
 
 HOST_ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -70,6 +71,7 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         options.resolve_pad_multiple(self.compress_ratios)
         if options.enabled:
             _refuse_window(self.sliding_window)
+            self.rope_scaling: Any = resolve_rope_scaling(self.rope_scaling)
         self._context_parallel: ContextParallelOptions = options
         self.architectures = [ARCHITECTURE if options.enabled else HOST_ARCHITECTURE]
         if options.enabled:

@@ -14,203 +14,44 @@ from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attent
 from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4CausalLMOutput,
     DeepseekV4ForCausalLM,
-    DeepseekV4Model,
     compute_lm_head_logits,
 )
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.agreement import compare_settings, settings_of
 from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
+from nemo_dsv4_cp.backbone import ContextParallelModel, packed_layout_of, route_over_whole_rows
 from nemo_dsv4_cp.batch import local_token_indices
-from nemo_dsv4_cp.batch_checks import padding_of, refuse_left_padding
+from nemo_dsv4_cp.batch_checks import padding_of
 from nemo_dsv4_cp.exchange import roll_call
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
-    all_reduce_sum,
     cp_enabled,
-    cp_rank,
-    cp_size,
+    is_first_rank,
     sharding_groups,
 )
 from nemo_dsv4_cp.finite import FiniteCheck
-from nemo_dsv4_cp.host import fsdp, resume
+from nemo_dsv4_cp.host import fsdp, lora, resume, router_replay
 from nemo_dsv4_cp.host.contracts import batch_contract
 from nemo_dsv4_cp.host.deepseek_v4 import (
     reset_uninitialised_norms,
     reset_what_checkpoints_bring,
-    sees_images,
-    with_keywords,
+    shows_images,
 )
+from nemo_dsv4_cp.host.hash_routing import keep_ids_for_recomputation
 from nemo_dsv4_cp.host.job import cp_size_of
 from nemo_dsv4_cp.host.mtp_contract import shifted_inputs
+from nemo_dsv4_cp.host.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import validate_cp_size
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
-from nemo_dsv4_cp.sequence.packing import document_starts, is_packed, token_documents, tokens_ahead
+from nemo_dsv4_cp.sequence.packing import is_packed, token_documents, tokens_ahead
+from nemo_dsv4_cp.startup import log_first_step, padding_of_shard
 
 if TYPE_CHECKING:
     from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
-
-
-def packed_layout_of(kwargs: dict[str, Any], rows: int, length: int) -> PackedLayout | None:
-    """Take the documents of packed rows out of a forward's keyword arguments.
-
-    Args:
-        kwargs: Changed in place: what describes packing leaves it.
-        rows: B.
-        length: L, local tokens.
-
-    Returns:
-        The layout of this step, None for rows of one document each.
-
-    Raises:
-        KeyError: If rows are marked as packed and no lengths tell their documents.
-    """
-    if LAYOUT_KEY in kwargs:
-        layout: PackedLayout = kwargs[LAYOUT_KEY]
-        return layout
-    if not is_packed(kwargs):
-        return None
-    group = kwargs.get(CP_GROUP_KEY)
-    starts = document_starts(kwargs, rows, length * cp_size(group))
-    for key in _PACKING_KEYS:
-        kwargs.pop(key, None)
-    if starts is None:
-        raise KeyError(
-            "packed rows (qkv_format: thd) need `seq_lens` or `cu_seqlens` beside them; nothing "
-            "else tells where documents end"
-        )
-    return PackedLayout.of_documents(starts, length, cp_rank=cp_rank(group), cp_size=cp_size(group))
-
-
-_PACKING_KEYS = (
-    "qkv_format",
-    "seq_lens",
-    "seq_lens_padded",
-    "cu_seqlens",
-    "cu_seqlens_padded",
-    "packed_seq_ids",
-    "_packed_seq_ids",
-)
-
-
-class ContextParallelModel(DeepseekV4Model):
-    """The host's V4 backbone without its dense [L, S] attention mask."""
-
-    _cp_group: Group | None = None
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        *,
-        inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        return_hc_hidden: bool = False,
-        **attn_kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Run the backbone on this rank's shard.
-
-        Args:
-            input_ids: Token ids [B, L]; on later pipeline stages the hidden streams [B, L, M, E].
-            inputs_embeds: Embeddings [B, L, E] in place of ids.
-            position_ids: Global positions of the local tokens [B, L]; counting from 0 by default.
-            attention_mask: [B, L], 1 = real, right-padded; only at CP size 1, where the batch was
-                not checked when it was cut.
-            padding_mask: Bool [B, L], True = pad, for the MoE routers.
-            return_hc_hidden: Return the hidden streams too.
-            **attn_kwargs: For attention; ``_dsv4_cp_group`` above all.
-
-        Returns:
-            Hidden states [B, L, E], or on an earlier pipeline stage the streams [B, L, M, E]; with
-            ``return_hc_hidden`` the streams as well.
-
-        Raises:
-            ValueError: For left padding, or when there is no input.
-        """
-        self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
-        if sees_images(self):  # at CP size 1 only, where the host serves images
-            hosted: torch.Tensor = super().forward(
-                input_ids,
-                inputs_embeds=inputs_embeds,
-                position_ids=position_ids,
-                attention_mask=attention_mask,
-                padding_mask=padding_mask,
-                return_hc_hidden=return_hc_hidden,
-                **attn_kwargs,
-            )
-            return hosted
-        if attention_mask is not None:
-            padded = padding_of(attention_mask)
-            refuse_left_padding(padded)
-            padding_mask = padded if padding_mask is None else padding_mask
-
-        if self.embed_tokens is None:  # a later pipeline stage
-            streams_BLME = input_ids if input_ids is not None else inputs_embeds
-            routed_ids = None
-        else:
-            routed_ids = input_ids
-            if inputs_embeds is None and input_ids is not None:
-                inputs_embeds = self.embed_tokens(input_ids)
-            streams_BLME = (
-                None
-                if inputs_embeds is None
-                else inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
-            )
-        if streams_BLME is None:
-            raise ValueError("the model needs input_ids or inputs_embeds")
-
-        like_BLE = streams_BLME[:, :, 0]
-        batch, length = like_BLE.shape[:2]
-        layout = packed_layout_of(attn_kwargs, batch, length)
-        if layout is not None:
-            attn_kwargs[LAYOUT_KEY] = layout
-        if position_ids is None:
-            position_ids = torch.arange(length, device=like_BLE.device)
-            if layout is not None:
-                position_ids = layout.document_positions(like_BLE.device)
-        position_ids = torch.atleast_2d(position_ids).expand(batch, -1)
-        rope = self.rotary_emb(like_BLE, position_ids)
-        rope_compress = self.rotary_emb_compress(like_BLE, position_ids)
-        attn_kwargs.pop("vision_token_types", None)
-        rotary_compress = with_keywords(self.rotary_emb_compress, attn_kwargs)
-        for block in self.layers.values():
-            if block is None:  # trimmed from this pipeline stage
-                continue
-            streams_BLME = block(
-                x=streams_BLME,
-                position_embeddings=rope,
-                position_ids=position_ids,
-                position_embeddings_compress=rope_compress,
-                rotary_compress=rotary_compress,
-                padding_mask=padding_mask,
-                input_ids=routed_ids,
-                **attn_kwargs,
-            )
-        hidden = streams_BLME
-        if self.hc_head is not None:
-            hidden = self.hc_head(hidden)
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-        return (hidden, streams_BLME) if return_hc_hidden else hidden
-
-    def update_moe_gate_bias(self) -> None:
-        """Balance the experts by the tokens of the whole batch, not of this rank's shard.
-
-        The host sums expert loads over the mesh that shards the bias. With ep_size 1 none does, and
-        each rank would come to route by a bias of its own.
-        """
-        for gate in self.modules():
-            load = getattr(gate, "_cumulative_expert_load", None)
-            if load is None or sharding_groups(gate.e_score_correction_bias):
-                continue
-            # FSDP2's mesh, which shards the weight, spans data and CP ranks.
-            groups = sharding_groups(gate.weight) or [self._cp_group]
-            gate._cumulative_expert_load = all_reduce_sum(load, groups)
-        super().update_moe_gate_bias()
 
 
 class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
@@ -222,6 +63,11 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     _owns_cp_attention = True
     _owns_packed_attention = True
+    # Set here, not by the constructor alone: AutoModel's tools make models without calling it.
+    _finite: FiniteCheck | None = None
+    _routed_over: Group | None = None
+    _logged = False
+    _padding = padding_of_shard(None, None, 1)
     _settings_are_one = False  # the ranks of the CP group compare them on the first step
     supports_thd = True  # the host then asks for our sharder at CP size 1 too, for packed rows
     # The host keeps these by exact class name (_transformers/model_parallelization.py).
@@ -234,7 +80,11 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         supports_mtp_cp: bool = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.rope_scaling = resolve_rope_scaling(config.rope_scaling)
+        gates = len(router_replay.registered())
         super().__init__(config, *args, **kwargs)
+        router_replay.unregister_replaced_gates(self, gates)
+        keep_ids_for_recomputation(self)
         batch_contract().install(self)
         fsdp.install()
         resume.install(type(self))
@@ -279,7 +129,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         compare = self._compare_ranks != "never"
         if self._compare_ranks == "first":
             self._compare_ranks = "never"
-        return self._batch_fn(
+        cut = self._batch_fn(
             cp_mesh,
             tp_mesh,
             batch,
@@ -290,6 +140,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             vocab_size=getattr(self.model.embed_tokens, "num_embeddings", self.config.vocab_size),
             **kwargs,
         )
+        shape = cut[2]
+        if cp_mesh is not None and cp_mesh.size() > 1 and shape is not None:
+            self._padding = padding_of_shard(
+                shape.original_seq_len, shape.padded_seq_len, self._pad_multiple
+            )
+        return cut
 
     def prepare_mtp_inputs_for_cp(
         self, batch: dict[str, Any], *, ignore_index: int = -100
@@ -311,27 +167,59 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             batch | documents, num_depths=self.mtp_config.num_layers, ignore_index=ignore_index
         )
 
+    def resolve_lora_targets(self, peft_config: Any) -> Any:
+        """Return a PEFT config without the frozen indexer; refuse what LoRA cannot change.
+
+        Args:
+            peft_config: AutoModel's ``PeftConfig``.
+
+        Raises:
+            ValueError: If it selects a grouped projection, or nothing but the indexer.
+        """
+        return lora.resolve_targets(self, peft_config)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         *mtp_embed_inputs: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_grid_hws: torch.Tensor | None = None,
+        n_images_per_sample: torch.Tensor | None = None,
+        vision_token_types: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
         mtp_per_depth_input_ids: Sequence[torch.Tensor] | None = None,
         mtp_per_depth_position_ids: Sequence[torch.Tensor] | None = None,
-        **kwargs: Any,
+        **attn_kwargs: Any,
     ) -> Any:
         """Run the model, its MTP layers too while training.
+
+        AutoModel's recipes read this signature, so its arguments stand here by their names.
 
         Args:
             input_ids: Token ids [B, L].
             *mtp_embed_inputs: What an earlier pipeline stage embedded for MTP.
+            position_ids: Global positions [B, L].
+            attention_mask: [B, L], 1 = real; at CP size 1 only.
+            padding_mask: Bool [B, L], True = pad.
+            pixel_values: Patches of images, at CP size 1 only; so the next three.
+            image_grid_hws: Grids of images.
+            n_images_per_sample: Images of each row.
+            vision_token_types: [B, L], -1 for text.
+            logits_to_keep: How many of the last positions to compute logits for, 0 for all, or
+                which. Losses that take hidden states pass 1.
+            output_hidden_states: Return the final hidden states [B, L, E] too.
             mtp_per_depth_input_ids: Under CP, this rank's shard of the ids that
                 :meth:`prepare_mtp_inputs_for_cp` shifted, [B, L] a depth.
-            mtp_per_depth_position_ids: Not read: as in the host at CP size 1, an MTP layer rotates
+            mtp_per_depth_position_ids: Not read: as in AutoModel at CP size 1, an MTP layer rotates
                 by the position of the token that it predicts from.
-            **kwargs: As the host's forward takes them.
+            **attn_kwargs: For attention; ``_dsv4_cp_group`` above all.
 
         Returns:
-            The host's output.
+            AutoModel's output.
 
         Raises:
             FloatingPointError: With ``check_finite``, where a tensor is not finite.
@@ -339,22 +227,77 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 cut.
             ValueError: If MTP runs under CP without ``mtp_per_depth_input_ids``.
         """
+        group = attn_kwargs.get(CP_GROUP_KEY)
         size = cp_size_of(self)
-        if size > 1 and self.training and CP_GROUP_KEY not in kwargs:
+        if size > 1 and self.training and CP_GROUP_KEY not in attn_kwargs:
             raise RuntimeError(
                 f"distributed.cp_size={size}, and the recipe did not cut the batch with this "
                 "model's prepare_model_inputs_for_cp; use a recipe that does, such as "
                 "TrainFinetuneRecipeForNextTokenPrediction, or set distributed.cp_size: 1"
             )
-        stage = self._is_pipeline_parallel_stage()
-        hosted = self.mtp is None or not self.training or stage or sees_images(self.model)
-        if hosted or input_ids is None:
-            out = super().forward(input_ids, *mtp_embed_inputs, **kwargs)
+        if group is not None and group is not self._routed_over:
+            route_over_whole_rows(self, group)
+            self._routed_over = group
+        images = shows_images(
+            self.model,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            vision_token_types=vision_token_types,
+            checked=cp_enabled(group),
+        )
+        tokens = input_ids if input_ids is not None else attn_kwargs.get("inputs_embeds")
+        if tokens is not None and tokens.dim() > 1 and not images:
+            layout, padding = packed_layout_of(attn_kwargs, *tokens.shape[:2])
+            if layout is not None:
+                attn_kwargs[LAYOUT_KEY] = layout
+            if padding_mask is None:
+                padding_mask = padding
+            if self.training and not self._logged:
+                self._logged = True
+                all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
+                self._log_first_step(tokens, layout, group, all_logits=all_logits)
+        text: dict[str, Any] = {
+            "position_ids": position_ids,
+            "attention_mask": attention_mask,
+            "padding_mask": padding_mask,
+            "logits_to_keep": logits_to_keep,
+            "output_hidden_states": output_hidden_states,
+        }
+        predicts = self.mtp is not None and self.training and not images
+        if predicts and input_ids is not None and not self._is_pipeline_parallel_stage():
+            out = self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **text, **attn_kwargs)
         else:
-            out = self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **kwargs)
+            shown = {
+                "pixel_values": pixel_values,
+                "image_grid_hws": image_grid_hws,
+                "n_images_per_sample": n_images_per_sample,
+                "vision_token_types": vision_token_types,
+            }
+            # Releases without a vision tower take none of these.
+            shown = {name: value for name, value in shown.items() if value is not None}
+            out = super().forward(input_ids, *mtp_embed_inputs, **text, **shown, **attn_kwargs)
         if self._finite is not None:
-            self._finite.raise_on_all_ranks(kwargs.get(CP_GROUP_KEY))
+            self._finite.raise_on_all_ranks(group)
         return out
+
+    def _log_first_step(
+        self,
+        tokens: torch.Tensor,
+        layout: PackedLayout | None,
+        group: Group | None,
+        *,
+        all_logits: bool,
+    ) -> None:
+        """Log what the plugin does for this model, on rank 0."""
+        if is_first_rank():
+            log_first_step(
+                self,
+                tokens,
+                layout=layout,
+                group=group,
+                all_logits=all_logits,
+                padding=self._padding,
+            )
 
     def _forward_with_mtp(
         self,
@@ -368,12 +311,8 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         output_hidden_states: bool | None = None,
         **attn_kwargs: Any,
     ) -> DeepseekV4CausalLMOutput:
-        """What the host's forward does with MTP, less its dense [L, S] mask."""
-        rows, length = input_ids.shape
-        packed = attn_kwargs.get("qkv_format") == "thd"
-        layout = packed_layout_of(attn_kwargs, rows, length)
-        if layout is not None:
-            attn_kwargs[LAYOUT_KEY] = layout
+        """Do what AutoModel's forward does with MTP, without its dense [L, S] mask."""
+        layout: PackedLayout | None = attn_kwargs.get(LAYOUT_KEY)
         depths = range(1, self.mtp_config.num_layers + 1)
         if shifted_ids is None and cp_enabled(attn_kwargs.get(CP_GROUP_KEY)):
             raise ValueError(
@@ -395,7 +334,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             **attn_kwargs,
         )
         logits = compute_lm_head_logits(
-            self.lm_head, hidden, logits_to_keep, is_thd=packed, fp32_lm_head=True
+            self.lm_head, hidden, logits_to_keep, fp32_lm_head=True
         ).logits
         if position_ids is None and layout is not None:
             position_ids = layout.document_positions(input_ids.device)

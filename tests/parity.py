@@ -211,15 +211,19 @@ def model_job(
     seed: int = 0,
     index_topk: int = 512,
     lost: str | None = None,
+    moe_overrides: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> list[Difference]:
     """A whole MoE model, CP size = the group's, against the host's own at CP size 1.
 
     The first rank forgets its part of the gradient of every parameter whose name ends with
     ``lost``.
     """
-    config = tiny_config(ratios, context_parallel=options, index_topk=index_topk)
-    reference = DeepseekV4ForCausalLM(config, backend=cpu_backend())
-    mine = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
+    config = tiny_config(ratios, context_parallel=options, index_topk=index_topk, **changes)
+    reference, mine = (
+        cls(config, backend=cpu_backend(), moe_overrides=moe_overrides)
+        for cls in (DeepseekV4ForCausalLM, DeepseekV4ContextParallelForCausalLM)
+    )
     reference.initialize_weights(torch.device("cpu"), torch.float32)  # the hash gate's table
     randomise(reference, seed)
     mine.load_state_dict(reference.state_dict())

@@ -56,6 +56,35 @@ def test_a_rank_that_loses_its_part_of_a_scales_gradient_is_found(ranks, seed):
         assert wrong == {found.name for found in differences if found.name.endswith("scale")}
 
 
+def model_job_with(group, rank, seq_len, changes):
+    return model_job(group, rank, RATIOS, 2, seq_len, BOUNDARY, True, **changes)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_auxiliary_loss_balances_whole_rows(ranks, size):
+    overrides = {"moe_overrides": {"aux_loss_coeff": 1.0}}
+    assert_parity(ranks.run(model_job_with, size, 300, overrides))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_text_of_a_config_with_a_vision_tower_takes_our_path(ranks, size):
+    if not hasattr(tiny_config(RATIOS), "vision_n_layers"):
+        pytest.skip("this AutoModel has no vision tower")
+    tower = {"vision_n_layers": 1, "vision_dim": 64, "vision_n_heads": 4, "vision_inter_dim": 64}
+    assert_parity(ranks.run(model_job_with, size, 300, tower))
+
+
+def test_padding_of_packed_rows_is_no_expert_load_at_one_rank():
+    # Two documents of 40 and 50 tokens, 10 of padding between them and 28 at the end.
+    ids = torch.randint(0, 97, (1, 128))
+    lengths = {"seq_lens": torch.tensor([[40, 50]]), "seq_lens_padded": torch.tensor([[50, 50]])}
+    model = build().train()
+    model(ids, qkv_format="thd", **lengths)
+    gates = [layer.mlp.gate for layer in model.model.layers.values()][1:]
+    for gate in gates:
+        assert int(gate._cumulative_expert_load.sum()) == 2 * 90  # two experts per token
+
+
 def build(cls=DeepseekV4ContextParallelForCausalLM, **changes):
     model = cls(tiny_config(RATIOS, **changes), backend=cpu_backend())
     model.initialize_weights(torch.device("cpu"), torch.float32)

@@ -30,7 +30,7 @@ from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.routes import routes
-from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
+from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, contiguous, schedule_of
 
 LAYOUT_KEY = "cp_layout"
 """Keyword under which the model hands a step's layout to attention."""
@@ -73,6 +73,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         self._overlap, self._balance = options.overlap, str(options.balance)
         self._query_cost = QueryCost.of(self.config, self.compress_ratio)
         named = kernel_backend(self.backend) if options.kernels == AUTO else options.kernels
+        self.kernels_name = named
         self._kernels: Kernels = plugins.load(plugins.KERNELS, named)(
             workspace_bytes=options.workspace_mib << 20
         )
@@ -139,6 +140,10 @@ class ContextParallelAttention(DeepseekV4Attention):
             return self._windowed(tokens, layout, transport), None
         return self._compressed(tokens, layout, transport, group, rotary_compress), None
 
+    def schedule(self, layout: SequenceLayout) -> Schedule:
+        """Return which rank computes which queries of this layer."""
+        return schedule_of(layout, self.compress_ratio, self._balance, self._query_cost)
+
     def _windowed(
         self, tokens: Tokens, layout: SequenceLayout, transport: Transport
     ) -> torch.Tensor:
@@ -167,8 +172,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         what the taken ones yield.
         """
         ratio, indexer = self.compress_ratio, self.compressor.indexer
-        schedule = schedule_of(layout, ratio, self._balance, self._query_cost)
-        route = routes(layout, schedule, self.sliding_window)
+        route = routes(layout, self.schedule(layout), self.sliding_window)
         moved = route.moved
         recalled = self._kept.recall(tokens.rope[0]) if self._kept else None
         choices: Sequence[torch.Tensor | None] = recalled or (None, None)

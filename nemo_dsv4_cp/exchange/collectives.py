@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from nemo_dsv4_cp.host.torch_api import (
@@ -121,6 +122,16 @@ def all_reduce_sum(tensor: torch.Tensor, groups: Sequence[Group | None]) -> torc
 def sharding_groups(tensor: torch.Tensor) -> Sequence[Group | None]:
     """Return the groups of the mesh that shards a tensor; none for a tensor that is whole."""
     return tensor.device_mesh.get_all_groups() if isinstance(tensor, DTensor) else []
+
+
+def mesh_of(group: Group, device: torch.device) -> DeviceMesh:
+    """Return a one-dimensional mesh of a group that exists; nothing is communicated."""
+    return DeviceMesh.from_group(group, device.type)
+
+
+def is_first_rank() -> bool:
+    """Return whether this is rank 0 of the job, or a process without others."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def max_over_ranks(number: int, device: torch.device) -> int:

@@ -22,7 +22,7 @@ __all__ = [
     "make_norms_uniform",
     "reset_uninitialised_norms",
     "reset_what_checkpoints_bring",
-    "sees_images",
+    "shows_images",
     "with_keywords",
 ]
 
@@ -62,9 +62,34 @@ def keywords_of(rotary: Any, keywords: dict[str, Any]) -> dict[str, Any]:
     return keywords | rotary.keywords if isinstance(rotary, _WithKeywords) else keywords
 
 
-def sees_images(backbone: Any) -> bool:
-    """Return whether the host's backbone has a vision tower (AutoModel 0.5's has none)."""
-    return bool(getattr(backbone, "vision_enabled", False))
+def shows_images(
+    backbone: Any,
+    *,
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    vision_token_types: torch.Tensor | None,
+    checked: bool,
+) -> bool:
+    """Return whether a batch shows images, which AutoModel's own forward serves.
+
+    Args:
+        backbone: A ``DeepseekV4Model``; AutoModel 0.5's and 0.6's have no vision tower.
+        input_ids: Token ids [B, L]; an image's tokens have ids beyond the vocabulary.
+        pixel_values: Patches of images.
+        vision_token_types: [B, L], -1 for text.
+        checked: The batch was cut by our sharder, which refuses images. Otherwise a config with a
+            vision tower waits for the device, as in AutoModel.
+    """
+    if not getattr(backbone, "vision_enabled", False):
+        return False
+    if pixel_values is not None:
+        return True
+    if checked:
+        return False
+    if vision_token_types is not None:
+        return bool((vision_token_types >= 0).any())
+    ids_BL = input_ids if backbone.embed_tokens is not None else None
+    return ids_BL is not None and bool((ids_BL >= backbone.config.vocab_size).any())
 
 
 def make_norms_uniform(attention: Any) -> None:

@@ -32,6 +32,15 @@ def was_replaced(owner: Any, name: str) -> bool:
     return any(known_owner is owner and known == name for known_owner, known, _, _ in _replaced)
 
 
+def replaced_names() -> list[str]:
+    """Return what is replaced, as ``module.name`` without AutoModel's prefix, each name once."""
+    names = set()
+    for owner, name, _, _ in _replaced:
+        path = f"{owner.__module__}.{owner.__name__}" if isinstance(owner, type) else owner.__name__
+        names.add(f"{path}.{name}".removeprefix("nemo_automodel."))
+    return sorted(names)
+
+
 def undo() -> None:
     """Give everything back, to modules too that imported a replacement since."""
     while _replaced:

@@ -13,7 +13,7 @@ from nemo_automodel._transformers import capabilities
 from nemo_automodel._transformers.registry import ModelRegistry
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.host import job, patches
+from nemo_dsv4_cp.host import job, lora, patches
 
 
 def register(architecture: str) -> None:
@@ -23,6 +23,7 @@ def register(architecture: str) -> None:
     its own ways of both.
     """
     job.install()
+    lora.install()
     registry: Any = ModelRegistry
     discovers = hasattr(type(registry), "_discover_entry_points")
     if not discovers and not registry.has_custom_model(architecture):

@@ -443,18 +443,46 @@ def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.
     Returns:
         Int64 [B, D + 1] on the lengths' device, S in unused slots; None if no lengths are there.
     """
-    for key in ("seq_lens_padded", "seq_lens"):
-        if batch.get(key) is not None:
-            lengths = torch.atleast_2d(batch[key]).long().clamp(min=0)
-            break
-    else:
-        offsets = batch.get("cu_seqlens_padded")
-        offsets = batch.get("cu_seqlens") if offsets is None else offsets
-        if offsets is None:
-            return None
-        lengths = torch.atleast_2d(offsets).long().diff(dim=-1).clamp(min=0)
+    lengths = _lengths_on_device(batch, padded=True)
+    if lengths is None:
+        return None
     starts = torch.nn.functional.pad(lengths.cumsum(dim=1), (1, 0))
     return starts.clamp(max=seq_len).expand(rows, -1)
+
+
+def packed_padding(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
+    """Return which tokens of packed rows are padding, no wait for the device.
+
+    Padding follows a document, up to its padded length, and the row's last document.
+
+    Args:
+        batch: As for :func:`document_starts`.
+        rows: B.
+        seq_len: S, tokens of the whole row.
+
+    Returns:
+        Bool [B, S], True = pad, on the lengths' device; None if no lengths are there.
+    """
+    padded = _lengths_on_device(batch, padded=True)
+    real = _lengths_on_device(batch, padded=False)
+    if padded is None:
+        return None
+    real = padded if real is None else real
+    ends = padded.cumsum(dim=1).expand(rows, -1).contiguous()
+    tokens = torch.arange(seq_len, device=ends.device).expand(rows, -1).contiguous()
+    # A place past the last document, of no real token, for what follows it.
+    real_ends = torch.nn.functional.pad(ends - padded + real, (0, 1))
+    return tokens >= real_ends.gather(1, torch.searchsorted(ends, tokens, right=True))
+
+
+def _lengths_on_device(batch: Mapping[str, Any], *, padded: bool) -> torch.Tensor | None:
+    """Return the documents' lengths, int64 [B or 1, D], 0 in unused slots; None without any."""
+    for name, from_offsets in (("seq_lens", False), ("cu_seqlens", True)):
+        for key in (f"{name}_padded", name) if padded else (name,):
+            if (found := batch.get(key)) is not None:
+                numbers: torch.Tensor = torch.atleast_2d(found).long()
+                return (numbers.diff(dim=-1) if from_offsets else numbers).clamp(min=0)
+    return None
 
 
 def build_packed_seq_ids(

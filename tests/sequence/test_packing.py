@@ -8,6 +8,7 @@ from nemo_dsv4_cp.sequence.packing import (
     Document,
     documents_as_told,
     documents_of,
+    packed_padding,
     token_documents,
 )
 from nemo_dsv4_cp.tools.verification import packed_batch
@@ -39,6 +40,11 @@ def test_documents_are_read_from_lengths_offsets_or_numbers(batch):
     batch["input_ids"] = torch.zeros(2, 8)
     numbers = [[1, 1, 1, 0, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
     assert token_documents(batch).tolist() == numbers
+    padding = packed_padding(batch, 2, 8)
+    if padding is None:  # numbers per token alone
+        assert "_packed_seq_ids" in batch
+    else:
+        assert torch.equal(padding, torch.tensor(numbers) == 0)
 
 
 def test_lengths_as_told_are_mended_and_documents_of_no_token_counted():

@@ -1,0 +1,37 @@
+"""How AutoModel's recipes scale the MoE's auxiliary loss under context parallelism.
+
+Since 0.6 they set ``MoEAuxLossAutoScaler.main_loss_backward_scale`` each step, to cp_size over the
+microbatches. 0.5 leaves it at 1, so that FSDP2's mean over the ranks divides the loss by cp_size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+_SETTER = "_set_moe_aux_loss_backward_scale"
+
+
+@functools.cache
+def _is_scaled() -> bool:
+    recipe: Any = importlib.import_module("nemo_automodel.recipes.base_recipe")
+    return hasattr(recipe.BaseRecipe, _SETTER)
+
+
+def refuse_unscaled(coefficient: float) -> None:
+    """Refuse an auxiliary loss whose gradient would depend on cp_size.
+
+    Args:
+        coefficient: ``moe_overrides.aux_loss_coeff`` of a model that trains under CP.
+
+    Raises:
+        ValueError: If it is not 0 and AutoModel's recipes do not scale for CP.
+    """
+    if coefficient > 0 and not _is_scaled():
+        raise ValueError(
+            f"moe_overrides.aux_loss_coeff={coefficient} under context parallelism: nemo_automodel "
+            f"{version('nemo_automodel')} divides the auxiliary loss by cp_size; install 0.6.0 or "
+            "later, or set aux_loss_coeff: 0"
+        )

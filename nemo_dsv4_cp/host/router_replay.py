@@ -1,0 +1,47 @@
+"""Router replay (``moe_overrides.enable_routing_replay``) in models with hash layers.
+
+Every gate registers itself for replay when it is made. V4 puts another gate in the place of those
+of its hash layers, and ``RouterReplay.collect`` then waits for the ones that never route. Hash
+layers route by token id alone and need no replay.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+_MODULE = "nemo_automodel.components.moe.router_replay"
+HAS_REPLAY = find_spec(_MODULE) is not None
+"""Whether AutoModel has router replay (since 0.6)."""
+
+
+def registered() -> list[Any]:
+    """Return AutoModel's registry of replaying gates, in the order they were made."""
+    if not HAS_REPLAY:
+        return []
+    from nemo_automodel.components.moe.router_replay import RouterReplay
+
+    registry: list[Any] = RouterReplay.instances()
+    return registry
+
+
+def unregister_replaced_gates(model: Any, first: int) -> None:
+    """Take gates that a model no longer has out of the registry.
+
+    Args:
+        model: A model that was just made.
+        first: How many gates were registered before.
+
+    Raises:
+        ValueError: If a gate of the model cannot replay: a vision config's routes by itself.
+    """
+    gates = [gate for gate in model.modules() if getattr(gate, "router_replay", None) is not None]
+    if any(hasattr(gate, "bias_vl") for gate in gates):
+        raise ValueError(
+            "moe_overrides.enable_routing_replay=True: the gates of a config with a vision tower "
+            "(vision_n_layers > 0) record and replay nothing in AutoModel; set "
+            "enable_routing_replay: false or vision_n_layers: 0"
+        )
+    owned = {id(gate.router_replay) for gate in gates}
+    registry = registered()
+    registry[first:] = [replay for replay in registry[first:] if id(replay) in owned]

@@ -1,0 +1,99 @@
+"""What a training run does, in one INFO block on rank 0 when the first batch arrives.
+
+# B batch rows   L local tokens   V vocabulary
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp.attention.layer import ContextParallelAttention
+from nemo_dsv4_cp.exchange.collectives import Group, cp_rank, cp_size
+from nemo_dsv4_cp.host import patches
+from nemo_dsv4_cp.options import ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+
+_logger = logging.getLogger(__name__)
+
+
+def log_first_step(
+    model: Any,
+    tokens: torch.Tensor,
+    *,
+    layout: PackedLayout | None,
+    group: Group | None,
+    all_logits: bool,
+    padding: str,
+) -> None:
+    """Log what the plugin does for a model, as AutoModel lists its own settings.
+
+    Args:
+        model: The model, or this rank's pipeline stage of it.
+        tokens: The first shard that it trains on, [B, L] or with more dimensions.
+        layout: Of packed rows; None for one document per row.
+        group: The CP group, None without CP.
+        all_logits: Whether the loss takes logits of all positions, [B, L, V].
+        padding: What was padded, from :func:`padding_of_shard`.
+    """
+    options = getattr(model.config, "context_parallel", None) or ContextParallelOptions()
+    rows, length = tokens.shape[:2]
+    at = layout or SequenceLayout(length, cp_rank(group), cp_size(group))
+    attention = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
+    overlap = "overlapped with compute" if options.overlap else "waited for"
+    exchange = f"{options.transport}, collectives {overlap}" if at.cp_size > 1 else "none"
+    lines = [
+        f"Context parallelism (nemo-dsv4-cp {version('nemo-dsv4-cp')}):",
+        f"- cp_size: {at.cp_size}",
+        f"- transport: {exchange}",
+        f"- kernels: {', '.join(sorted({layer.kernels_name for layer in attention}))}",
+        f"- load balancing ({options.balance}): {', '.join(_balancing(attention, at))}",
+        f"- first batch: {rows} x {length} local tokens, "
+        f"{'packed' if layout else 'one document per row'}, {padding}",
+        f"- loss: {_loss(model, rows, length, all_logits)}",
+        f"- patched: {', '.join(patches.replaced_names()) or 'nothing'}",
+    ]
+    _logger.info("\n".join(lines))
+
+
+def padding_of_shard(before: int | None, after: int | None, multiple: int) -> str:
+    """Return how rows were padded, in words.
+
+    Args:
+        before: Tokens per row before, None where documents were laid out anew.
+        after: Tokens per row after; None if the batch was not cut.
+        multiple: What an unpacked shard's length is a multiple of.
+    """
+    if after is None:
+        return "not padded"
+    if before is None:
+        return f"documents end to end, rows padded to {after} tokens"
+    return f"rows of {before} padded to {after} tokens (shards: multiple of {multiple})"
+
+
+def _balancing(attention: list[ContextParallelAttention], layout: SequenceLayout) -> Iterator[str]:
+    """Yield for each compress ratio whether its queries move to other ranks."""
+    of_ratio = {layer.compress_ratio: layer for layer in attention if layer.compress_ratio}
+    for ratio, layer in sorted(of_ratio.items()):
+        yield f"ratio {ratio} {'on' if layer.schedule(layout).moves else 'off'}"
+    if not of_ratio:
+        yield "no compressed layers"
+
+
+def _loss(model: Any, rows: int, length: int, all_logits: bool) -> str:
+    """Return what the loss reads, and how large it is."""
+    if getattr(model, "lm_head", None) is None:
+        return "on the last pipeline stage"
+    if not all_logits:
+        return "from hidden states, without logits of all positions"
+    vocabulary = model.config.vocab_size
+    mib = rows * length * vocabulary * 4 / 2**20
+    return (
+        f"from logits [{rows}, {length}, {vocabulary}], {mib:,.0f} MiB in float32; "
+        "ChunkedCrossEntropy needs none"
+    )
