@@ -50,7 +50,7 @@ test-soak: $(INSTALLED)
 # Every pair of recipe options, one launch at a time, and the table of what was found.
 RECIPES := build/recipes.json
 test-recipes: $(INSTALLED)
-	$(BIN)/python -m pytest -vv --recipes $(RECIPES) tests/recipes tests/recipes/all_pairs
+	$(BIN)/python -m pytest -vv --recipes $(RECIPES) tests/recipes/test_options.py tests/recipes/all_pairs
 	PYTHONPATH=. $(BIN)/python docs/recipes.py $(RECIPES)
 
 # The last rank alone, forward and backward, by every path.

@@ -23,7 +23,7 @@ class Option:
         microbatches: How many it trains per optimizer step and data-parallel rank.
         same_as: The option whose numbers it must have at cp_size 1, "base" for the recipe without
             any option. None: its numbers must differ from those of the recipe without it.
-        loss_fn: The loss that must run.
+        loss_fn: The class of the loss that must run, if it is not the recipe's own.
         idle: Regular expression of parameters that may have a gradient of zero on both steps.
     """
 
@@ -178,7 +178,7 @@ OPTIONS = (
         "vision",
         _config(vision_n_layers=1, vision_dim=64, vision_n_heads=4, vision_inter_dim=64),
         same_as="base",
-        idle="vision|image_",
+        idle="vision|image_|aligner",
     ),
     Option(
         "hsdp", "`dp_replicate_size: 2` of 4", "hsdp", {"distributed": {"dp_replicate_size": 2}}
@@ -219,11 +219,47 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A combination for which AutoModel warns and takes another loss.
+
+    Attributes:
+        options: Their names.
+        loss_fn: The loss that runs.
+        why: For the table, in a line.
+    """
+
+    options: frozenset[str]
+    loss_fn: str
+    why: str
+
+
+REPLACEMENTS = (
+    Replacement(
+        frozenset({"fused", "pp"}),
+        "MaskedCrossEntropy",
+        "AutoModel's stages return no hidden states for this model; it warns and takes "
+        "`MaskedCrossEntropy`",
+    ),
+)
+
+
+def loss_fn_of(*names: str) -> str:
+    """Return the class name of the loss that these options must run."""
+    for replacement in REPLACEMENTS:
+        if replacement.options <= set(names):
+            return replacement.loss_fn
+    return next((loss for name in names if (loss := BY_NAME[name].loss_fn)), "MaskedCrossEntropy")
+
+
 def refusal_of(*names: str) -> Refusal | None:
     """Return why these options together are refused, None if they train."""
     found = [refusal for refusal in REFUSALS if refusal.options <= set(names)]
     return found[0] if found else None
 
+
+SLOW = ("hsdp",)
+"""Options whose launches need 8 processes, left to ``make test-recipes``."""
 
 FIXED_PAIRS = (
     ("mtp-1", "vision"),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.comparing import Record, gaps, idle, too_far
+from tests.recipes.comparing import Record, gaps, idle, of_parameters, too_far
 from tests.recipes.launching import Failed, Launcher
-from tests.recipes.options import BY_NAME, Refusal, launch_of, refusal_of
+from tests.recipes.options import BY_NAME, Refusal, launch_of, loss_fn_of, refusal_of
 
 
 class Trainings:
@@ -59,10 +59,7 @@ def assert_alike_or_refused(trainings: Trainings, *names: str) -> str:
         assert_refused(trainings, refusal, *names)
         return "refused"
     cut, whole = (trainings.record(*names, cp_size=cp_size) for cp_size in (2, 1))
-    for name in names:
-        loss_fn = BY_NAME[name].loss_fn
-        if loss_fn is not None:
-            assert cut.loss_fn == whole.loss_fn == loss_fn, f"{cut.loss_fn} ran in place of it"
+    assert (cut.loss_fn, whole.loss_fn) == (loss_fn_of(*names),) * 2, "another loss ran"
     beyond = too_far(cut, whole)
     assert not beyond, f"cp_size 2 is not cp_size 1:\n{beyond}"
     allowed = [option.idle for name in names if (option := BY_NAME[name]).idle]
@@ -78,3 +75,18 @@ def assert_refused(trainings: Trainings, refusal: Refusal, *names: str) -> None:
         trainings.record(*names, cp_size=2)
     assert re.search(refusal.message, str(error.value)), str(error.value)[-6000:]
     assert not error.value.trained, "refused after the first step"
+
+
+def assert_numbers(trainings: Trainings, name: str) -> None:
+    """Hold an option to the numbers at cp_size 1 that its entry claims: others, or the same."""
+    option = BY_NAME[name]
+    like = [] if option.same_as in (None, "base") else [option.same_as]
+    expected = trainings.record(*like, cp_size=1)
+    found = trainings.record(name, cp_size=1)
+    if option.same_as is None:
+        changed = (found.losses, found.norms) != (expected.losses, expected.norms)
+        assert changed, "the option has no effect"
+        return
+    parameters = expected.gradients[0]
+    beyond = too_far(of_parameters(found, parameters), of_parameters(expected, parameters))
+    assert not beyond, f"the numbers are not those of {option.same_as}:\n{beyond}"
