@@ -19,6 +19,8 @@ from nemo_dsv4_cp.host import sharding
 TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
 _V4 = "nemo_automodel.components.models.deepseek_v4"
 _RECIPE = "nemo_automodel.recipes.base_recipe"
+_MOE = "nemo_automodel.components.moe"
+_PEFT = "nemo_automodel.components._peft"
 
 
 class UnknownHost(ImportError):
@@ -169,7 +171,14 @@ _ALWAYS = (
         "DeepseekV4ForCausalLM.initialize_weights",
         ("buffer_device", "dtype"),
     ),
-    Signature(f"{_V4}.model", "compute_lm_head_logits", ("is_thd", "fp32_lm_head")),
+    Signature(f"{_V4}.model", "compute_lm_head_logits", ("logits_to_keep", "fp32_lm_head")),
+    Signature(f"{_V4}.model", "DeepseekV4HashGate.set_input_ids", ("input_ids",)),
+    Signature(f"{_MOE}.layers", "Gate.update_bias"),
+    Signature(f"{_MOE}.layers", "MoE.forward", ("x", "padding_mask", "cp_mesh")),
+    Signature(
+        f"{_PEFT}.lora", "apply_lora_to_linear_modules", ("model", "peft_config"), in_order=True
+    ),
+    Signature(f"{_PEFT}.module_matcher", "ModuleMatcher.match", ("m", "name")),
     Signature(_RECIPE, "BaseRecipe.load_checkpoint", ("self", "restore_from"), in_order=True),
     Signature(
         _RECIPE, "BaseRecipe._load_checkpoint_tracked_state", ("self", "ckpt_dir"), in_order=True

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4HashGate
 from nemo_automodel.components.moe.layers import MoE
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from nemo_dsv4_cp.host.contracts import UnknownHost
 from nemo_dsv4_cp.host.torch_api import in_backward
 
 _PENDING = ("_pending_input_ids", "_pending_vision_token_types")
@@ -22,10 +24,18 @@ _routed_by: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def keep_ids_for_recomputation(model: torch.nn.Module) -> None:
-    """Have every MoE of a model whose gate routes by token ids keep them until its backward."""
+    """Have every MoE of a model whose gate routes by token ids keep them until its backward.
+
+    Raises:
+        UnknownHost: If AutoModel's gates hold their ids under another name.
+    """
     for module in model.modules():
-        if isinstance(module, MoE) and hasattr(module.gate, _PENDING[0]):
+        if not isinstance(module, MoE):
+            continue
+        if hasattr(module.gate, _PENDING[0]):
             module.register_forward_pre_hook(_restore_or_keep)
+        elif isinstance(module.gate, DeepseekV4HashGate):
+            raise UnknownHost(f"DeepseekV4HashGate has no {_PENDING[0]}")
 
 
 def _restore_or_keep(moe: Any, inputs: tuple[Any, ...]) -> None:

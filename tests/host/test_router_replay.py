@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
 from nemo_dsv4_cp.host.router_replay import HAS_REPLAY
@@ -10,6 +9,9 @@ from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from tests.parity import GroupMesh, cpu_backend, randomise, tiny_config, worst
 
 if HAS_REPLAY:
+    from nemo_automodel.components.distributed.context_parallel.sharder import (
+        ContextParallelSharder,
+    )
     from nemo_automodel.components.moe.router_replay import RouterReplay, RouterReplayMode
 else:
     pytest.skip("this AutoModel has no router replay", allow_module_level=True)
