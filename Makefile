@@ -18,7 +18,7 @@ help:
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
 	@echo "make test-faults   ranks that are killed, stopped or fail, and resuming at other sizes: 20 minutes"
 	@echo "make test-soak   what ranks hold after 500 steps, and two trainings in one process: 20 minutes"
-	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 40 minutes"
+	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 25 minutes"
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
 	@echo "make gpu    tests of the kernels and times of one emulated rank, on this machine's GPU"
 	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"

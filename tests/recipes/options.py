@@ -210,11 +210,36 @@ class Refusal:
     why: str
 
 
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        frozenset({"lora-all"}),
-        r"(?s)peft.*(wo_a|grouped)",
-        "no adapter fits the grouped linear `wo_a`",
+def _refused(*pairs: str, message: str, why: str) -> tuple[Refusal, ...]:
+    return tuple(Refusal(frozenset(pair.split("+")), message, why) for pair in pairs)
+
+
+REFUSALS = (
+    *_refused(
+        "lora-all",
+        message=r"peft\.target_modules=\['\*'\] selects .*wo_a",
+        why="it selects the grouped projection `wo_a`, which LoRA cannot change; the error names "
+        "patterns that work",
+    ),
+    *_refused(
+        "mtp-1+pp",
+        "mtp-2+pp",
+        message="MTP with context and pipeline parallelism is not supported",
+        why="by AutoModel, at `cp_size` above 1; use `pp_size: 1`",
+    ),
+    *_refused(
+        "chunked+pp",
+        message="ChunkedCrossEntropy requires pipeline stages that can return hidden states",
+        why="by AutoModel, at any `cp_size`, because its stages return no hidden states for this "
+        "model",
+    ),
+    *_refused(
+        "ac-selective+lora",
+        "ac-selective+lora-indexer",
+        message="Tensor cached during selective activation checkpoint has been mutated",
+        why="by torch on the first backward pass, at any `cp_size` and without this package too: "
+        "AutoModel's LoRA adds to a saved tensor in place; use "
+        "`peft.use_memory_efficient_lora: false`",
     ),
 )
 
@@ -299,7 +324,7 @@ _TINY: dict[str, Any] = {
             "num_attention_heads": 4,
             "q_lora_rank": 32,
             "o_lora_rank": 16,
-            "index_topk": 24,
+            "index_topk": 48,
             # Rows are too short for `auto` to move queries.
             "context_parallel": {"balance": "on", "pad_multiple": 128},
         }
@@ -314,15 +339,21 @@ _TINY: dict[str, Any] = {
 }
 
 
-def launch_of(*names: str, cp_size: int) -> Launch:
+def launch_of(*names: str, cp_size: int, draw: int = 0) -> Launch:
     """Return the launch of a combination of options.
 
     The reference, at cp_size 1, has no expert parallelism: its ranks would be those of CP.
+
+    Args:
+        *names: The options.
+        cp_size: CP ranks.
+        draw: Which weights to start from.
     """
     fields = copy.deepcopy(compose("tiny_cpu").fields)
     options = [BY_NAME[name] for name in names]
     for changes in (_TINY, *(option.fields for option in options)):
         _merge(fields, changes)
+    fields["draw"] = draw
     distributed = fields["distributed"]
     distributed["cp_size"] = cp_size
     if cp_size == 1:

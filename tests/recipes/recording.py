@@ -43,8 +43,8 @@ def named_parameters(parts: list[torch.nn.Module]) -> Iterator[tuple[str, torch.
 
 
 @torch.no_grad()
-def draw_by_name(parts: list[torch.nn.Module]) -> None:
-    """Draw every parameter from its name alone, so that any mesh and any option starts alike.
+def draw_by_name(parts: list[torch.nn.Module], draw: int) -> None:
+    """Draw every parameter by its name alone, so that any mesh and any option starts alike.
 
     The weights that AutoModel initializes are no test: hyper-connection streams start equal, and
     the gradients of their parameters are rounding noise.
@@ -53,7 +53,7 @@ def draw_by_name(parts: list[torch.nn.Module]) -> None:
         whole = torch.nn.Module()
         leaf = name.rpartition("model.layers.")[2].replace(".", "_")
         whole.register_parameter(leaf, torch.nn.Parameter(torch.zeros(parameter.shape)))
-        draw_weights(whole, seed=zlib.crc32(name.encode()))
+        draw_weights(whole, seed=zlib.crc32(f"{draw} {name}".encode()))
         drawn = getattr(whole, leaf).to(parameter.dtype)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
@@ -87,7 +87,7 @@ class RecordingRecipe(CpuFinetuneRecipe):
             "gradients": [],
             "scales": [],
         }
-        draw_by_name(self.model_parts)
+        draw_by_name(self.model_parts, self.cfg.get("draw", 0))
         self.optimizer[0].register_step_pre_hook(lambda *_: self._record_gradients())
 
     def _record_gradients(self) -> None:

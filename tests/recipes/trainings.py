@@ -14,6 +14,12 @@ from tests.recipes.comparing import Record, gaps, idle, of_parameters, too_far
 from tests.recipes.launching import Failed, Launcher
 from tests.recipes.options import BY_NAME, Refusal, launch_of, loss_fn_of, refusal_of
 
+DRAWS = 2
+"""How many draws of weights must differ. A query whose 48th and 49th best entry are as good up to
+rounding picks either, which takes gradients 1e-3 apart: seen with 3 of 240 pairs, each with one
+query of 600 (and 24 chosen entries). A fault shows with any weights.
+"""
+
 
 class Trainings:
     """Launches combinations of options and reads what they recorded.
@@ -26,13 +32,13 @@ class Trainings:
         self._directory, self._launcher, self._numbers = directory, Launcher(), count()
         self._references: dict[str, Record] = {}
 
-    def record(self, *names: str, cp_size: int) -> Record:
-        """Train with these options.
+    def record(self, *names: str, cp_size: int, draw: int = 0) -> Record:
+        """Train with these options, from weights of some draw.
 
         Raises:
             Failed: If a rank raised.
         """
-        launch = launch_of(*names, cp_size=cp_size)
+        launch = launch_of(*names, cp_size=cp_size, draw=draw)
         key = json.dumps(launch.recipe, sort_keys=True)
         if key in self._references:
             return self._references[key]
@@ -58,15 +64,19 @@ def assert_alike_or_refused(trainings: Trainings, *names: str) -> str:
     if refusal is not None:
         assert_refused(trainings, refusal, *names)
         return "refused"
-    cut, whole = (trainings.record(*names, cp_size=cp_size) for cp_size in (2, 1))
+    beyond = []
+    for draw in range(DRAWS):
+        cut, whole = (trainings.record(*names, cp_size=size, draw=draw) for size in (2, 1))
+        beyond.append(too_far(cut, whole))
+        if not beyond[-1]:
+            break
     assert (cut.loss_fn, whole.loss_fn) == (loss_fn_of(*names),) * 2, "another loss ran"
-    beyond = too_far(cut, whole)
-    assert not beyond, f"cp_size 2 is not cp_size 1:\n{beyond}"
+    assert not beyond[-1], "cp_size 2 is not cp_size 1:\n" + "\nother weights:\n".join(beyond)
     allowed = [option.idle for name in names if (option := BY_NAME[name]).idle]
     still = idle(whole, "|".join(allowed))
     assert not still, f"these never learn: {still}"
     largest = max(gaps(cut, whole), key=lambda gap: gap.share)
-    return f"equal; {largest}"
+    return f"equal; {largest}" + "".join(f"; with other weights\n{each}" for each in beyond[:-1])
 
 
 def assert_refused(trainings: Trainings, refusal: Refusal, *names: str) -> None:
