@@ -75,7 +75,8 @@ test-host-%: .hosts/%/.installed
 	@echo "nemo_automodel $*"
 	.hosts/$*/bin/python -m nemo_dsv4_cp.cli.demo
 	$(PYTEST_OF_HOST) --matrix .hosts/$*/matrix.json tests/host/test_contracts.py \
-		tests/host/test_cp_utils.py tests/exchange tests/test_recipe.py tests/attention/test_layer.py \
+		tests/host/test_surface.py tests/host/test_cp_utils.py tests/exchange tests/test_recipe.py \
+		tests/attention/test_layer.py \
 		--deselect tests/attention/test_layer.py::test_any_layer_equals_the_hosts
 
 test-hosts: $(HOSTS:%=test-host-%)
@@ -83,7 +84,8 @@ test-hosts: $(HOSTS:%=test-host-%)
 
 test-briefly-%: .hosts/%/.installed
 	@echo "nemo_automodel $*"
-	$(PYTEST_OF_HOST) tests/host/test_contracts.py tests/host/test_cp_utils.py \
+	$(PYTEST_OF_HOST) tests/host/test_contracts.py tests/host/test_surface.py \
+		tests/host/test_cp_utils.py \
 		tests/test_recipe.py::test_the_cli_trains_at_cp_2_as_at_cp_1_and_the_loss_falls
 
 .PRECIOUS: .hosts/%/.installed

@@ -21,7 +21,7 @@ from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.agreement import compare_settings, settings_of
 from nemo_dsv4_cp.attention.layer import LAYOUT_KEY, ContextParallelAttention
 from nemo_dsv4_cp.backbone import ContextParallelModel, packed_layout_of, route_over_whole_rows
-from nemo_dsv4_cp.batch import local_token_indices
+from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.batch_checks import padding_of
 from nemo_dsv4_cp.exchange import roll_call
 from nemo_dsv4_cp.exchange.collectives import (
@@ -65,6 +65,10 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     _owns_packed_attention = True
     # Set here, not by the constructor alone: AutoModel's tools make models without calling it.
     _finite: FiniteCheck | None = None
+    _batch_fn = staticmethod(contiguous_shard)
+    _pad_multiple: int | None = None
+    _pad_documents = ContextParallelOptions.pad_documents
+    _compare_ranks = ContextParallelOptions.compare_ranks
     _routed_over: Group | None = None
     _logged = False
     _padding = padding_of_shard(None, None, 1)
@@ -79,10 +83,13 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
         supports_mtp_cp: bool = True
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, moe_config: Any = None, backend: Any = None, **kwargs: Any
+    ) -> None:
+        # AutoModel reads this signature to tell the constructor's arguments from config fields.
         config.rope_scaling = resolve_rope_scaling(config.rope_scaling)
         gates = len(router_replay.registered())
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, moe_config, backend, **kwargs)
         router_replay.unregister_replaced_gates(self, gates)
         keep_ids_for_recomputation(self)
         batch_contract().install(self)
@@ -123,7 +130,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         if cp_mesh is not None:
             validate_cp_size(
                 cp_mesh.size(),
-                pad_multiple=self._pad_multiple,
+                pad_multiple=self._pad_multiple or 1,
                 max_seq_len=self.config.max_position_embeddings,
             )
         compare = self._compare_ranks != "never"
@@ -143,7 +150,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         shape = cut[2]
         if cp_mesh is not None and cp_mesh.size() > 1 and shape is not None:
             self._padding = padding_of_shard(
-                shape.original_seq_len, shape.padded_seq_len, self._pad_multiple
+                shape.original_seq_len, shape.padded_seq_len, self._pad_multiple or 1
             )
         return cut
 

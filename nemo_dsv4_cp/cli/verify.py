@@ -41,13 +41,14 @@ def verify(
         Path | None, typer.Option("--json", help="Write every difference here.")
     ] = None,
 ) -> None:
-    """Shrink a recipe's model and compare it under CP with AutoModel's own on one rank.
+    """Shrink a recipe's model and compare a training step with AutoModel's own on one rank.
 
-    Runs both from the same weights on the same batch in float32, on this machine's GPUs if there
-    is one a rank and on CPU processes otherwise, and prints the largest differences and what of the
-    recipe was left out. With --kernels it compares every kernel that the recipe names (auto:
-    triton) with the torch path instead, on one GPU, in the recipe's dtype and at its model's own
-    sizes.
+    Both start from the same weights and train on the same two microbatches in float32, with the
+    recipe's loss, auxiliary loss, gate bias update and activation checkpointing, on this machine's
+    GPUs if there is one per rank and on CPU processes otherwise. Prints the largest differences and
+    what of the recipe was left out. With --kernels it compares every kernel that the recipe names
+    (auto: triton) with the torch path instead, on one GPU, in the recipe's dtype and at its model's
+    own sizes.
 
     Example: nemo-dsv4-cp verify recipe.yaml
 
@@ -63,7 +64,6 @@ def verify(
         ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
     with quiet():
         from nemo_dsv4_cp.tools.local_ranks import RankFailed
-        from nemo_dsv4_cp.tools.verification import left_out
         from nemo_dsv4_cp.tools.verification import verify as run
 
     console, errors = Console(), Console(stderr=True)
@@ -71,7 +71,7 @@ def verify(
     try:
         with quiet(), Progress(*columns, console=errors, transient=True) as progress:
             progress.add_task(f"Running on 1 and on {ranks} ranks")
-            differences = run(config, cp_size=ranks, packed=packed)
+            found = run(fields, config, cp_size=ranks, packed=packed)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(f"{recipe}: {error}") from error
     except RankFailed as error:
@@ -80,9 +80,10 @@ def verify(
 
     what = "packed documents" if packed else "one document a row"
     title = f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}"
+    differences = found.differences
     failed = _show(console, title, differences, json_)
-    if omitted := left_out(fields):
-        line = f"Left out of the comparison: {', '.join(omitted)}."
+    if found.left_out:
+        line = f"Left out of the comparison: {', '.join(found.left_out)}."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if failed:
         console.print(

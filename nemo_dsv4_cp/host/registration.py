@@ -6,6 +6,7 @@ switched off.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -29,6 +30,7 @@ def register(architecture: str) -> None:
     if not discovers and not registry.has_custom_model(architecture):
         model = plugins.load(plugins.ARCHITECTURES, architecture)
         registry.register(architecture, model, exist_ok=True)
+    _shard_as_automodel(architecture)
     for name, owns in _OWNED.items():
         found = getattr(capabilities.ModelSupports, name)
         if not patches.is_replaced(capabilities.ModelSupports, name) and (
@@ -37,6 +39,18 @@ def register(architecture: str) -> None:
             patches.replace(capabilities.ModelSupports, name, _asking_the_model(found, owns))
 
 
+def _shard_as_automodel(architecture: str) -> None:
+    """Have releases before 0.7 shard our class as AutoModel's V4, with its float32 FSDP units.
+
+    They look the way to shard up by the exact name of the class; later ones ask the class.
+    """
+    parallelizer = importlib.import_module("nemo_automodel.components.distributed.parallelizer")
+    strategies: Any = getattr(parallelizer, "PARALLELIZATION_STRATEGIES", {})
+    if _AUTOMODELS in strategies:
+        strategies.setdefault(architecture, strategies[_AUTOMODELS])
+
+
+_AUTOMODELS = "DeepseekV4ForCausalLM"
 _OWNED = {
     "supports_cp": "_owns_cp_attention",
     "supports_cp_with_sequence_packing": "_owns_packed_attention",

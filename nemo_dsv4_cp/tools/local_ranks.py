@@ -6,6 +6,7 @@ import faulthandler
 import importlib
 import logging
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -77,7 +78,9 @@ def run(job: Callable[..., Any], ranks: int, *args: Any) -> Any:
     # One queue for all: the first failure comes first, and those that follow from it later.
     answers = get_context("spawn").SimpleQueue()
     name = (job.__module__, job.__qualname__)
-    started = spawn(_rank, (ranks, port, name, args, log, answers), nprocs=ranks, join=False)
+    # As bytes: what arguments import, with its warnings, comes after the log is there.
+    packed = pickle.dumps(args)
+    started = spawn(_rank, (ranks, port, name, packed, log, answers), nprocs=ranks, join=False)
     try:
         result = _collect(started.processes, answers, log)
     except RankFailed:
@@ -123,7 +126,7 @@ def _rank(
     ranks: int,
     port: int,
     name: tuple[str, str],
-    args: tuple[Any, ...],
+    packed: bytes,
     log: Path,
     answers: Any,
 ) -> None:
@@ -143,7 +146,7 @@ def _rank(
                 torch.cuda.set_device(device)
             backend = "nccl" if device.type == "cuda" else "gloo"
             group = stack.enter_context(process_group(backend, rank=rank, size=ranks, port=port))
-            result = job(group, rank, *args)
+            result = job(group, rank, *pickle.loads(packed))
             answer = _Answer(rank, result if rank == 0 else None)
         except Exception as error:
             print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

@@ -1,6 +1,12 @@
-"""Whether a recipe's model under CP is the host's model on one rank: shrunk, and run on both."""
+"""Whether a recipe trains under CP as AutoModel's own model does on one rank: shrunk, one step.
+
+Both run AutoModel's own code from the batch to the update of the gates' biases
+(:mod:`nemo_dsv4_cp.host.training_step`). The reference is AutoModel's model, on one rank and
+without activation checkpointing, with one document per row.
+"""
 
 # B batch rows   S tokens a row   V vocabulary   E hidden size   M hyper-connection streams
+# X experts
 
 from __future__ import annotations
 
@@ -12,13 +18,14 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
-from torch.nn.functional import cross_entropy
 
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
+from nemo_dsv4_cp.host import training_step
+from nemo_dsv4_cp.host.training_step import StepResult, TrainingStep
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
-from nemo_dsv4_cp.tools import local_ranks
+from nemo_dsv4_cp.tools import local_ranks, shrinking
 
 OUTPUT_LIMIT = 1e-5
 GRADIENT_LIMIT = 5e-5
@@ -27,53 +34,15 @@ GRADIENT_LIMIT = 5e-5
 # than 8.1 eps from its own in float64.
 CANCELLATION_LIMIT = 16 * torch.finfo(torch.float32).eps
 
-_SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "moe_intermediate_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "q_lora_rank": 32,
-    "o_lora_rank": 16,
-    "o_groups": 2,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "index_head_dim": 16,
-    # Index scores are sums of relu: with few heads many tie at exactly 0, and any choice is right.
-    "index_n_heads": 16,
-    # No fewer than there are entries: rounding before a choice could swap two near ties.
-    "index_topk": 4096,
-    "num_hash_layers": 1,
-    "max_position_embeddings": 1 << 16,
-    "torch_dtype": "float32",
-}
-_SECTIONS = {
-    "peft": "LoRA",
-    "quantization": "quantisation",
-    "qat": "quantisation-aware training",
-    "fp8": "FP8",
-    "compile": "compilation",
-    "teacher_model": "the teacher",
-}
-_DEGREES = {
-    "pp_size": "pipeline stages",
-    "ep_size": "expert parallelism",
-    "tp_size": "tensor parallelism",
-}
-_BACKEND = {"attn": ("sdpa", "eager"), "experts": ("torch",), "dispatcher": ("torch",)}
-"""What of ``model.backend`` runs as the recipe has it."""
-_KEPT = ("sliding_window", "hc_mult", "num_nextn_predict_layers", "routed_scaling_factor")
-
 
 @dataclass(frozen=True)
 class Difference:
     """How far a tensor under CP is from the same on one rank.
 
     Attributes:
-        name: ``"loss"``, ``"logits"`` or a parameter's name.
-        value: The largest difference; of gradients relative to the largest entry.
+        name: What is compared, such as ``"loss"`` or ``"gradient of lm_head.weight"``.
+        value: The largest difference; of gradients relative to the largest entry, of expert loads
+            relative to all.
         limit: What rounding may explain.
     """
 
@@ -94,54 +63,34 @@ class Difference:
         return self.value / self.limit
 
 
-def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config of a few layers that has every kind of layer of the given one.
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
 
-    Args:
-        fields: A model config's fields, ``compress_ratios`` and ``context_parallel`` among them.
-
-    Raises:
-        ValueError: If there are no compress ratios to go by.
+    Attributes:
+        differences: One of each tensor.
+        left_out: What the recipe trains with and was not run, in words and by setting.
     """
-    ratios = fields.get("compress_ratios")
-    if not ratios:
-        raise ValueError(
-            "the recipe's model.config has no compress_ratios; name them there, or compose the "
-            "recipe with nemo-dsv4-cp compose"
-        )
-    layers = int(fields.get("num_hidden_layers") or len(ratios))
-    kinds = list(dict.fromkeys(int(ratio) for ratio in ratios[:layers]))
-    predicting = int(fields.get("num_nextn_predict_layers") or 0)
-    of_predicting = [int(ratio) for ratio in ratios[layers : layers + predicting]]
-    kept = {key: fields[key] for key in _KEPT if fields.get(key) is not None}
-    return {
-        **_SMALL,
-        **kept,
-        "num_hidden_layers": len(kinds) + 1,
-        # Once more the first kind that compresses: a layer that sees what compression gave.
-        "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],
-        "context_parallel": fields.get("context_parallel"),
-    }
+
+    differences: list[Difference]
+    left_out: list[str]
 
 
-def left_out(recipe: Mapping[str, Any]) -> list[str]:
-    """Name what a recipe trains with and :func:`verify` does not run, in words and by setting."""
-    found = []
-    for section, words in _SECTIONS.items():
-        value = recipe.get(section)
-        if value and not (isinstance(value, Mapping) and value.get("enabled") is False):
-            found.append(f"{words} ({section})")
-    distributed = recipe.get("distributed") or {}
-    for name, words in _DEGREES.items():
-        if (distributed.get(name) or 1) != 1:
-            found.append(f"{words} (distributed.{name}: {distributed[name]})")
-    if distributed.get("activation_checkpointing"):
-        found.append("recomputation (distributed.activation_checkpointing)")
-    backend = (recipe.get("model") or {}).get("backend") or {}
-    for name, run in _BACKEND.items():
-        if backend.get(name, run[0]) not in run:
-            found.append(f"model.backend.{name}: {backend[name]}")
-    return found
+@dataclass(frozen=True)
+class Case:
+    """What the ranks of one comparison run.
+
+    Attributes:
+        config: Fields of the shrunk model's config.
+        recipe: The recipe that names the other settings.
+        documents: Lengths of documents by row, for each microbatch.
+        packed: Whether rows hold several documents.
+    """
+
+    config: dict[str, Any]
+    recipe: Mapping[str, Any]
+    documents: list[list[list[int]]]
+    packed: bool
 
 
 def documents_for(packed: bool, cp_size: int, multiple: int) -> list[list[int]]:
@@ -159,30 +108,49 @@ def documents_for(packed: bool, cp_size: int, multiple: int) -> list[list[int]]:
     return [[1, whole // 2, 3, whole // 3, 7], [whole - 5]]
 
 
-def verify(fields: Mapping[str, Any], *, cp_size: int, packed: bool) -> list[Difference]:
-    """Run the shrunk model on one rank and on ``cp_size`` local ranks, float32, and compare.
+def case_of(
+    recipe: Mapping[str, Any], config: Mapping[str, Any], *, cp_size: int, packed: bool
+) -> Case:
+    """Return what to run for a recipe: two microbatches that differ in their documents.
 
-    Both start from the same weights and see the same batch. The reference is the host's own model,
-    each document of a packed row alone.
+    Raises:
+        ValueError: If the config cannot be made.
+    """
+    # The model section may hold it as well as the config.
+    hidden = (recipe.get("model") or {}).get("output_hidden_states")
+    extra = {} if hidden is None else {"output_hidden_states": hidden}
+    small = shrinking.shrink({**config, **extra})
+    options = DeepseekV4ContextParallelConfig(**small).context_parallel
+    multiple = options.resolve_pad_multiple(small["compress_ratios"])
+    documents = documents_for(packed, cp_size, multiple)
+    return Case(small, recipe, [documents, [row[::-1] for row in documents[::-1]]], packed)
+
+
+def verify(
+    recipe: Mapping[str, Any], config: Mapping[str, Any], *, cp_size: int, packed: bool
+) -> Verification:
+    """Train the shrunk model for one step on one rank and on ``cp_size``, float32, and compare.
+
+    Both start from the same weights and see the same batches, with the recipe's own loss, auxiliary
+    loss and gates. Under CP the recipe's activation checkpointing runs too.
 
     Args:
-        fields: A recipe's model config.
+        recipe: A recipe, for ``model``, ``loss_fn`` and ``distributed``.
+        config: Its model config, complete.
         cp_size: Number of local ranks.
         packed: Whether rows hold several documents.
 
     Returns:
-        Loss, logits and the gradient of every parameter that has one.
+        Loss, logits, the gradient of every parameter that has one, and of each gate that balances
+        its experts the auxiliary loss, the experts' loads and their biases after the step.
 
     Raises:
         RankFailed: If a rank raised.
         ValueError: If the config cannot be made.
     """
-    small = shrink(fields)
-    config = DeepseekV4ContextParallelConfig(**small)
-    multiple = config.context_parallel.resolve_pad_multiple(small["compress_ratios"])
-    documents = documents_for(packed, cp_size, multiple)
-    differences: list[Difference] = local_ranks.run(_compare, cp_size, small, documents, packed)
-    return differences
+    case = case_of(recipe, config, cp_size=cp_size, packed=packed)
+    differences, not_run = local_ranks.run(compare, cp_size, case)
+    return Verification(differences, [*shrinking.left_out(recipe), *not_run])
 
 
 def gradient_limit(name: str, reference: Mapping[str, torch.nn.Parameter]) -> float:
@@ -258,35 +226,49 @@ def packed_batch(documents: list[list[int]], seq_len: int, seed: int, vocab: int
     }
 
 
-class _Mesh:
-    """The little of a one-dimensional device mesh that batch functions use."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def size(self) -> int:
-        return cp_size(self._group)
-
-    def get_group(self) -> Any:
-        return self._group
+def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch of one document per row as AutoModel's default collater makes it."""
+    real = batch["labels"] != -100
+    # MTP reads the padding behind a row's last token; packed documents are followed by id 0.
+    ids = batch["input_ids"].masked_fill(~real, 0)
+    return {"input_ids": ids, "labels": batch["labels"], "attention_mask": real}
 
 
-def _loss(model: Any, out: Any, targets: list[torch.Tensor], count: int) -> torch.Tensor:
-    """Return the summed loss of the logits and of each MTP depth over the number of labels."""
-    logits = [out.logits, *(model.lm_head(hidden) for hidden in out.mtp_per_depth_h or [])]
-    losses = [
-        cross_entropy(each.flatten(0, 1).float(), target.flatten(), reduction="sum") / count
-        for each, target in zip(logits, targets, strict=True)
-    ]
-    return torch.stack(losses).sum()
+def _document_rows(
+    batch: dict[str, Any], documents: list[list[int]], spare: int
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return each document as a row of its own, and where its tokens come from.
+
+    Args:
+        batch: Rows of documents, one after the other.
+        documents: Their lengths, row by row.
+        spare: Slots of padding behind the longest one, for what MTP looks ahead.
+
+    Returns:
+        The batch, and which of the B S tokens each of its slots holds, -1 for padding.
+    """
+    length = batch["input_ids"].shape[1]
+    longest = max(map(max, documents)) + spare
+    sources = []
+    for row, of_row in enumerate(documents):
+        begin = row * length
+        for tokens in of_row:
+            source = torch.full((longest,), -1)
+            source[:tokens] = torch.arange(begin, begin + tokens)
+            sources.append(source)
+            begin += tokens
+    source = torch.stack(sources)
+    padding = source < 0
+    rows = {
+        key: batch[key].flatten()[source].masked_fill(padding, fill)
+        for key, fill in (("input_ids", 0), ("labels", -100))
+    }
+    return rows | {"attention_mask": ~padding, "padding_mask": padding}, source
 
 
-def _compare(
-    group: Any, rank: int, small: dict[str, Any], documents: list[list[int]], packed: bool
-) -> list[Difference]:
-    torch.compiler.set_stance("force_eager")  # shapes change with each document
-    device = local_ranks.device_of(rank, cp_size(group))
-    config = DeepseekV4ContextParallelConfig(**small)
+def _models(case: Case, device: torch.device) -> tuple[Any, Any]:
+    """Return AutoModel's model and ours with the same drawn weights."""
+    config = DeepseekV4ContextParallelConfig(**case.config)
     backend = BackendConfig(
         attn="sdpa",
         linear="torch",
@@ -296,73 +278,113 @@ def _compare(
         rope_fusion=False,
         enable_hf_state_dict_adapter=False,
     )
-    reference = DeepseekV4ForCausalLM(config, backend=backend)
-    reference.initialize_weights(torch.device("cpu"), torch.float32)  # the hash gate's table
+    settings = shrinking.model_settings(case.recipe)
+    reference = DeepseekV4ForCausalLM(config, backend=backend, **settings)
+    mine = DeepseekV4ContextParallelForCausalLM(config, backend=backend, **settings)
+    for model in (reference, mine):  # AutoModel 0.5 builds norms in bfloat16
+        model.initialize_weights(torch.device("cpu"), torch.float32)
     draw_weights(reference, seed=0)
-    mine = DeepseekV4ContextParallelForCausalLM(config, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in reference.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("tid2eid"):  # AutoModel 0.5 sends every token to one expert
+            slots = torch.arange(buffer.numel()).view(buffer.shape)
+            buffer.copy_(slots % config.n_routed_experts)
     mine.load_state_dict(reference.state_dict())
     for model in (reference, mine):
         model.to(device).train()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".indexer." not in name)  # it chooses, and is not trained
+            if ".indexer." in name:  # it chooses, and is not trained
+                parameter.requires_grad_(False)
+    return reference, mine
 
-    seq_len = max(map(sum, documents))
-    batch = packed_batch(documents, seq_len, seed=1, vocab=config.vocab_size)
-    if not packed:
-        real = batch["labels"] != -100
-        batch = {"input_ids": batch["input_ids"], "labels": batch["labels"], "attention_mask": real}
-    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    ids, labels = batch["input_ids"], batch["labels"]
-    count = int((labels != -100).sum())
-    depths = range(1, mine.mtp_config.num_layers + 1)
 
-    expected = torch.zeros(*ids.shape, config.vocab_size, device=device)
-    expected_loss = torch.zeros((), device=device)
-    for row, lengths in enumerate(documents):
-        begin = 0
-        for length in lengths:
-            own = (slice(row, row + 1), slice(begin, begin + length))
-            targets = [labels[own]]
-            for depth in depths:
-                ahead = torch.full_like(labels[own], -100)
-                ahead[:, :-depth] = labels[own][:, depth:]
-                targets.append(ahead)
-            out = reference(ids[own])
-            loss = _loss(reference, out, targets, count)
-            loss.backward()
-            expected[own], expected_loss = out.logits.detach(), expected_loss + loss.detach()
-            begin += length
+def compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[str]]:
+    """Compare one step of a rank's two models; a job of :func:`local_ranks.run`.
 
-    shifted = mine.prepare_mtp_inputs_for_cp(dict(batch)) if depths else None
-    sharder = mine.prepare_model_inputs_for_cp(batch)["cp_sharder"]
-    sharder._cp_mesh = _Mesh(group)
-    _, batch = sharder.shard(batch)
-    targets = [batch.pop("labels")]
-    if shifted is not None:
-        batch["mtp_per_depth_input_ids"] = [
-            sharder.shard_token_tensor(tensor, fill=0) for tensor in shifted.input_ids
+    Returns:
+        The differences, and what of the recipe does not run here.
+    """
+    with torch.compiler.set_stance("force_eager"):  # shapes change with each microbatch
+        return _compare(group, rank, case)
+
+
+def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[str]]:
+    size = cp_size(group)
+    device = local_ranks.device_of(rank, size)
+    reference, mine = _models(case, device)
+    spare = mine.mtp_config.num_layers
+
+    batches, rows, sources = [], [], []
+    for seed, documents in enumerate(case.documents, start=1):
+        seq_len = max(map(sum, documents))
+        batch = packed_batch(documents, seq_len, seed, mine.config.vocab_size)
+        batches.append(batch if case.packed else _unpacked(batch))
+        of_documents, source = _document_rows(batch, documents, spare)
+        rows.append(of_documents)
+        sources.append(source)
+
+    loss = training_step.build_loss(case.recipe, device)
+    expected = TrainingStep(reference, loss.function, device).run(rows)
+    mine, setup = training_step.parallelize(mine, case.recipe, cp_size=size, device=device)
+    loss = loss.for_model(mine)
+    found = TrainingStep(mine, loss.function, device, setup, packed=case.packed).run(batches)
+
+    not_run = [] if loss.reason is None else [f"loss_fn: {loss.name} ({loss.reason})"]
+    differences = [Difference("loss", abs(found.loss - expected.loss), OUTPUT_LIMIT)]
+    if found.logits:
+        gaps = [
+            _largest(mine_BSV.flatten(0, 1)[source[source >= 0]], theirs_DSV[source >= 0])
+            for mine_BSV, theirs_DSV, source in zip(
+                found.logits, expected.logits, sources, strict=True
+            )
         ]
-        targets += [sharder.shard_token_tensor(tensor, fill=-100) for tensor in shifted.targets]
-    out = mine(**batch)
-    loss = _loss(mine, out, targets, count)
-    loss.backward()
+        differences.append(Difference("logits", max(gaps), OUTPUT_LIMIT))
+    else:
+        not_run.append("logits (this AutoModel has no functions to gather tokens)")
+    limits = dict(reference.named_parameters())
+    for name in expected.gradients.keys() | found.gradients.keys():
+        limit = gradient_limit(name, limits)
+        value = _relative(found.gradients.get(name), expected.gradients.get(name))
+        differences.append(Difference(f"gradient of {name}", value, limit))
+    bias_step = reference.model.moe_config.gate_bias_update_factor
+    return differences + _compare_gates(found, expected, group, bias_step), not_run
 
-    total = all_reduce_sum(loss.detach(), [group])
-    logits = sharder.gather_token_tensor(out.logits.detach(), trim=True, fill=0.0)
-    gap = (logits - expected)[labels != -100].abs().max()
-    differences = [
-        Difference("loss", float((total - expected_loss).abs()), OUTPUT_LIMIT),
-        Difference("logits", float(gap), OUTPUT_LIMIT),
-    ]
-    theirs = dict(reference.named_parameters())
-    for name, parameter in mine.named_parameters():
-        mine_grad, their_grad = parameter.grad, theirs[name].grad
-        if mine_grad is None and their_grad is None:
-            continue
-        zero = torch.zeros_like(parameter)
-        mine_grad = all_reduce_sum(zero if mine_grad is None else mine_grad, [group])
-        their_grad = zero if their_grad is None else their_grad
-        largest = their_grad.abs().max().clamp(min=1e-30)
-        value = float((mine_grad - their_grad).abs().max() / largest)
-        differences.append(Difference(f"gradient of {name}", value, gradient_limit(name, theirs)))
+
+def _compare_gates(
+    found: StepResult, expected: StepResult, group: Any, bias_step: float
+) -> list[Difference]:
+    """Compare what the gates did to balance their experts.
+
+    Loads are integers and biases move by one step up or down: less than half of the smallest
+    difference is none.
+    """
+    differences = []
+    for name, theirs in expected.loads.items():
+        # Each rank counts its own tokens.
+        mine = all_reduce_sum(found.loads.get(name, torch.zeros_like(theirs)), [group])
+        total = float(theirs.sum())
+        value = _largest(mine, theirs) / total
+        differences.append(Difference(f"expert load of {name}", value, 0.5 / total))
+    for name, theirs in expected.auxiliary_losses.items():
+        value = _largest(found.auxiliary_losses.get(name), theirs)
+        differences.append(Difference(f"auxiliary loss of {name}", value, OUTPUT_LIMIT))
+    for name, theirs in expected.biases.items():
+        value = _largest(found.biases.get(name), theirs)
+        limit = 0.5 * bias_step
+        differences.append(Difference(f"correction bias of {name} after the step", value, limit))
     return differences
+
+
+def _largest(mine: torch.Tensor | None, theirs: torch.Tensor) -> float:
+    """Return the largest difference, infinite where there is nothing to compare."""
+    return math.inf if mine is None else float((mine - theirs).abs().max())
+
+
+def _relative(mine: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
+    """Return the largest difference relative to the reference's largest entry; None is zero."""
+    if theirs is None:
+        return 0.0 if mine is None or not mine.any() else math.inf
+    largest = float(theirs.abs().max().clamp(min=1e-30))
+    return float((theirs if mine is None else mine - theirs).abs().max()) / largest

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from nemo_dsv4_cp.cli.app import app
 from nemo_dsv4_cp.tools import recipes
+from nemo_dsv4_cp.tools.verification import Verification
 
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
@@ -89,10 +90,12 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same" in done.stdout
     (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("Left out")]
-    assert "expert parallelism (distributed.ep_size: 64), recomputation" in left_out
+    assert "expert parallelism (distributed.ep_size: 64), activation checkpointing of" in left_out
     named = {figure["name"]: figure for figure in json.loads(figures.read_text())}
     assert all(figure["passes"] for figure in named.values())
     assert {"loss", "logits", "gradient of mtp.layers.0.e_proj.weight"} <= set(named)
+    assert "expert load of model.layers.1.mlp.gate" in named
+    assert "correction bias of model.layers.1.mlp.gate after the step" in named
     assert "gradient of model.layers.2.self_attn.compressor.wkv.weight" in named
 
 
@@ -130,7 +133,8 @@ def test_a_model_of_the_hub_is_verified_with_packaged_sizes_and_says_so(tmp_path
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
     seen = []
     monkeypatch.setattr(
-        "nemo_dsv4_cp.tools.verification.verify", lambda fields, **_: seen.append(fields) or []
+        "nemo_dsv4_cp.tools.verification.verify",
+        lambda recipe, config, **_: seen.append(config) or Verification([], []),
     )
     path = tmp_path / "recipe.yaml"
     path.write_text(

@@ -1,13 +1,23 @@
-"""What ``verify`` allows rounding, that it allows an error nothing, and what it leaves out."""
+"""What ``verify`` allows for rounding, that it passes right recipes, and which faults it finds."""
+
+from unittest.mock import patch
 
 import pytest
 import torch
-from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
+from nemo_automodel.components.models.common.mtp import MTPConfig
+from nemo_automodel.components.models.deepseek_v4.model import (
+    DeepseekV4ForCausalLM,
+    DeepseekV4HashGate,
+)
+from nemo_automodel.components.moe.layers import MoE
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_dsv4_cp.tools import recipes
-from nemo_dsv4_cp.tools.verification import draw_weights, gradient_limit, left_out
+from nemo_dsv4_cp.exchange.collectives import process_group
+from nemo_dsv4_cp.host import training_step
+from nemo_dsv4_cp.host.torch_api import in_backward
+from nemo_dsv4_cp.tools import local_ranks
+from nemo_dsv4_cp.tools.verification import case_of, compare, draw_weights, gradient_limit
 from tests.parity import cpu_backend, tiny_config, worst
 
 
@@ -88,34 +98,163 @@ def test_the_hosts_own_rounding_is_within_what_is_allowed(rows, seq_len, seed):
         assert worst(single[name], double[name].grad) <= limit, name
 
 
-@pytest.mark.parametrize(
-    ("recipe", "named"),
-    [
-        ({}, []),
-        ({"peft": {"dim": 8}}, ["LoRA (peft)"]),
-        ({"peft": None, "fp8": {"enabled": False}}, []),
-        ({"fp8": {"enabled": True}}, ["FP8 (fp8)"]),
-        ({"quantization": {"load_in_4bit": True}}, ["quantisation (quantization)"]),
-        ({"distributed": {"pp_size": 2}}, ["pipeline stages (distributed.pp_size: 2)"]),
-        ({"distributed": {"pp_size": 1, "ep_size": None}}, []),
-        ({"model": {"backend": {"attn": "eager", "experts": "torch"}}}, []),
-        ({"model": {"backend": {"attn": "tilelang"}}}, ["model.backend.attn: tilelang"]),
-    ],
+LOSSES = "nemo_automodel.components.loss"
+CHUNKED = {"loss_fn": {"_target_": f"{LOSSES}.chunked_ce.ChunkedCrossEntropy", "chunk_len": 50}}
+FUSED = {"loss_fn": {"_target_": f"{LOSSES}.linear_ce.FusedLinearCrossEntropy"}}
+AUXILIARY = {"model": {"moe_overrides": {"aux_loss_coeff": 0.01}, "mtp_loss_scaling_factor": 0.3}}
+NO_BIAS_UPDATE = {"model": {"moe_overrides": {"gate_bias_update_factor": 0.0}}}
+FULL, SELECTIVE = (
+    {"distributed": {"activation_checkpointing": how}} for how in (True, "selective")
 )
-def test_what_is_not_run_is_named_with_its_setting(recipe, named):
-    assert left_out(recipe) == named
 
 
-def test_what_is_left_out_of_the_packages_recipes():
-    assert left_out(recipes.compose("tiny_cpu").fields) == []
-    of_flash = [
-        "expert parallelism (distributed.ep_size: 64)",
-        "recomputation (distributed.activation_checkpointing)",
-        "model.backend.attn: tilelang",
-        "model.backend.experts: torch_mm",
-        "model.backend.dispatcher: hybridep",
-    ]
-    assert left_out(recipes.compose("flash_lora").fields) == ["LoRA (peft)", *of_flash]
-    assert (
-        left_out(recipes.compose("flash_distillation").fields)[0] == "the teacher (teacher_model)"
+def case(recipe, *, cp_size=2, packed=True):
+    """Two layers of ratio 4, the first with a hash gate, and one of MTP: seconds."""
+    config = {"compress_ratios": [4, 4], "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    return case_of(recipe, config, cp_size=cp_size, packed=packed)
+
+
+def before_each_moe(model, change):
+    """Change an MoE and the padding mask that it gets before each of its forwards."""
+
+    def hook(moe, args):
+        hidden, padding_mask = args
+        return hidden, change(moe, padding_mask)
+
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.register_forward_pre_hook(hook)
+
+
+def balance_each_shard_alone(model):
+    def without_mesh(moe, padding_mask):
+        moe.cp_mesh = None
+        return padding_mask
+
+    before_each_moe(model, without_mesh)
+
+
+def count_padding_as_load(model):
+    before_each_moe(model, lambda moe, padding_mask: None)
+
+
+def update_no_bias(model):
+    model.model.update_moe_gate_bias = lambda: None
+
+
+def scale_mtp_by_the_default(model):
+    scaled = model.mtp_config
+    model.mtp_config = MTPConfig(
+        num_layers=scaled.num_layers, layer_pattern=scaled.layer_pattern, loss_scaling_factor=0.1
     )
+
+
+def hide_logits_to_keep(model):
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def forget_ids_on_recomputation(model):
+    def forget(gate, args):
+        if in_backward():
+            gate.set_input_ids(None)
+
+    for module in model.modules():
+        if isinstance(module, DeepseekV4HashGate):
+            module.register_forward_pre_hook(forget)
+
+
+def outcome(group, rank, case, fault=None):
+    """Return what differs and what was not run, or the error."""
+    original = training_step.parallelize
+
+    def parallelize(model, *args, **kwargs):
+        model, setup = original(model, *args, **kwargs)
+        if fault is not None:
+            fault(model)
+        return model, setup
+
+    with patch.object(training_step, "parallelize", parallelize):
+        try:
+            differences, not_run = compare(group, rank, case)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", []
+    return [each.name for each in differences if not each.passes], not_run
+
+
+RIGHT = {
+    "auxiliary loss, fused cross entropy": (
+        case(AUXILIARY | FUSED, packed=False),
+        ["loss_fn: FusedLinearCrossEntropy (does not run here"],
+    ),
+    "full checkpointing, chunked cross entropy": (case(AUXILIARY | FULL | CHUNKED), []),
+    "selective checkpointing, no bias update": (case(SELECTIVE | NO_BIAS_UPDATE), []),
+}
+GATE, MTP_GATE = "model.layers.1.mlp.gate", "mtp.layers.0.mlp.gate"
+WRONG = {
+    "each shard balanced alone": (
+        balance_each_shard_alone,
+        case(AUXILIARY),
+        [f"auxiliary loss of {GATE}", f"gradient of {GATE}.weight"],
+    ),
+    "padding counted as load": (
+        count_padding_as_load,
+        case({}),
+        [f"expert load of {GATE}", f"expert load of {MTP_GATE}"],
+    ),
+    "no bias update": (update_no_bias, case(FULL), [f"correction bias of {GATE} after the step"]),
+    "MTP at the default scale": (scale_mtp_by_the_default, case(AUXILIARY), ["loss"]),
+    "logits_to_keep hidden": (hide_logits_to_keep, case(CHUNKED), "requires a model supporting"),
+    "token ids lost": (forget_ids_on_recomputation, case(FULL), "CheckpointError"),
+}
+
+
+def outcomes_job(group, rank, cases):
+    return [outcome(group, rank, *each) for each in cases]
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """All comparisons by one pair of ranks: importing AutoModel takes longer than any."""
+    cases = [(each, None) for each, _ in RIGHT.values()]
+    cases += [(each, fault) for fault, each, _ in WRONG.values()]
+    found = local_ranks.run(outcomes_job, 2, cases)
+    names = [*(("right", name) for name in RIGHT), *(("wrong", name) for name in WRONG)]
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_recipe_that_trains_right_passes(name, outcomes):
+    differs, not_run = outcomes["right", name]
+    assert differs == []
+    expected = RIGHT[name][1]
+    assert len(not_run) == len(expected)
+    assert all(part in said for part, said in zip(expected, not_run, strict=True))
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_fault_is_found_and_named(name, outcomes):
+    differs, _ = outcomes["wrong", name]
+    expected = WRONG[name][2]
+    if isinstance(expected, str):
+        assert expected in differs
+    else:
+        assert set(expected) <= set(differs)
+
+
+@pytest.fixture
+def one_thread():
+    """As the local ranks have: threads cost more than they give on layers of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_padding_of_packed_rows_is_checked_without_context_parallelism_too(one_thread):
+    alone = case(AUXILIARY | FULL, cp_size=1)
+    with process_group("gloo", rank=0, size=1) as group:
+        assert outcome(group, 0, alone) == ([], [])
+        differs, _ = outcome(group, 0, alone, count_padding_as_load)
+    assert f"expert load of {GATE}" in differs
+    assert "logits" not in differs

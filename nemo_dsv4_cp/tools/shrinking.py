@@ -1,0 +1,132 @@
+"""A recipe's model in a size that any machine runs, and what of the recipe is not run with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 32,
+    "o_lora_rank": 16,
+    "o_groups": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "index_head_dim": 16,
+    # Index scores are sums of relu: with few heads many tie at exactly 0, and any choice is right.
+    "index_n_heads": 16,
+    # No fewer than there are entries: rounding before a choice could swap two near ties.
+    "index_topk": 4096,
+    "num_hash_layers": 1,
+    "max_position_embeddings": 1 << 16,
+    "torch_dtype": "float32",
+}
+_SIZES_OF_EXPERTS = {
+    "dim",
+    "inter_dim",
+    "moe_inter_dim",
+    "shared_expert_inter_dim",
+    "moe_latent_size",
+    "n_routed_experts",
+    "n_activated_experts",
+    "n_expert_groups",
+    "n_limited_groups",
+    "dtype",
+    "gate_dtype",
+}
+"""What of ``model.moe_overrides`` the shrunk model sets by itself; it computes in float32."""
+_SECTIONS = {
+    "peft": "LoRA",
+    "quantization": "quantisation",
+    "qat": "quantisation-aware training",
+    "fp8": "FP8",
+    "compile": "compilation",
+    "teacher_model": "the teacher",
+    "freeze_config": "frozen parameters",
+}
+_DEGREES = {
+    "pp_size": "pipeline stages",
+    "ep_size": "expert parallelism",
+    "tp_size": "tensor parallelism",
+}
+_BACKEND = {"attn": ("sdpa", "eager"), "experts": ("torch",), "dispatcher": ("torch",)}
+"""What of ``model.backend`` runs as the recipe has it."""
+_KEPT = (
+    "sliding_window",
+    "hc_mult",
+    "num_nextn_predict_layers",
+    "routed_scaling_factor",
+    "output_hidden_states",
+)
+
+
+def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of a few layers that has every kind of layer of the given one.
+
+    Args:
+        fields: A model config's fields, ``compress_ratios`` and ``context_parallel`` among them.
+
+    Raises:
+        ValueError: If there are no compress ratios to go by.
+    """
+    ratios = fields.get("compress_ratios")
+    if not ratios:
+        raise ValueError(
+            "the recipe's model.config has no compress_ratios; name them there, or compose the "
+            "recipe with nemo-dsv4-cp compose"
+        )
+    layers = int(fields.get("num_hidden_layers") or len(ratios))
+    kinds = list(dict.fromkeys(int(ratio) for ratio in ratios[:layers]))
+    predicting = int(fields.get("num_nextn_predict_layers") or 0)
+    of_predicting = [int(ratio) for ratio in ratios[layers : layers + predicting]]
+    kept = {key: fields[key] for key in _KEPT if fields.get(key) is not None}
+    return {
+        **_SMALL,
+        **kept,
+        "num_hidden_layers": len(kinds) + 1,
+        # Once more the first kind that compresses: a layer that sees what compression gave.
+        "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],
+        "context_parallel": fields.get("context_parallel"),
+    }
+
+
+def model_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe passes to the model beside its config, less sizes and dtypes."""
+    model = recipe.get("model") or {}
+    settings: dict[str, Any] = {}
+    if overrides := model.get("moe_overrides"):
+        settings["moe_overrides"] = {
+            key: value for key, value in overrides.items() if key not in _SIZES_OF_EXPERTS
+        }
+    if model.get("mtp_loss_scaling_factor") is not None:
+        settings["mtp_loss_scaling_factor"] = model["mtp_loss_scaling_factor"]
+    return settings
+
+
+def left_out(recipe: Mapping[str, Any]) -> list[str]:
+    """Name what a recipe trains with and ``verify`` does not run, in words and by setting."""
+    found = []
+    for section, words in _SECTIONS.items():
+        value = recipe.get(section)
+        if value and not (isinstance(value, Mapping) and value.get("enabled") is False):
+            found.append(f"{words} ({section})")
+    distributed = recipe.get("distributed") or {}
+    for name, words in _DEGREES.items():
+        if (distributed.get(name) or 1) != 1:
+            found.append(f"{words} (distributed.{name}: {distributed[name]})")
+    if (distributed.get("ep_size") or 1) != 1 and distributed.get("activation_checkpointing"):
+        found.append("activation checkpointing of expert parallelism (runs as with ep_size: 1)")
+    strategy = str(distributed.get("strategy") or "fsdp2")
+    if strategy.lower() != "fsdp2":
+        found.append(f"distributed.strategy: {strategy}")
+    backend = (recipe.get("model") or {}).get("backend") or {}
+    for name, run in _BACKEND.items():
+        if backend.get(name, run[0]) not in run:
+            found.append(f"model.backend.{name}: {backend[name]}")
+    return found
