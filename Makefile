@@ -11,13 +11,14 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test gpu test-faults test-soak test-hosts test-torch refusals lint clean
+.PHONY: help demo test gpu test-faults test-soak test-recipes test-hosts test-torch refusals lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests, and some with each supported AutoModel"
 	@echo "make test-faults   ranks that are killed, stopped or fail, and resuming at other sizes: 20 minutes"
 	@echo "make test-soak   what ranks hold after 500 steps, and two trainings in one process: 20 minutes"
+	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 25 minutes"
 	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
 	@echo "make gpu    tests of the kernels and times of one emulated rank, on this machine's GPU"
 	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"
@@ -45,6 +46,12 @@ test-faults: $(INSTALLED)
 # What ranks hold after hundreds of steps; -rP prints the counts.
 test-soak: $(INSTALLED)
 	$(BIN)/python -m pytest -rP tests/soak
+
+# Every pair of recipe options, one launch at a time, and the table of what was found.
+RECIPES := build/recipes.json
+test-recipes: $(INSTALLED)
+	$(BIN)/python -m pytest -vv --recipes $(RECIPES) tests/recipes/test_options.py tests/recipes/all_pairs
+	PYTHONPATH=. $(BIN)/python docs/recipes.py $(RECIPES)
 
 # The last rank alone, forward and backward, by every path.
 SHAPES := 131072/8 262144/16 1048576/64

@@ -4,7 +4,7 @@ from hypothesis import settings
 
 from tests.ranks import RankPool
 
-pytest_plugins = ["pytester", "tests.capabilities"]
+pytest_plugins = ["pytester", "tests.capabilities", "tests.recipes.results"]
 
 settings.register_profile("patient", deadline=None)  # a loaded machine is no error
 settings.load_profile("patient")
