@@ -85,7 +85,7 @@ class RowPlan:
         )
 
     def divide(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of a tensor [B, L, ...] that stay and those that leave; differentiable."""
+        """Return the rows of a tensor [B, L, ...] that stay and those that leave."""
         divided: tuple[torch.Tensor, torch.Tensor] = _Divided.apply(  # type: ignore[no-untyped-call]
             tensor, self.own, self.leaving
         )
