@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,9 +36,6 @@ class AttentionPlan:
     queries: Queries
     window: int
     ratio: int
-    _ranges: dict[torch.device, torch.Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )
 
     def raw_span(self, rows: slice) -> slice:
         """Return the raw keys that the queries in ``rows`` see between them."""
@@ -61,9 +58,8 @@ class AttentionPlan:
             Int32 [B or 1, C, 4], ascending in every column: its first raw key and its last, which
             is its own; the first entry that it may see and the one after the last.
         """
-        if device not in self._ranges:
-            self._ranges[device] = self._visible_ranges(device)
-        return self._ranges[device]
+        key = ("visible ranges", self.window, self.ratio, device)
+        return self.queries.once(key, lambda: self._visible_ranges(device))
 
     def _visible_ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)

@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 
+T = TypeVar("T")
 Runs = tuple[range, ...]
 """Positions of tokens, run after run, as rows of a tensor hold them."""
 
@@ -27,7 +28,7 @@ class Queries:
 
     layout: SequenceLayout
     runs: Runs
-    _tensors: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def own(cls, layout: SequenceLayout) -> Queries:
@@ -37,25 +38,28 @@ class Queries:
     def __len__(self) -> int:
         return sum(map(len, self.runs))
 
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make`` returns, made once for all layers that compute these queries."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
     def positions(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return their positions, int64 [C]; computed once."""
-        if device not in self._tensors:
-            self._tensors[device] = concatenated(self.runs, device)
-        positions: torch.Tensor = self._tensors[device]
-        return positions
+        """Return their positions, int64 [C]."""
+        return self.once(("positions", device), lambda: concatenated(self.runs, device))
 
     def visible_entries(
         self, ratio: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first entry that each sees and the one after its last; computed once.
+        """Return the first entry that each sees and the one after its last.
 
         Int64 [B or 1, C] each, as :meth:`SequenceLayout.visible_entries` counts them.
         """
-        if (ratio, device) not in self._tensors:
-            positions = self.positions(device)
-            self._tensors[ratio, device] = self.layout.visible_entries(positions, ratio)
-        bounds: tuple[torch.Tensor, torch.Tensor] = self._tensors[ratio, device]
-        return bounds
+        return self.once(
+            ("visible entries", ratio, device),
+            lambda: self.layout.visible_entries(self.positions(device), ratio),
+        )
 
     def run_at(self, row: int) -> int:
         """Return which run holds a row."""

@@ -275,15 +275,18 @@ def attend(
         [B, L, G, N / G * D] of the queries' dtype.
     """
     batch, _, heads, width = q_BLND.shape
-    chunks = backward_chunks(
-        plan,
-        batch=batch,
-        heads=heads,
-        width=width,
-        n_chosen=None if chosen_BLK is None else chosen_BLK.shape[-1],
-        itemsize=q_BLND.element_size(),
-        in_order=torch.are_deterministic_algorithms_enabled(),
-        workspace_bytes=workspace_bytes,
+    sizes: dict[str, Any] = {
+        "batch": batch,
+        "heads": heads,
+        "width": width,
+        "n_chosen": None if chosen_BLK is None else chosen_BLK.shape[-1],
+        "itemsize": q_BLND.element_size(),
+        "in_order": torch.are_deterministic_algorithms_enabled(),
+        "workspace_bytes": workspace_bytes,
+    }
+    chunks = plan.queries.once(
+        ("backward chunks", plan.window, plan.ratio, *sizes.values()),
+        lambda: backward_chunks(plan, **sizes),
     )
     cos, sin = (part.expand(batch, -1, -1).contiguous() for part in rope)
     out: torch.Tensor = attend_op(

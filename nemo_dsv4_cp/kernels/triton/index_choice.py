@@ -195,6 +195,11 @@ def choose_entries(
     Returns:
         Int32 [B, L, min(topk, P)] in order of place, ``NOTHING`` in unused slots.
     """
+    batch = q_BLIF.shape[0]
+    chunks = queries.once(
+        ("score chunks", ratio, batch, workspace_bytes),
+        lambda: score_chunks(queries, ratio, batch=batch, workspace_bytes=workspace_bytes),
+    )
     bounds = queries.visible_entries(ratio, q_BLIF.device)
     cos, sin = (part.expand(q_BLIF.shape[0], -1, -1).contiguous() for part in rope)
     chosen: torch.Tensor = choose_entries_op(
@@ -205,6 +210,6 @@ def choose_entries(
         sin,
         torch.stack(bounds, dim=-1).to(torch.int32),
         topk,
-        score_chunks(queries, ratio, batch=q_BLIF.shape[0], workspace_bytes=workspace_bytes),
+        chunks,
     )
     return chosen
