@@ -168,6 +168,7 @@ def contiguous_shard(
         pad_multiple=pad_multiple,
     )
     batch["labels"] = checked.labels
+    batch.pop("vision_token_types", None)  # all text, or it was refused
     if checked.loss_mask is not None:
         batch["loss_mask"] = checked.loss_mask
 

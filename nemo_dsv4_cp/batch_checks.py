@@ -159,12 +159,19 @@ def check_batch(
 
 
 def _refuse_images(batch: Mapping[str, Any]) -> None:
-    found = [key for key in _IMAGE_KEYS if batch.get(key) is not None]
+    found = [key for key in _IMAGE_KEYS if _shows_images(key, batch.get(key))]
     if found:
         raise NotImplementedError(
             f"images ({', '.join(found)} in the batch) are not supported under context "
             "parallelism; set distributed.cp_size: 1"
         )
+
+
+def _shows_images(key: str, value: Any) -> bool:
+    """Return whether a value says that there are images; token types of text are all -1."""
+    if key == "vision_token_types" and _is_plain(value):
+        return bool((value >= 0).any())
+    return value is not None
 
 
 def _check_numbers_to_pad_with(

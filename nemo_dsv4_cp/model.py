@@ -88,9 +88,8 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     ) -> None:
         # AutoModel reads this signature to tell the constructor's arguments from config fields.
         config.rope_scaling = resolve_rope_scaling(config.rope_scaling)
-        gates = len(router_replay.registered())
-        super().__init__(config, moe_config, backend, **kwargs)
-        router_replay.unregister_replaced_gates(self, gates)
+        with router_replay.own_gates_only(self):
+            super().__init__(config, moe_config, backend, **kwargs)
         keep_ids_for_recomputation(self)
         batch_contract().install(self)
         fsdp.install()

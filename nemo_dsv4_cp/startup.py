@@ -44,18 +44,21 @@ def log_first_step(
     attention = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
     overlap = "overlapped with compute" if options.overlap else "waited for"
     exchange = f"{options.transport}, collectives {overlap}" if cp_size > 1 else "none"
+    patched = patches.replaced_names()
+    balancing = ", ".join(_balancing(attention, step)) if cp_size > 1 else "none"
     lines = [
         f"Context parallelism (nemo-dsv4-cp {version('nemo-dsv4-cp')}):",
         f"- cp_size: {cp_size}",
         f"- transport: {exchange}",
         f"- kernels: {', '.join(sorted({layer.kernels_name for layer in attention}))}",
-        f"- load balancing ({options.balance}): {', '.join(_balancing(attention, step))}",
+        f"- load balancing ({options.balance}): {balancing}",
         f"- first batch: {rows} x {length} local tokens, "
         f"{'packed' if packed else 'one document per row'}, {padding}",
         f"- loss: {_loss(model, rows, length, all_logits)}",
-        f"- patched: {', '.join(patches.replaced_names()) or 'nothing'}",
+        f"- patched: {len(patched)} functions of AutoModel and others (names at DEBUG)",
     ]
     _logger.info("\n".join(lines))
+    _logger.debug("Patched: %s", ", ".join(patched))
 
 
 def padding_of_shard(before: int | None, after: int | None, multiple: int) -> str:
@@ -66,7 +69,7 @@ def padding_of_shard(before: int | None, after: int | None, multiple: int) -> st
         after: Tokens per row after; None if the batch was not cut.
         multiple: What an unpacked shard's length is a multiple of.
     """
-    if after is None:
+    if after is None or before == after:
         return "not padded"
     if before is None:
         return f"documents end to end, rows padded to {after} tokens"

@@ -74,6 +74,26 @@ def test_text_of_a_config_with_a_vision_tower_takes_our_path(ranks, size):
     assert_parity(ranks.run(model_job_with, size, 300, tower))
 
 
+def test_images_without_a_vision_tower_are_refused_as_by_automodel():
+    model, ids = build(), torch.ones(1, 16, dtype=torch.long)
+    if not hasattr(model.model, "vision_enabled"):
+        pytest.skip("this AutoModel has no vision tower")
+    with pytest.raises(ValueError, match="without visual pseudo tokens"):
+        model(ids, pixel_values=torch.zeros(4, 3, 14, 14))
+    with pytest.raises(ValueError, match="require a DeepSeek-V4 vision checkpoint"):
+        model(ids, vision_token_types=torch.zeros_like(ids))
+
+
+def test_token_types_of_text_pass_the_sharder():
+    ids = torch.ones(1, 300, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids, "vision_token_types": torch.full_like(ids, -1)}
+    shard = build().prepare_model_inputs_for_cp(batch)["cp_sharder"].shard_batch
+    _, cut, _ = shard(FakeMesh(2), None, dict(batch))
+    assert "vision_token_types" not in cut
+    with pytest.raises(NotImplementedError, match=r"images \(vision_token_types in the batch\)"):
+        shard(FakeMesh(2), None, batch | {"vision_token_types": torch.zeros_like(ids)})
+
+
 def test_padding_of_packed_rows_is_no_expert_load_at_one_rank():
     # Two documents of 40 and 50 tokens, 10 of padding between them and 28 at the end.
     ids = torch.randint(0, 97, (1, 128))

@@ -67,7 +67,7 @@ def test_rank_0_logs_what_runs_under_cp_once(ranks):
         "- loss: from logits [1, 256, 97], 0 MiB in float32; ChunkedCrossEntropy needs none",
     ]
     assert lines[-1].startswith("- patched: ")
-    assert "_peft.lora.apply_lora_to_linear_modules" in lines[-1]
+    assert lines[-1].endswith(" functions of AutoModel and others (names at DEBUG)")
 
 
 def test_a_loss_of_hidden_states_and_packed_rows_are_named():
@@ -75,6 +75,7 @@ def test_a_loss_of_hidden_states_and_packed_rows_are_named():
     batch = {"input_ids": torch.ones(1, 64, dtype=torch.long), "logits_to_keep": 1} | packed
     lines = logged(build(), batch)
     assert "- transport: none" in lines
+    assert "- load balancing (auto): none" in lines
     assert "- first batch: 1 x 64 local tokens, packed, not padded" in lines
     assert "- loss: from hidden states, without logits of all positions" in lines
 

@@ -79,8 +79,11 @@ def shows_images(
         vision_token_types: [B, L], -1 for text.
         checked: The batch was cut by our sharder, which refuses images. Otherwise a config with a
             vision tower waits for the device, as in AutoModel.
+
+    Returns:
+        True for images of a config without a vision tower too: AutoModel refuses them.
     """
-    if not getattr(backbone, "vision_enabled", False):
+    if not hasattr(backbone, "vision_enabled"):
         return False
     if pixel_values is not None:
         return True
@@ -88,7 +91,8 @@ def shows_images(
         return False
     if vision_token_types is not None:
         return bool((vision_token_types >= 0).any())
-    ids_BL = input_ids if backbone.embed_tokens is not None else None
+    has_tower = backbone.vision_enabled and backbone.embed_tokens is not None
+    ids_BL = input_ids if has_tower else None
     return ids_BL is not None and bool((ids_BL >= backbone.config.vocab_size).any())
 
 

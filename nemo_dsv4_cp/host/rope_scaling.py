@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 _YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
 _NO_SCALING = ("", "default")
+_SCALES = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 
 
 def resolve_rope_scaling(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -28,8 +30,13 @@ def resolve_rope_scaling(settings: Mapping[str, Any] | None) -> dict[str, Any] |
         return None
     if not isinstance(settings, Mapping):
         raise ValueError(f"rope_scaling={settings!r} is not a mapping; use one such as {_YARN}")
-    if isinstance(settings.get("compress"), Mapping):
-        if _name(settings.get("main") or {}) not in _NO_SCALING:
+    if "main" in settings or "compress" in settings:
+        if not all(isinstance(settings.get(key), Mapping) for key in ("main", "compress")):
+            raise ValueError(
+                f"rope_scaling={dict(settings)!r} nests main and compress, and both must be "
+                f"mappings; use a flat one such as {_YARN}"
+            )
+        if _name(settings["main"]) not in _NO_SCALING:
             raise ValueError(
                 f"rope_scaling.main={settings['main']!r}: DeepSeek-V4 scales compressed layers "
                 "only; use {rope_type: default} for main"
@@ -37,18 +44,26 @@ def resolve_rope_scaling(settings: Mapping[str, Any] | None) -> dict[str, Any] |
         settings = settings["compress"]
     name, fields = _name(settings), dict(settings)
     if name in _NO_SCALING:
+        if unused := [key for key in _SCALES if key in fields]:
+            raise ValueError(
+                f"rope_scaling={fields!r} sets {unused[0]} and names no scaling, so that "
+                f"AutoModel's DeepSeek-V4 would train without; add type: yarn, as in {_YARN}"
+            )
         return fields
     if name != "yarn":
         raise ValueError(
             f"rope_scaling={fields!r}: AutoModel's DeepSeek-V4 knows yarn only and would train "
             f"without scaling; use one such as {_YARN}, or rope_scaling: null"
         )
-    for key in ("factor", "original_max_position_embeddings"):
-        value = fields.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    for key in _SCALES:
+        if key not in fields and key not in _YARN:
+            continue  # AutoModel has a default for it
+        value, least = fields.get(key), 1 if key == "original_max_position_embeddings" else 0
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value > 0 and value >= least):  # type: ignore[arg-type,operator]
             raise ValueError(
                 f"rope_scaling.{key}={value!r} is not a positive number, and AutoModel's "
-                f"DeepSeek-V4 would train without scaling; use one such as {_YARN[key]}"
+                f"DeepSeek-V4 would train without scaling; use one such as {_YARN.get(key, 1)}"
             )
     return fields | {"type": name, "rope_type": name}
 

@@ -7,6 +7,8 @@ layers route by token id alone and need no replay.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,23 +27,31 @@ def registered() -> list[Any]:
     return registry
 
 
-def unregister_replaced_gates(model: Any, first: int) -> None:
-    """Take gates that a model no longer has out of the registry.
+@contextmanager
+def own_gates_only(model: Any) -> Iterator[None]:
+    """Leave of the gates that are registered inside only those that a model has at the end.
+
+    None of them, if the model cannot be made.
 
     Args:
-        model: A model that was just made.
-        first: How many gates were registered before.
+        model: The model that is made inside.
 
     Raises:
         ValueError: If a gate of the model cannot replay: a vision config's routes by itself.
     """
-    gates = [gate for gate in model.modules() if getattr(gate, "router_replay", None) is not None]
-    if any(hasattr(gate, "bias_vl") for gate in gates):
-        raise ValueError(
-            "moe_overrides.enable_routing_replay=True: the gates of a config with a vision tower "
-            "(vision_n_layers > 0) record and replay nothing in AutoModel; set "
-            "enable_routing_replay: false or vision_n_layers: 0"
-        )
-    owned = {id(gate.router_replay) for gate in gates}
     registry = registered()
+    first = len(registry)
+    try:
+        yield
+        gates = [g for g in model.modules() if getattr(g, "router_replay", None) is not None]
+        if any(hasattr(gate, "bias_vl") for gate in gates):
+            raise ValueError(
+                "moe_overrides.enable_routing_replay=True: the gates of a config with a vision "
+                "tower (vision_n_layers > 0) record and replay nothing in AutoModel; set "
+                "enable_routing_replay: false or vision_n_layers: 0"
+            )
+    except BaseException:
+        del registry[first:]
+        raise
+    owned = {id(gate.router_replay) for gate in gates}
     registry[first:] = [replay for replay in registry[first:] if id(replay) in owned]

@@ -46,6 +46,15 @@ def test_an_override_of_a_saved_config_is_read_the_same(tmp_path):
     assert DeepseekV4ContextParallelConfig.from_pretrained(tmp_path).rope_scaling["type"] == "yarn"
 
 
+def test_an_override_without_the_type_is_refused(tmp_path):
+    saved = DeepseekV4ContextParallelConfig(
+        **SIZES, compress_ratios=[4], rope_scaling=YARN | {"type": "yarn"}
+    )
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sets factor and names no scaling"):
+        DeepseekV4ContextParallelConfig.from_pretrained(tmp_path, rope_scaling={"factor": 8})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -54,6 +63,13 @@ def test_an_override_of_a_saved_config_is_read_the_same(tmp_path):
         ({"type": "yarn", "factor": 4}, r"original_max_position_embeddings=None is not a positive"),
         ({"type": "yarn", "factor": 0, "original_max_position_embeddings": 8}, "factor=0 is not"),
         ("yarn", "is not a mapping"),
+        (YARN, "sets factor and names no scaling"),
+        ({"factor": 4, "rope_type": "default"}, "sets factor and names no scaling"),
+        (YARN | {"type": "yarn", "factor": float("nan")}, "factor=nan is not"),
+        (YARN | {"type": "yarn", "original_max_position_embeddings": 0.5}, "=0.5 is not"),
+        (YARN | {"type": "yarn", "beta_slow": 0}, "beta_slow=0 is not"),
+        ({"main": YARN | {"rope_type": "yarn"}}, "both must be mappings"),
+        (NESTED | {"compress": "yarn"}, "both must be mappings"),
         (NESTED | {"main": {"rope_type": "yarn"}}, "compressed layers only"),
     ],
 )

@@ -86,6 +86,7 @@ def test_replay_with_a_vision_tower_is_refused():
     vision = {"vision_n_layers": 1, "vision_dim": 64, "vision_n_heads": 4, "vision_inter_dim": 64}
     if not hasattr(tiny_config(RATIOS), "vision_n_layers"):
         pytest.skip("this AutoModel has no vision tower")
+    RouterReplay.clear_registry()
     with pytest.raises(ValueError, match=r"enable_routing_replay=True: .*vision_n_layers: 0"):
         build(DeepseekV4ContextParallelForCausalLM, seed=0, **vision)
-    RouterReplay.clear_registry()
+    assert RouterReplay.instances() == []  # what was refused leaves nothing behind
