@@ -27,8 +27,9 @@ from nemo_dsv4_cp.host.auxiliary_loss import refuse_unscaled
 from nemo_dsv4_cp.host.deepseek_v4 import shows_images, with_keywords
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.lengths import document_starts, packed_padding
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
-from nemo_dsv4_cp.sequence.packing import document_starts, is_packed, packed_padding
+from nemo_dsv4_cp.sequence.packing import is_packed
 
 
 def route_over_whole_rows(model: torch.nn.Module, group: Group) -> None:
@@ -53,7 +54,11 @@ def route_over_whole_rows(model: torch.nn.Module, group: Group) -> None:
 
 
 def step_of(
-    kwargs: dict[str, Any], rows: int, length: int, options: ContextParallelOptions
+    kwargs: dict[str, Any],
+    rows: int,
+    length: int,
+    options: ContextParallelOptions,
+    padding_mask: torch.Tensor | None,
 ) -> tuple[StepContext, torch.Tensor | None]:
     """Take what describes a step out of a forward's keyword arguments.
 
@@ -62,33 +67,37 @@ def step_of(
         rows: B.
         length: L, local tokens.
         options: The model's.
+        padding_mask: What the batch says of padding, bool [B, L]; as it does under CP.
 
     Returns:
-        The step's context, and which local tokens are padding, bool [B, L]; None where that is not
-        known here: of rows of one document each, and under CP, where the batch has it.
+        The step's context, and which local tokens are padding: ``padding_mask``, or what packed
+        rows say by their lengths.
 
     Raises:
         KeyError: If rows are marked as packed and no lengths describe their documents.
     """
     if STEP_KEY in kwargs:
-        return kwargs[STEP_KEY], None
-    group, padding = kwargs.get(CP_GROUP_KEY), None
+        return kwargs[STEP_KEY], padding_mask
+    group = kwargs.get(CP_GROUP_KEY)
     rank, size = cp_rank(group), cp_size(group)
     layout = SequenceLayout(length, rank, size)
     if is_packed(kwargs):
         starts = document_starts(kwargs, rows, length * size)
-        padding = packed_padding(kwargs, rows, length * size)
+        padding = None
+        if padding_mask is None:
+            padding = packed_padding(kwargs, rows, length * size)
         for key in _PACKING_KEYS:
             kwargs.pop(key, None)
-        if starts is None or padding is None:
+        if starts is None:
             raise KeyError(
                 "packed rows (qkv_format: thd) need `seq_lens` or `cu_seqlens` beside them; "
                 "nothing else tells where documents end"
             )
         layout = PackedLayout.of_documents(starts, length, cp_rank=rank, cp_size=size)
-        padding = padding[:, layout.start : layout.end]
+        if padding is not None:
+            padding_mask = padding[:, layout.start : layout.end]
     kwargs[STEP_KEY] = StepContext(layout, group, options)
-    return kwargs[STEP_KEY], padding
+    return kwargs[STEP_KEY], padding_mask
 
 
 _PACKING_KEYS = (
@@ -147,7 +156,8 @@ class ContextParallelModel(DeepseekV4Model):
             ValueError: For left padding, or when there is no input.
         """
         self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
-        if shows_images(
+        # A model that made the step's context found text.
+        if STEP_KEY not in attn_kwargs and shows_images(
             self,
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -191,9 +201,7 @@ class ContextParallelModel(DeepseekV4Model):
         like_BLE = streams_BLME[:, :, 0]
         batch, length = like_BLE.shape[:2]
         options = ContextParallelOptions.of(self.config)
-        step, padding = step_of(attn_kwargs, batch, length, options)
-        if padding_mask is None:
-            padding_mask = padding
+        step, padding_mask = step_of(attn_kwargs, batch, length, options, padding_mask)
         if position_ids is None:
             position_ids = step.layout.document_positions(like_BLE.device)
         position_ids = torch.atleast_2d(position_ids).expand(batch, -1)

@@ -30,8 +30,9 @@ from nemo_dsv4_cp.exchange.collectives import cp_rank as dsv4_cp_rank
 from nemo_dsv4_cp.exchange.collectives import cp_size as dsv4_cp_size
 from nemo_dsv4_cp.exchange.gather import all_gather
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.sequence.lengths import build_packed_seq_ids
 from nemo_dsv4_cp.sequence.masks import causal_padding_mask, packed_causal_padding_mask
-from nemo_dsv4_cp.sequence.packing import build_packed_seq_ids, documents_as_told, packed_len
+from nemo_dsv4_cp.sequence.packing import documents_as_told, packed_len
 
 __all__ = [
     "_lcm",

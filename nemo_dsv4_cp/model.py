@@ -29,7 +29,6 @@ from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
     cp_enabled,
-    is_first_rank,
     sharding_groups,
 )
 from nemo_dsv4_cp.finite import FiniteCheck
@@ -173,16 +172,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             batch | documents, num_depths=self.mtp_config.num_layers, ignore_index=ignore_index
         )
 
-    def resolve_lora_targets(self, peft_config: Any) -> Any:
-        """Return a PEFT config without the frozen indexer; refuse what LoRA cannot change.
-
-        Args:
-            peft_config: AutoModel's ``PeftConfig``.
-
-        Raises:
-            ValueError: If it selects a grouped projection, or nothing but the indexer.
-        """
-        return lora.resolve_targets(self, peft_config)
+    resolve_lora_targets = lora.resolve_targets
 
     def forward(
         self,
@@ -254,13 +244,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         tokens = input_ids if input_ids is not None else attn_kwargs.get("inputs_embeds")
         if tokens is not None and tokens.dim() > 1 and not images:
             options = ContextParallelOptions.of(self.config)
-            step, padding = step_of(attn_kwargs, tokens.shape[0], tokens.shape[1], options)
-            if padding_mask is None:
-                padding_mask = padding
+            rows, length = tokens.shape[:2]
+            step, padding_mask = step_of(attn_kwargs, rows, length, options, padding_mask)
             if self.training and not self._logged:
                 self._logged = True
                 all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-                self._log_first_step(tokens, step, all_logits=all_logits)
+                log_first_step(self, tokens, step, all_logits=all_logits, padding=self._padding)
         text: dict[str, Any] = {
             "position_ids": position_ids,
             "attention_mask": attention_mask,
@@ -284,11 +273,6 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         if self._finite is not None:
             self._finite.raise_on_all_ranks(group)
         return out
-
-    def _log_first_step(self, tokens: torch.Tensor, step: StepContext, *, all_logits: bool) -> None:
-        """Log what the plugin does for this model, on rank 0."""
-        if is_first_rank():
-            log_first_step(self, tokens, step, all_logits=all_logits, padding=self._padding)
 
     def _forward_with_mtp(
         self,

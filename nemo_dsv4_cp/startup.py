@@ -14,6 +14,7 @@ import torch
 
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import StepContext
+from nemo_dsv4_cp.exchange.collectives import is_first_rank
 from nemo_dsv4_cp.host import patches
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
@@ -29,7 +30,7 @@ def log_first_step(
     all_logits: bool,
     padding: str,
 ) -> None:
-    """Log what the plugin does for a model, as AutoModel lists its own settings.
+    """Log on rank 0 what the plugin does for a model, as AutoModel lists its own settings.
 
     Args:
         model: The model, or this rank's pipeline stage of it.
@@ -38,6 +39,8 @@ def log_first_step(
         all_logits: Whether the loss takes logits of all positions, [B, L, V].
         padding: What was padded, from :func:`padding_of_shard`.
     """
+    if not is_first_rank():
+        return
     options = ContextParallelOptions.of(model.config)
     rows, length = tokens.shape[:2]
     cp_size, packed = step.layout.cp_size, isinstance(step.layout, PackedLayout)

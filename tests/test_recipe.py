@@ -24,6 +24,7 @@ from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
 from tests.processes import run_to_log
+from tests.recipes import options
 
 ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
@@ -39,13 +40,7 @@ def tiny():
 
 
 FEW_STEPS = {"max_steps": 4, "global_batch_size": 2, "local_batch_size": 2}
-PACKED = {
-    "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 120, "split": "train"},
-    "packed_sequence": {"packed_sequence_size": 1000},
-    "dataloader": {
-        "collate_fn": "nemo_automodel.components.datasets.utils.packed_sequence_thd_collater"
-    },
-}
+PACKED = options.PACKED | {"packed_sequence": {"packed_sequence_size": 1000}}
 LORA = {
     "peft": {
         "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
@@ -56,17 +51,7 @@ LORA = {
 }
 
 
-# Two stages, a microbatch for each row. Patched, the stages would run a forward of the host's that
-# knows of no hyper-connections; V4's own runs them as they are.
-STAGES = {
-    "pp_size": 2,
-    "pipeline": {
-        "pp_schedule": "1f1b",
-        "pp_microbatch_size": 1,
-        "patch_inner_model": False,
-        "patch_causal_lm_model": False,
-    },
-}
+STAGES = options.STAGES["distributed"]
 
 
 class Training(NamedTuple):

@@ -171,7 +171,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         choose = self._has_indexer and chosen is None
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         fetched = transport.fetch(
-            {"keys": keys, **self._features(hidden, index=choose)}, self._moves(plan)
+            {"keys": keys, **self._features(hidden, index=choose)}, plan.moves
         )
         low = self.q_norm(self.wq_a(hidden))
         weights = self._head_weights(hidden) if choose else None
@@ -212,7 +212,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         if choose:
             moving["remote_weights"] = weights = self._head_weights(hidden)
         moving |= self._features(hidden, index=choose)
-        fetched = transport.fetch(moving, self._moves(plan))
+        fetched = transport.fetch(moving, plan.moves)
 
         own = plan.local.rows
         local = _Queries(
@@ -265,17 +265,6 @@ class ContextParallelAttention(DeepseekV4Attention):
         if self._kept:
             self._kept.keep(rope[0], chosen)
 
-    def _moves(self, plan: LayerPlan) -> Any:
-        """Return the row plan of everything that may be fetched, by name."""
-        moves = dict(plan.moves)
-        for name in ("features", "overlap"):
-            if name in moves:
-                moves[f"index_{name}"] = moves[name]
-        if "remote_rows" in moves:
-            for name in ("low", "cos", "sin", "weights"):
-                moves[f"remote_{name}"] = moves["remote_rows"]
-        return moves
-
     def _features(self, hidden: torch.Tensor, *, index: bool) -> dict[str, torch.Tensor]:
         """Project tokens to what windows pool: of the compressor, and of the indexer if asked."""
         features: dict[str, torch.Tensor] = {}
@@ -290,43 +279,41 @@ class ContextParallelAttention(DeepseekV4Attention):
             return {f"{name}features": features}
         return {f"{name}features": features, f"{name}overlap": overlap_half(module, features)}
 
-    def _entry_rope(self, plan: LayerPlan, rotary: Any, hidden: torch.Tensor) -> Rope:
-        """Return cos and sin of this rank's entries, made by the first layer that needs them."""
-        assert plan.windows is not None
-        with _indices_only():
-            rope: Rope = plan.windows.rope(rotary, hidden)
-        return rope
-
     def _entries(
         self, rows: dict[str, torch.Tensor], plan: LayerPlan, rotary: Any, hidden: torch.Tensor
     ) -> torch.Tensor:
         """Pool this rank's entries, [B, n, D]."""
-        assert plan.windows is not None
-        return pool_windows(
-            self.compressor,
-            rows["features"],
-            rows.get("overlap"),
-            plan.windows,
-            rope=self._entry_rope(plan, rotary, hidden),
-            dtype=hidden.dtype,
-            kernels=self._kernels,
-        )
+        return self._pooled(self.compressor, "", rows, plan, rotary, hidden)
 
     def _index_keys(
         self, rows: dict[str, torch.Tensor], plan: LayerPlan, rotary: Any, hidden: torch.Tensor
     ) -> torch.Tensor:
         """Pool this rank's index keys, [B, n, F]."""
-        assert plan.windows is not None
         with _indices_only():
-            return pool_windows(
-                self.compressor.indexer,
-                rows["index_features"],
-                rows.get("index_overlap"),
-                plan.windows,
-                rope=self._entry_rope(plan, rotary, hidden),
-                dtype=hidden.dtype,
-                kernels=self._kernels,
-            )
+            return self._pooled(self.compressor.indexer, "index_", rows, plan, rotary, hidden)
+
+    def _pooled(
+        self,
+        module: Any,
+        name: str,
+        rows: dict[str, torch.Tensor],
+        plan: LayerPlan,
+        rotary: Any,
+        hidden: torch.Tensor,
+    ) -> torch.Tensor:
+        """Pool the windows of a compressor or indexer, whose rows were fetched under ``name``."""
+        assert plan.windows is not None
+        with _indices_only():  # made by the first layer that needs them
+            rope = plan.windows.rope(rotary, hidden)
+        return pool_windows(
+            module,
+            rows[f"{name}features"],
+            rows.get(f"{name}overlap"),
+            plan.windows,
+            rope=rope,
+            dtype=hidden.dtype,
+            kernels=self._kernels,
+        )
 
     def _head_weights(self, hidden: torch.Tensor) -> torch.Tensor:
         with _indices_only():

@@ -78,8 +78,9 @@ class LayerPlan:
     Attributes:
         local: Queries of its own shard that it computes itself.
         remote: Queries of other shards that it computes; None where no rank computes any.
-        moves: What is fetched: ``keys``, the raw keys of remote and then of local queries;
-            ``features`` and ``overlap`` of windows; ``remote_rows``, the remote queries themselves.
+        moves: What may be fetched: ``keys``, the raw keys of remote and then of local queries;
+            ``features`` and ``overlap`` of windows, and with ``index_`` before them the indexer's;
+            ``remote_low``, ``remote_cos``, ``remote_sin`` and ``remote_weights`` of remote queries.
         n_keys: How many raw keys are for remote queries, and how many for local ones.
         returned: The rows of its own shard, computed here or by the rank that took them.
         windows: The windows that it pools; None without compression.
@@ -115,7 +116,7 @@ class StepContext:
             group: CP group, None without CP.
             options: The model's.
         """
-        self.layout, self.group = layout, group
+        self.layout = layout
         self._balance = str(options.balance)
         self.transport: Transport = plugins.load(plugins.TRANSPORTS, options.transport)(
             group, overlap=options.overlap
@@ -171,12 +172,13 @@ class StepContext:
             straddling = layout.straddling(kind.ratio)
             windows = WindowRows.of(layout, kind.ratio, device)
             entry_order = layout.entry_order(kind.ratio, len(windows), device)
-            moves["features"] = before(straddling)
+            moves["features"] = moves["index_features"] = before(straddling)
             if kind.overlaps:
-                moves["overlap"] = before(kind.ratio + straddling)
+                moves["overlap"] = moves["index_overlap"] = before(kind.ratio + straddling)
         if schedule.moves:
             remote = QueryRows(queries(schedule.taken[rank]))
-            moves["remote_rows"] = fetched(schedule.taken)
+            of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
+            moves |= dict.fromkeys(of_queries, fetched(schedule.taken))
             back = transfers(shards, schedule.kept, schedule.taken, rank=rank)
             returned = RowPlan.of(back, ranks, device)
         kept = schedule.kept[rank]

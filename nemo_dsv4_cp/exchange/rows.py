@@ -30,7 +30,7 @@ class _Buffer:
     def __init__(
         self, like: Sequence[torch.Tensor], counts: Sequence[Sequence[int]], group: Group
     ) -> None:
-        """Make room for ``counts[i][rank]`` rows of tensor i, [B, rows, ...] each."""
+        """Allocate ``counts[i][rank]`` rows of tensor i, [B, rows, ...] each."""
         self._group, self._counts = group, counts
         self._like = [(tensor.shape[0], tensor.shape[2:], tensor.dtype) for tensor in like]
         row_bytes = [b * row.numel() * dtype.itemsize for b, row, dtype in self._like]
@@ -172,25 +172,23 @@ class RowsInFlight:
                 is given.
         """
         self._plans = {name: plans[name] for name in tensors}
-        moving = [name for name, plan in self._plans.items() if plan.moves]
-        if cp_group is None or not cp_enabled(cp_group):
-            moving = []
-        leaving: list[torch.Tensor] = []
+        enabled = cp_group is not None and cp_enabled(cp_group)
+        self._moving = moving = [n for n, plan in self._plans.items() if enabled and plan.moves]
         self._own: dict[str, torch.Tensor] = {}
+        leaving: list[torch.Tensor] = []
         for name, tensor in tensors.items():
             plan = self._plans[name]
-            if returned or name not in moving:
-                if not returned:
-                    self._own[name] = take(tensor, plan.own)
-                if name in moving:
-                    leaving.append(take(tensor, plan.leaving))
-            else:
+            if name in moving and returned:
+                leaving.append(take(tensor, plan.leaving))
+            elif name in moving:
                 self._own[name], leaves = plan.divide(tensor)
                 leaving.append(leaves)
-        self._moving = moving
+            elif not returned:
+                self._own[name] = take(tensor, plan.own)
         self._arriving: Callable[[], Sequence[torch.Tensor]] = tuple
         if not moving:
             return
+        assert cp_group is not None
         flight, parts = InFlight(overlap=overlap), [self._plans[name] for name in moving]
         learns = [rows.requires_grad for rows in leaving]
         started = _start(parts, learns, flight, cp_group, *leaving)

@@ -18,9 +18,7 @@ FUNCTION = "apply_cp"
 
 def install() -> None:
     """Leave models that own their CP attention out of it; again changes nothing."""
-    host = importlib.import_module(MODULE)
-    if not patches.is_replaced(host, FUNCTION):
-        patches.replace(host, FUNCTION, _asking_first(getattr(host, FUNCTION)))
+    patches.wrap(importlib.import_module(MODULE), FUNCTION, _asking_first)
 
 
 def _asking_first(original: Any) -> Any:

@@ -24,10 +24,7 @@ _models: weakref.WeakSet[Any] = weakref.WeakSet()
 def install(model: Any) -> None:
     """Let ``model`` cut its own batches, whichever module imported the host's function first."""
     _models.add(model)
-    host = importlib.import_module(MODULE)
-    if not patches.is_replaced(host, FUNCTION):
-        original = getattr(host, FUNCTION)
-        patches.replace_everywhere(FUNCTION, original, _standing_in_for(original))
+    patches.wrap(importlib.import_module(MODULE), FUNCTION, _standing_in_for, everywhere=True)
 
 
 def _standing_in_for(original: Any) -> Any:

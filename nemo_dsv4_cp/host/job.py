@@ -19,8 +19,7 @@ _ATTRIBUTE = "_cp_size_of_job"  # a number: it outlives the copies that pipeline
 
 def install() -> None:
     """Let models be told; again does nothing."""
-    if not patches.is_replaced(capabilities, FUNCTION):
-        patches.replace(capabilities, FUNCTION, _telling(getattr(capabilities, FUNCTION)))
+    patches.wrap(capabilities, FUNCTION, _telling)
 
 
 def cp_size_of(model: Any) -> int:

@@ -28,9 +28,7 @@ _logger = logging.getLogger(__name__)
 
 def install() -> None:
     """Have AutoModel ask a model of ours what LoRA may change; again does nothing."""
-    if not patches.is_replaced(lora, FUNCTION):
-        original = getattr(lora, FUNCTION)
-        patches.replace_everywhere(FUNCTION, original, _resolving_first(original))
+    patches.wrap(lora, FUNCTION, _resolving_first, everywhere=True)
 
 
 def _resolving_first(original: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _replaced: list[tuple[Any, str, Any, Any]] = []
@@ -19,6 +20,26 @@ def replace_everywhere(name: str, original: Any, new: Any) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(name) is original:
             replace(module, name, new)
+
+
+def wrap(
+    owner: Any, name: str, wrapping: Callable[[Any], Any], *, everywhere: bool = False
+) -> None:
+    """Put what ``wrapping`` makes of a function in its place, once.
+
+    Args:
+        owner: Its module.
+        name: Its name there.
+        wrapping: Returns the replacement, given the original.
+        everywhere: In every module that has imported it by its name, too.
+    """
+    if is_replaced(owner, name):
+        return
+    original = getattr(owner, name)
+    if everywhere:
+        replace_everywhere(name, original, wrapping(original))
+    else:
+        replace(owner, name, wrapping(original))
 
 
 def is_replaced(owner: Any, name: str) -> bool:

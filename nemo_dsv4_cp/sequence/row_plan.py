@@ -48,10 +48,7 @@ class RowPlan:
             ranks: R.
             device: Where indices live.
         """
-        received = [0] * ranks
-        for piece in transfers.pieces:
-            if piece.source is not None:
-                received[piece.source] += len(piece)
+        received = [transfers.arriving.get(rank, 0) for rank in range(ranks)]
         missing = sum(len(piece) for piece in transfers.pieces if not piece.exists)
         arrivals = sum(received)
         # Where the next row of each kind stands among (missing, arriving by rank, own).
@@ -70,13 +67,14 @@ class RowPlan:
                 begins[piece.source] += len(piece)
             order.append(range(begin, begin + len(piece)))
         sent = [
-            [range(part.start, part.stop) for part in transfers.sent.get(rank, ())]
+            range(part.start, part.stop)
             for rank in range(ranks)
+            for part in transfers.sent.get(rank, ())
         ]
         return cls(
             moves=transfers.any_moves,
-            leaving=_rows([run for runs in sent for run in runs], device),
-            leaving_counts=tuple(sum(map(len, runs)) for runs in sent),
+            leaving=_rows(sent, device),
+            leaving_counts=tuple(transfers.leaving.get(rank, 0) for rank in range(ranks)),
             arriving_counts=tuple(received),
             missing=missing,
             own=_rows(own, device),
@@ -98,11 +96,10 @@ class RowPlan:
             own: The rows of this rank's own, [B, rows, ...].
             arriving: Rows of other ranks, by rank; None where none move.
         """
-        mine = own
         parts = [] if arriving is None else [arriving]
         if self.missing:
             parts.insert(0, own.new_zeros(own.shape[0], self.missing, *own.shape[2:]))
-        whole = torch.cat((*parts, mine), dim=1) if parts else mine
+        whole = torch.cat((*parts, own), dim=1) if parts else own
         if self.order is None:
             return whole
         ordered: torch.Tensor = _Permuted.apply(whole, self.order)  # type: ignore[no-untyped-call]

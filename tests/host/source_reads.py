@@ -92,7 +92,7 @@ def class_dict_reads() -> set[str]:
 
 
 def uses_of_classes(names: set[str]) -> dict[tuple[str, str], set[str]]:
-    """Return where classes of these names are told by name or identity, by file and scope.
+    """Return where classes of these names are recognized by name or identity, by file and scope.
 
     A subclass is not found there: strings that hold such a name (``{"DeepseekV4Model", ...}``,
     qualified names), keys of dictionaries and comparisons (``type(x) is DeepseekV4Model``).
@@ -101,7 +101,7 @@ def uses_of_classes(names: set[str]) -> dict[tuple[str, str], set[str]]:
     found: dict[tuple[str, str], set[str]] = {}
     for file in _files_with(names):
         for node, scope in _scoped(file):
-            for name in _classes_told(node, names):
+            for name in _classes_compared(node, names):
                 found.setdefault((file, scope), set()).add(name)
     return found
 
@@ -233,16 +233,16 @@ def _string(node: ast.AST | None) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def _classes_told(node: ast.AST, names: set[str]) -> Iterator[str]:
+def _classes_compared(node: ast.AST, names: set[str]) -> Iterator[str]:
     text = _string(node)
     if text is not None and " " not in text:
         yield from (name for name in names if name in text.split("."))
-    told: list[ast.expr | None] = []
+    compared: list[ast.expr | None] = []
     if isinstance(node, ast.Dict):
-        told = list(node.keys)
+        compared = list(node.keys)
     elif isinstance(node, ast.Compare):
-        told = [node.left, *node.comparators]
-    for expression in told:
+        compared = [node.left, *node.comparators]
+    for expression in compared:
         for part in ast.walk(expression) if expression is not None else ():
             name = getattr(part, "id", getattr(part, "attr", None))
             if name in names and not isinstance(part, ast.Call):

@@ -427,7 +427,7 @@ def strategy(theirs, ours):
     return len(set(chosen)) == 1
 
 
-def told_by_model_type(theirs, ours):
+def found_by_model_type(theirs, ours):
     fsdp = importlib.import_module("nemo_automodel.components.models.deepseek_v4.fsdp")
     return all(
         fsdp._is_deepseek_v4_module(a) == fsdp._is_deepseek_v4_module(b)
@@ -453,7 +453,7 @@ BY_NAME = {
     ("components/checkpoint/checkpointing.py", "_is_custom_model"): predicate,  # by the bases too
     ("_transformers/model_parallelization.py", "_LAYER_GROUPS"): layer_groups,
     ("_transformers/registry.py", "MODEL_ARCH_MAPPING"): is_registered,
-    ("components/models/deepseek_v4/fsdp.py", "_DSV4_CLASS_NAMES"): told_by_model_type,
+    ("components/models/deepseek_v4/fsdp.py", "_DSV4_CLASS_NAMES"): found_by_model_type,
     ("components/distributed/parallelizer.py", "PARALLELIZATION_STRATEGIES"): strategy,
     # AutoModel's own config class, for checkpoints that are named without ours.
     ("_transformers/registry.py", "_CUSTOM_CONFIG_REGISTRATIONS"): never_ours,
@@ -466,18 +466,18 @@ BY_NAME = {
 
 def test_wherever_automodel_goes_by_a_class_name_ours_is_found(models):
     classes = replaced(*models)
-    told = set(source_reads.uses_of_classes({theirs.__name__ for theirs, _ in classes}))
+    places = set(source_reads.uses_of_classes({theirs.__name__ for theirs, _ in classes}))
     for test in source_reads.name_tests():
         attribute = "__module__" if test.of_module else "__name__"
         if any(
             test.holds(getattr(theirs, attribute)) != test.holds(getattr(ours, attribute))
             for theirs, ours in classes
         ):
-            told.add((test.place.file, test.place.scope))
-    unknown = sorted(told - set(BY_NAME))
+            places.add((test.place.file, test.place.scope))
+    unknown = sorted(places - set(BY_NAME))
     assert not unknown, f"AutoModel goes by a class name that ours has not: {unknown}"
     missed = []
-    for file, scope in sorted(told):
+    for file, scope in sorted(places):
         holds = BY_NAME[file, scope]
         if not (predicate(file, scope) if holds is predicate else holds)(*models):
             missed.append(f"{file} ({scope})")

@@ -70,7 +70,7 @@ def _lora(*modules: str) -> dict[str, Any]:
     }
 
 
-_PACKED = {
+PACKED = {
     "dataset": {"seq_length": 300, "shortest": 5, "num_samples": 120, "split": "train"},
     "packed_sequence": {"packed_sequence_size": 400},
     "dataloader": {
@@ -79,7 +79,7 @@ _PACKED = {
 }
 # Two stages, a microbatch per row. Patched, the stages would run AutoModel's generic forward, which
 # has no hyper-connections.
-_STAGES = {
+STAGES = {
     "distributed": {
         "pp_size": 2,
         "pipeline": {
@@ -137,7 +137,7 @@ OPTIONS = (
     ),
     Option("mtp-1", "`num_nextn_predict_layers: 1`", "mtp", _config(num_nextn_predict_layers=1)),
     Option("mtp-2", "`num_nextn_predict_layers: 2`", "mtp", _config(num_nextn_predict_layers=2)),
-    Option("packed", "packed documents", "packing", _PACKED),
+    Option("packed", "packed documents", "packing", PACKED),
     Option("aux-loss", "`moe_overrides.aux_loss_coeff: 1`", "aux", _experts(aux_loss_coeff=1.0)),
     Option(
         "gate-bias",
@@ -184,7 +184,7 @@ OPTIONS = (
         "hsdp", "`dp_replicate_size: 2` of 4", "hsdp", {"distributed": {"dp_replicate_size": 2}}
     ),
     Option("ep", "`ep_size: 2`", "ep", {"distributed": {"ep_size": 2}}, same_as="base"),
-    Option("pp", "`pp_size: 2`", "pp", _STAGES, same_as="base"),
+    Option("pp", "`pp_size: 2`", "pp", STAGES, same_as="base"),
     Option("validation", "validation after each step", "validation", _VALIDATION, same_as="base"),
     Option("accumulation", "two microbatches per step", "accumulation", {}, microbatches=2),
     Option(

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from nemo_dsv4_cp.batch import contiguous_shard
+from nemo_dsv4_cp.sequence.lengths import packed_padding
 from nemo_dsv4_cp.sequence.packing import (
     Document,
     documents_as_told,
     documents_of,
-    packed_padding,
     token_documents,
 )
 from nemo_dsv4_cp.tools.verification import packed_batch
