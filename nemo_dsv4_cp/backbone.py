@@ -208,9 +208,10 @@ class ContextParallelModel(DeepseekV4Model):
         rope = self.rotary_emb(like_BLE, position_ids)
         rope_compress = self.rotary_emb_compress(like_BLE, position_ids)
         rotary_compress = with_keywords(self.rotary_emb_compress, attn_kwargs)
-        for block in self.layers.values():
-            if block is None:  # trimmed from this pipeline stage
-                continue
+        blocks = [block for block in self.layers.values() if block is not None]
+        for block in blocks:  # plans stand before the first block, which may be compiled
+            step.plan(block.self_attn.kind, like_BLE.device)
+        for block in blocks:
             streams_BLME = block(
                 x=streams_BLME,
                 position_embeddings=rope,

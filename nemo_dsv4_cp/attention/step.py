@@ -144,6 +144,8 @@ class StepContext:
             self._plans[kind, device] = self._make(kind, device)
         return self._plans[kind, device]
 
+    # Not to be traced: torch.compile meets a plan that the model made before its first block.
+    @torch.compiler.disable
     def _make(self, kind: LayerKind, device: torch.device) -> LayerPlan:
         layout, schedule = self.layout, self.schedule(kind)
         rank, ranks = layout.cp_rank, layout.cp_size

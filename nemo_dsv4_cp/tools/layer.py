@@ -120,6 +120,8 @@ def build(
         rope = rotary(hidden, positions)
 
     step = StepContext(layout, group, config.context_parallel)
+    if case.path != HOST:
+        step.plan(layer.kind, device)
 
     def forward() -> torch.Tensor:
         mask = None
