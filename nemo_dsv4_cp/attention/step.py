@@ -145,7 +145,7 @@ class StepContext:
         return self._plans[kind, device]
 
     # Not to be traced: torch.compile meets a plan that the model made before its first block.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make(self, kind: LayerKind, device: torch.device) -> LayerPlan:
         layout, schedule = self.layout, self.schedule(kind)
         rank, ranks = layout.cp_rank, layout.cp_size
