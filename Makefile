@@ -11,7 +11,7 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test gpu test-faults test-soak test-recipes test-hosts test-torch refusals lint clean
+.PHONY: help demo test gpu test-faults test-soak test-recipes test-automodels test-torch refusals lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
@@ -19,7 +19,7 @@ help:
 	@echo "make test-faults   ranks that are killed, stopped or fail, and resuming at other sizes: 20 minutes"
 	@echo "make test-soak   what ranks hold after 500 steps, and two trainings in one process: 20 minutes"
 	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 25 minutes"
-	@echo "make test-hosts   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
+	@echo "make test-automodels   demo and tests with every supported AutoModel, and docs/support.md's matrix of them"
 	@echo "make gpu    tests of the kernels and times of one emulated rank, on this machine's GPU"
 	@echo "make test-torch   demo and some tests with torch 2.10 and the newest (7 GB of download each)"
 	@echo "make refusals   docs/refusals.md's tables of broken input, from the tests' own"
@@ -30,16 +30,16 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python -m nemo_dsv4_cp.cli.demo
 
-# Much of a test is waiting for processes to import the host.
+# Much of a test is waiting for processes to import AutoModel.
 TWO_FILES_AT_A_TIME := -n 2 --dist loadfile
 
 # First all tests with the release of constraints.txt, then some with every other one.
 test: lint
 	$(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) tests/kernels/triton
-	$(MAKE) $(OTHER_HOSTS:%=test-briefly-%)
+	$(MAKE) $(OTHER_RELEASES:%=test-briefly-%)
 
-# Killing, stopping and resuming whole runs of the host's CLI, one after the other.
+# Killing, stopping and resuming whole runs of AutoModel's CLI, one after the other.
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest tests/faults
 
@@ -64,40 +64,40 @@ gpu: $(INSTALLED)
 		$(BIN)/python -m nemo_dsv4_cp bench time --kernels $$kernels \
 			--seq-len $${shape%/*} --cp-size $${shape#*/} || exit 1; done; done
 
-# Releases of the host, each in an environment on top of .venv: they pin different transformers.
-OTHER_HOSTS := 0.6.0 0.5.0
-HOSTS := 0.7.0 $(OTHER_HOSTS)
-OF_THE_HOST := nemo_automodel|transformers|datasets|numpy|safetensors|torchao|torchdata
-PYTEST_OF_HOST = .hosts/$*/bin/python -m pytest -p no:cacheprovider
+# Releases of AutoModel, each in an environment on top of .venv: they pin different transformers.
+OTHER_RELEASES := 0.6.0 0.5.0
+RELEASES := 0.7.0 $(OTHER_RELEASES)
+PINNED_BY_AUTOMODEL := nemo_automodel|transformers|datasets|numpy|safetensors|torchao|torchdata
+PYTEST_OF_RELEASE = .releases/$*/bin/python -m pytest -p no:cacheprovider
 
 # Hypothesis draws ratios too, and 0.5's own indexer is no oracle for ratio 4.
-test-host-%: .hosts/%/.installed
+test-automodel-%: .releases/%/.installed
 	@echo "nemo_automodel $*"
-	.hosts/$*/bin/python -m nemo_dsv4_cp.cli.demo
-	$(PYTEST_OF_HOST) --matrix .hosts/$*/matrix.json tests/host/test_contracts.py \
-		tests/host/test_surface.py tests/host/test_cp_utils.py tests/exchange tests/test_recipe.py \
+	.releases/$*/bin/python -m nemo_dsv4_cp.cli.demo
+	$(PYTEST_OF_RELEASE) --matrix .releases/$*/matrix.json tests/automodel/test_contracts.py \
+		tests/automodel/test_surface.py tests/automodel/legacy/test_cp_utils.py tests/exchange tests/test_recipe.py \
 		tests/attention/test_layer.py \
-		--deselect tests/attention/test_layer.py::test_any_layer_equals_the_hosts
+		--deselect tests/attention/test_layer.py::test_any_layer_equals_automodel
 
-test-hosts: $(HOSTS:%=test-host-%)
-	$(BIN)/python docs/matrix.py $(HOSTS:%=.hosts/%/matrix.json)
+test-automodels: $(RELEASES:%=test-automodel-%)
+	$(BIN)/python docs/matrix.py $(RELEASES:%=.releases/%/matrix.json)
 
-test-briefly-%: .hosts/%/.installed
+test-briefly-%: .releases/%/.installed
 	@echo "nemo_automodel $*"
-	$(PYTEST_OF_HOST) tests/host/test_contracts.py tests/host/test_surface.py \
-		tests/host/test_cp_utils.py \
+	$(PYTEST_OF_RELEASE) tests/automodel/test_contracts.py tests/automodel/test_surface.py \
+		tests/automodel/legacy/test_cp_utils.py \
 		tests/test_recipe.py::test_the_cli_trains_at_cp_2_as_at_cp_1_and_the_loss_falls
 
-.PRECIOUS: .hosts/%/.installed
-.hosts/%/.installed: $(INSTALLED)
-	@echo "Installing nemo_automodel $* into .hosts/$*, on top of $(VENV)."
-	$(BIN)/python -m venv --clear .hosts/$*
-	grep -vE '^($(OF_THE_HOST))==' constraints.txt > .hosts/$*/constraints.txt
-	echo "nemo_automodel==$*" >> .hosts/$*/constraints.txt
+.PRECIOUS: .releases/%/.installed
+.releases/%/.installed: $(INSTALLED)
+	@echo "Installing nemo_automodel $* into .releases/$*, on top of $(VENV)."
+	$(BIN)/python -m venv --clear .releases/$*
+	grep -vE '^($(PINNED_BY_AUTOMODEL))==' constraints.txt > .releases/$*/constraints.txt
+	echo "nemo_automodel==$*" >> .releases/$*/constraints.txt
 	beneath=$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	own=$$(.hosts/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$(.releases/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$beneath')" > $$own/beneath.pth
-	.hosts/$*/bin/python $(PIP_INSTALL) -c .hosts/$*/constraints.txt nemo_automodel
+	.releases/$*/bin/python $(PIP_INSTALL) -c .releases/$*/constraints.txt nemo_automodel
 	@touch $@
 
 # Releases of torch beside the one of constraints.txt: the one of AutoModel's own lock, the newest.
@@ -108,10 +108,10 @@ test-torch-%: .torch/%/.installed
 	@echo "torch $*"
 	.torch/$*/bin/python -m nemo_dsv4_cp.cli.demo
 	$(PYTEST_OF_TORCH) --matrix .torch/$*/matrix.json tests/attention tests/exchange \
-		tests/host/test_torch_api.py tests/test_recipe.py
+		tests/automodel/test_torch_api.py tests/test_recipe.py
 
 test-torch: $(OTHER_TORCHES:%=test-torch-%)
-	$(BIN)/python docs/matrix.py $(HOSTS:%=.hosts/%/matrix.json) \
+	$(BIN)/python docs/matrix.py $(RELEASES:%=.releases/%/matrix.json) \
 		$(OTHER_TORCHES:%=.torch/%/matrix.json)
 
 .PRECIOUS: .torch/%/.installed
@@ -122,7 +122,7 @@ test-torch: $(OTHER_TORCHES:%=test-torch-%)
 	own=$$(.torch/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$beneath')" > $$own/beneath.pth
 	.torch/$*/bin/python $(PIP_INSTALL) torch==$*
-	# The triton 3.9 of torch 2.15 breaks the host's LoRA kernels at import: that of .venv serves.
+	# The triton 3.9 of torch 2.15 breaks AutoModel's LoRA kernels at import: that of .venv serves.
 	case "$$(.torch/$*/bin/python -c 'import triton; print(triton.__version__)')" in 3.9.*) \
 		.torch/$*/bin/python -m pip uninstall --quiet --yes triton;; esac
 	@touch $@
@@ -144,7 +144,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		exit 1; }
 	@free=$$(df -Pk . | awk 'NR == 2 { print int($$4 / 1048576) }'); \
 	test -d $(VENV) || test $$free -ge $(NEEDED_GIB) || { \
-		echo "$$free GiB are free in $(CURDIR), and $(VENV) and .hosts need about $(NEEDED_GIB)."; \
+		echo "$$free GiB are free in $(CURDIR), and $(VENV) and .releases need about $(NEEDED_GIB)."; \
 		echo "Free some space, or clone the repository to a larger disk."; \
 		echo "A torch without CUDA is the smallest: set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"; \
 		exit 1; }
@@ -155,4 +155,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .hosts .torch build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .releases .torch build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

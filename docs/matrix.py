@@ -1,6 +1,6 @@
 """Writes docs/support.md's matrix from what the tests showed.
 
-``make test-hosts`` and ``make test-torch`` run it. Its arguments are the files of ``pytest
+``make test-automodels`` and ``make test-torch`` run it. Its arguments are the files of ``pytest
 --matrix``, one for each release of AutoModel and of torch.
 """
 

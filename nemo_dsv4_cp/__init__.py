@@ -10,13 +10,13 @@ __all__ = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: importing the host takes seconds, which commands without a model do not have.
+    # On first use: importing AutoModel takes seconds, which commands without a model do not have.
     if name == "ContextParallelOptions":
         from nemo_dsv4_cp.options import ContextParallelOptions
 
         return ContextParallelOptions
     if name == "DeepseekV4ContextParallelConfig":
-        from nemo_dsv4_cp.host.contracts import check_v4
+        from nemo_dsv4_cp.automodel.contracts import check_v4
 
         check_v4()
         from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig

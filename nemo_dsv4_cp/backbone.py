@@ -12,7 +12,9 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Model
 from nemo_automodel.components.moe.layers import MoE
 
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
-from nemo_dsv4_cp.batch_checks import padding_of, refuse_left_padding
+from nemo_dsv4_cp.automodel.auxiliary_loss import refuse_unscaled
+from nemo_dsv4_cp.automodel.deepseek_v4 import shows_images, with_keywords
+from nemo_dsv4_cp.checks.batch import padding_of, refuse_left_padding
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
@@ -23,8 +25,6 @@ from nemo_dsv4_cp.exchange.collectives import (
     mesh_of,
     sharding_groups,
 )
-from nemo_dsv4_cp.host.auxiliary_loss import refuse_unscaled
-from nemo_dsv4_cp.host.deepseek_v4 import shows_images, with_keywords
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.lengths import document_starts, packed_padding
@@ -112,7 +112,7 @@ _PACKING_KEYS = (
 
 
 class ContextParallelModel(DeepseekV4Model):
-    """The host's V4 backbone without its dense [L, S] attention mask."""
+    """AutoModel's V4 backbone without its dense [L, S] attention mask."""
 
     _cp_group: Group | None = None
 

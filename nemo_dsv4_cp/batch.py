@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.agreement import compare_batches, facts_of
-from nemo_dsv4_cp.batch_checks import (
+from nemo_dsv4_cp.automodel.sharding import PackedShardLayout, ShardLayout
+from nemo_dsv4_cp.checks.batch import (
     IGNORED_LABEL,
     ROW_METADATA,
     CheckedBatch,
     check_batch,
     primary_key,
 )
+from nemo_dsv4_cp.checks.consistency import compare_batches, facts_of
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, max_over_ranks, mesh_rank
-from nemo_dsv4_cp.host.sharding import PackedShardLayout, ShardLayout
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, padded_seq_len
 from nemo_dsv4_cp.sequence.packing import (
     TOKEN_IDS,
@@ -82,7 +82,7 @@ def local_token_indices(
 ) -> torch.Tensor:
     """Return the global position of each token of this rank, int64 [L].
 
-    The ``local_token_global_indices`` of a host ``ContextParallelSharder``.
+    The ``local_token_global_indices`` of AutoModel's ``ContextParallelSharder``.
     """
     layout = SequenceLayout.of_padded(
         padded_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_mesh.size()
@@ -136,11 +136,11 @@ def contiguous_shard(
         padding_token_id: Pad value of ``input_ids``; None, of a tokenizer without one, gives 0.
         pad_multiple: What each shard's length must be a multiple of (at least 2). Packed rows need
             none but with ``pad_documents``.
-        pad_documents: Pad every document to a multiple of ``pad_multiple``, as the host does.
+        pad_documents: Pad every document to a multiple of ``pad_multiple``, as AutoModel does.
         compare_ranks: Compare the batches over the CP group first, one small collective. What one
             rank refuses is then refused on all; without it, a rank that alone refuses its batch
             leaves the others waiting for it.
-        sync_packed_length: Give packed rows one length on all ranks of the job, as the host's
+        sync_packed_length: Give packed rows one length on all ranks of the job, as AutoModel's
             HybridEP dispatcher needs it.
         vocab_size: What token ids and labels are below; None leaves that unchecked.
 
@@ -317,9 +317,9 @@ def lay_out(
 
 
 def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:
-    """What the host does at CP size 1, and the numbers of packed tokens' documents.
+    """What AutoModel does at CP size 1, and the numbers of packed tokens' documents.
 
-    The host's MTP loss reads them: without them its targets cross into the next document.
+    AutoModel's MTP loss reads them: without them its targets cross into the next document.
     """
     packed = is_packed(batch)
     if packed and "input_ids" in batch and "_packed_seq_ids" not in batch:
@@ -328,7 +328,7 @@ def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, A
 
 
 def uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None, *, packed: bool) -> dict[str, Any]:
-    """Mark packing and keep the tokens: what the host does at CP size 1."""
+    """Mark packing and keep the tokens: what AutoModel does at CP size 1."""
     if packed:
         batch["qkv_format"] = "thd"
     if loss_mask is not None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
 
-from nemo_dsv4_cp.host import contracts, registration
-from nemo_dsv4_cp.host.rope_scaling import resolve_rope_scaling
+from nemo_dsv4_cp.automodel import contracts, registration
+from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.options import ContextParallelOptions
 
-HOST_ARCHITECTURE = "DeepseekV4ForCausalLM"
+AUTOMODEL_ARCHITECTURE = "DeepseekV4ForCausalLM"
 ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
 
 
@@ -25,7 +25,7 @@ def _refuse_misspelt_block(fields: Mapping[str, Any]) -> None:
 
 
 def _refuse_window(window: Any) -> None:
-    # Of 0 the host's layers make 128 and its mask no window at all.
+    # Of 0 AutoModel's layers make 128 and its mask no window at all.
     if type(window) is not int or window < 1:
         raise ValueError(
             f"sliding_window={window!r} is not a whole number of 1 or more: a query sees itself "
@@ -36,13 +36,13 @@ def _refuse_window(window: Any) -> None:
 class DeepseekV4ContextParallelConfig(DeepseekV4Config):
     """V4's config whose model trains with context parallelism.
 
-    Everything is the host's ``DeepseekV4Config`` but for ``context_parallel``. A saved config names
-    the host's architecture and drops the block, so that checkpoints load without this package, and
-    any V4 checkpoint loads with it.
+    Everything is AutoModel's ``DeepseekV4Config`` but for ``context_parallel``. A saved config
+    names AutoModel's architecture and drops the block, so that checkpoints load without this
+    package, and any V4 checkpoint loads with it.
 
     Args:
         context_parallel: The options, as a mapping or :class:`ContextParallelOptions`.
-        **kwargs: The host's fields.
+        **kwargs: AutoModel's fields.
 
     Raises:
         ValueError: For options that cannot work, before any model is built.
@@ -73,14 +73,14 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
             _refuse_window(self.sliding_window)
             self.rope_scaling: Any = resolve_rope_scaling(self.rope_scaling)
         self._context_parallel: ContextParallelOptions = options
-        self.architectures = [ARCHITECTURE if options.enabled else HOST_ARCHITECTURE]
+        self.architectures = [ARCHITECTURE if options.enabled else AUTOMODEL_ARCHITECTURE]
         if options.enabled:
             contracts.check()
             registration.register(ARCHITECTURE)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Make a config of a dictionary and overrides, the host's way.
+        """Make a config of a dictionary and overrides, AutoModel's way.
 
         The block is applied last: it is checked against compress_ratios, which may be overridden
         beside it.
@@ -96,5 +96,5 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         """Return the plain V4 config that any AutoModel can load."""
         fields: dict[str, Any] = super().to_dict()
         fields.pop("_context_parallel", None)
-        fields["architectures"] = [HOST_ARCHITECTURE]
+        fields["architectures"] = [AUTOMODEL_ARCHITECTURE]
         return fields

@@ -18,7 +18,7 @@ import torch
 from nemo_dsv4_cp.batch import PAD_VALUES, lay_out, pad_tokens, row_len, uncut
 from nemo_dsv4_cp.batch import pad_position_ids as _pad_position_ids_seq_dim_
 from nemo_dsv4_cp.batch import pad_tensor as _pad_tensor_seq_dim_
-from nemo_dsv4_cp.batch_checks import labels_of, padding_of, primary_key
+from nemo_dsv4_cp.checks.batch import labels_of, padding_of, primary_key
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,

@@ -1,4 +1,4 @@
-"""The registered architecture: the host's V4 with attention that sees across the cuts.
+"""The registered architecture: AutoModel's V4 with attention that sees across the cuts.
 
 # B batch rows   L local tokens   E hidden   M hyper-connection streams
 """
@@ -18,32 +18,32 @@ from nemo_automodel.components.models.deepseek_v4.model import (
 )
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.agreement import compare_settings, settings_of
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
+from nemo_dsv4_cp.automodel import fsdp, lora, resume, router_replay
+from nemo_dsv4_cp.automodel.contracts import batch_contract
+from nemo_dsv4_cp.automodel.deepseek_v4 import (
+    reset_uninitialised_norms,
+    reset_what_checkpoints_bring,
+    shows_images,
+)
+from nemo_dsv4_cp.automodel.hash_routing import keep_ids_for_recomputation
+from nemo_dsv4_cp.automodel.job import cp_size_of
+from nemo_dsv4_cp.automodel.mtp_contract import shifted_inputs
+from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
+from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
-from nemo_dsv4_cp.batch_checks import padding_of
-from nemo_dsv4_cp.exchange import roll_call
+from nemo_dsv4_cp.checks import failure_attribution
+from nemo_dsv4_cp.checks.batch import padding_of
+from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
+from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
     cp_enabled,
     sharding_groups,
 )
-from nemo_dsv4_cp.finite import FiniteCheck
-from nemo_dsv4_cp.host import fsdp, lora, resume, router_replay
-from nemo_dsv4_cp.host.contracts import batch_contract
-from nemo_dsv4_cp.host.deepseek_v4 import (
-    reset_uninitialised_norms,
-    reset_what_checkpoints_bring,
-    shows_images,
-)
-from nemo_dsv4_cp.host.hash_routing import keep_ids_for_recomputation
-from nemo_dsv4_cp.host.job import cp_size_of
-from nemo_dsv4_cp.host.mtp_contract import shifted_inputs
-from nemo_dsv4_cp.host.rope_scaling import resolve_rope_scaling
-from nemo_dsv4_cp.host.sharding import ContextParallelSharder
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import validate_cp_size
 from nemo_dsv4_cp.sequence.packing import is_packed, token_documents, tokens_ahead
@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     """V4 for causal language modelling at any ``distributed.cp_size``.
 
-    Registered in the host's ``nemo_automodel.architectures`` and named by
-    ``DeepseekV4ContextParallelConfig``. Parameters, state dict and checkpoints are the host's.
+    Registered in AutoModel's ``nemo_automodel.architectures`` and named by
+    ``DeepseekV4ContextParallelConfig``. Parameters, state dict and checkpoints are AutoModel's.
     """
 
     _owns_cp_attention = True
@@ -72,13 +72,13 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     _logged = False
     _padding = padding_of_shard(None, None, 1)
     _settings_are_one = False  # the ranks of the CP group compare them on the first step
-    supports_thd = True  # the host then asks for our sharder at CP size 1 too, for packed rows
-    # The host keeps these by exact class name (_transformers/model_parallelization.py).
+    supports_thd = True  # AutoModel then asks for our sharder at CP size 1 too, for packed rows
+    # AutoModel keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
 
     @dataclass(frozen=True)
     class ModelCapabilities(DeepseekV4ForCausalLM.ModelCapabilities):
-        """The host's, and MTP under CP; not with pipeline stages beside it."""
+        """AutoModel's, and MTP under CP; not with pipeline stages beside it."""
 
         supports_mtp_cp: bool = True
 
@@ -93,7 +93,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         batch_contract().install(self)
         fsdp.install()
         resume.install(type(self))
-        roll_call.install()
+        failure_attribution.install()
         options = ContextParallelOptions.of(config)
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
@@ -108,7 +108,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def prepare_model_inputs_for_cp(
         self, batch: dict[str, Any], *, num_chunks: int = 1
     ) -> dict[str, Any]:
-        """Return the sharder of this model under ``cp_sharder``, the host's contract.
+        """Return the sharder of this model under ``cp_sharder``, AutoModel's contract.
 
         Args:
             batch: The full batch; not changed here.
@@ -155,7 +155,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def prepare_mtp_inputs_for_cp(
         self, batch: dict[str, Any], *, ignore_index: int = -100
     ) -> MTPContextParallelInputs:
-        """Shift the full batch for each MTP depth, before it is cut: the host's contract.
+        """Shift the full batch for each MTP depth, before it is cut: AutoModel's contract.
 
         Args:
             batch: The full batch; not changed but for ``position_ids`` where it has none.
@@ -165,7 +165,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             Ids, positions and targets [B, S] a depth. None crosses from a document into the next.
 
         Raises:
-            NotImplementedError: If the host's recipes do not ask for it (before 0.7).
+            NotImplementedError: If AutoModel's recipes do not ask for it (before 0.7).
         """
         documents = {"seq_idx": token_documents(batch)} if is_packed(batch) else {}
         return shifted_inputs(
@@ -335,16 +335,16 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def initialize_weights(
         self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """Initialise as the host does, and the norms that it forgets.
+        """Initialise as AutoModel does, and the norms that it forgets.
 
         Args:
-            buffer_device: Where buffers live; by default with the parameters (the host: CUDA).
+            buffer_device: Where buffers live; by default with the parameters (AutoModel: CUDA).
             dtype: Dtype that unsharded parameters are cast to.
         """
         first = next(self.parameters())
         for group in sharding_groups(first):
             # Models of other sizes would be lost before the first step, among the collectives that
-            # the host runs for each parameter.
+            # AutoModel runs for each parameter.
             compare_settings(settings_of(self), group)
         device = buffer_device or first.device
         for module in self.modules():

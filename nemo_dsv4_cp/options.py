@@ -27,13 +27,13 @@ _PLUGGED = {
 class ContextParallelOptions:
     """The ``context_parallel`` block of a model config, checked when it is made.
 
-    The number of CP ranks is not here: the host's ``distributed.cp_size`` is its one source.
+    The number of CP ranks is not here: AutoModel's ``distributed.cp_size`` is its one source.
 
     Attributes:
-        enabled: False gives the host's own model, untouched.
+        enabled: False gives AutoModel's own model, untouched.
         transport: How a rank sees other ranks' keys; a name in ``nemo_dsv4_cp.transports``.
         kernels: What computes index choice, attention, norms and rotary: a name in
-            ``nemo_dsv4_cp.kernels``, or ``"auto"`` for what the host's ``backend.attn`` asks for,
+            ``nemo_dsv4_cp.kernels``, or ``"auto"`` for what AutoModel's ``backend.attn`` asks for,
             its TileLang kernels or torch.
         balance: Whether queries of compressing layers are computed where ranks would else wait:
             ``"on"``, ``"off"``, or ``"auto"``, which weighs what is spared against what moves.
@@ -42,7 +42,7 @@ class ContextParallelOptions:
         pad_multiple: What a shard's length is a multiple of: ``"auto"`` for the LCM that the
             compress ratios need, or a multiple of that LCM.
         pad_documents: Pad every document of packed rows to a multiple of ``pad_multiple``, as the
-            host does; else documents lie end to end and only the row's end is padded.
+            AutoModel does; else documents lie end to end and only the row's end is padded.
         compare_ranks: When the ranks of a CP group compare the tokens and documents of their
             batches, and hear of a batch that one of them refuses: ``"first"`` step, ``"every"``
             step or ``"never"``.

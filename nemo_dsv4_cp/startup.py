@@ -14,8 +14,8 @@ import torch
 
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import StepContext
+from nemo_dsv4_cp.automodel import patches
 from nemo_dsv4_cp.exchange.collectives import is_first_rank
-from nemo_dsv4_cp.host import patches
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 

@@ -8,7 +8,7 @@ pytest_plugins = ["pytester", "tests.capabilities", "tests.recipes.results"]
 
 settings.register_profile("patient", deadline=None)  # a loaded machine is no error
 settings.load_profile("patient")
-torch.compiler.set_stance("force_eager")  # the host compiles anew for every length
+torch.compiler.set_stance("force_eager")  # AutoModel compiles anew for every length
 
 
 @pytest.fixture(scope="session")

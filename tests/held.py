@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from nemo_dsv4_cp.attention.recompute import KeptChoices
-from nemo_dsv4_cp.host import patches
+from nemo_dsv4_cp.automodel import patches
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Held:
         groups: Process groups.
         files: Open file handles.
         threads: Of Python's; those of gloo come with its groups.
-        patches: Names of the host that are replaced.
+        patches: Names of AutoModel that are replaced.
     """
 
     resident_mib: float
@@ -47,7 +47,7 @@ class Held:
     def now(cls) -> "Held":
         """Count what is left after a garbage collection."""
         gc.collect()
-        # By type: to ask some lazy objects of the host what they are imports what they stand for.
+        # By type: to ask some lazy objects of AutoModel what they are imports what they stand for.
         objects = [(o, type(o)) for o in gc.get_objects()]
         tensors = [o for o, kind in objects if issubclass(kind, torch.Tensor)]
         storages = {}

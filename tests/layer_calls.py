@@ -16,9 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nemo_dsv4_cp
+from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
+from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.exchange.collectives import process_group
-from nemo_dsv4_cp.host.torch_api import let_fake_tensors_through_collectives
-from nemo_dsv4_cp.tools.layer import Case, build
 
 PACKAGE = str(Path(nemo_dsv4_cp.__file__).parent)
 

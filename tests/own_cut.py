@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.nn.functional import cross_entropy
 
-from nemo_dsv4_cp.host.cpu import CpuFinetuneRecipe
+from nemo_dsv4_cp.automodel.cpu import CpuFinetuneRecipe
 
 
 class OwnCutRecipe(CpuFinetuneRecipe):

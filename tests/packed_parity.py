@@ -1,4 +1,4 @@
-"""Jobs that compare packed rows under CP with each document run alone on the host's model."""
+"""Jobs that compare packed rows under CP with each document run alone on AutoModel's model."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def packed_model_job(
     seed: int = 0,
     mtp_layers: int = 0,
 ) -> list[Difference]:
-    """A whole MoE model on packed rows, against each document alone on the host's at CP size 1."""
+    """A whole MoE model on packed rows, against each document alone on AutoModel's at CP size 1."""
     config = tiny_config(
         ratios, context_parallel=options, index_topk=512, num_nextn_predict_layers=mtp_layers
     )

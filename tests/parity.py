@@ -1,4 +1,4 @@
-"""Jobs that compare a CP run with the host's own model at CP size 1, float32 on CPU."""
+"""Jobs that compare a CP run with AutoModel's own model at CP size 1, float32 on CPU."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def compare_gradients(
 def attend(
     attention: torch.nn.Module, config: Any, x: torch.Tensor, mask: Any, start: int
 ) -> torch.Tensor:
-    """Return a layer's output for the positions from ``start`` on, the host's or ours."""
+    """Return a layer's output for the positions from ``start`` on, AutoModel's or ours."""
     positions = torch.arange(start, start + x.shape[1]).expand(len(x), -1)
     rope = DeepseekV4RotaryEmbedding(10000.0, config.head_dim, 0.5)
     rope_compress = DeepseekV4RotaryEmbedding(160000.0, config.head_dim, 0.5)
@@ -135,7 +135,7 @@ def attention_job(
     seed: int = 0,
     **changes: Any,
 ) -> list[Difference]:
-    """One attention layer, CP size = the group's, against the host's at CP size 1."""
+    """One attention layer, CP size = the group's, against AutoModel's at CP size 1."""
     config = tiny_config([ratio], context_parallel=options, **changes)
     reference = DeepseekV4Attention(config, 0, cpu_backend()).float()  # 0.5: norms in bfloat16
     randomise(reference, seed)
@@ -143,7 +143,7 @@ def attention_job(
     mine.load_state_dict(reference.state_dict())
     for module in (mine, reference):
         if module.compressor is not None and module.compressor.indexer is not None:
-            module.compressor.indexer.requires_grad_(False)  # as the host does before training
+            module.compressor.indexer.requires_grad_(False)  # as AutoModel does before training
     mine._cp_group = group
 
     generator = torch.Generator().manual_seed(seed + 1)
@@ -214,7 +214,7 @@ def model_job(
     moe_overrides: dict[str, Any] | None = None,
     **changes: Any,
 ) -> list[Difference]:
-    """A whole MoE model, CP size = the group's, against the host's own at CP size 1.
+    """A whole MoE model, CP size = the group's, against AutoModel's own at CP size 1.
 
     The first rank forgets its part of the gradient of every parameter whose name ends with
     ``lost``.

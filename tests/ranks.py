@@ -1,6 +1,6 @@
 """A pool of worker processes that stay alive for the whole test run, joined by gloo.
 
-Importing the host takes seconds, so one server does it and the workers are its forks. A job is a
+Importing AutoModel takes seconds, so one server does it and the workers are its forks. A job is a
 module-level function ``job(group, rank, *args)`` that runs on the first n workers; what it returns
 comes back in rank order, and the first error any rank raises is raised here, at once. That a rank
 waits for others is no error: on a loaded machine they may take minutes.
@@ -25,7 +25,7 @@ TIMEOUT = timedelta(minutes=15)
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    torch.compiler.set_stance("force_eager")  # the host compiles anew for every length
+    torch.compiler.set_stance("force_eager")  # AutoModel compiles anew for every length
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",

@@ -7,7 +7,7 @@ from tests.meshes import FakeMesh
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_local_indices_are_the_hosts(rank):
+def test_local_indices_are_automodel(rank):
     mesh = FakeMesh(3, rank)
     assert torch.equal(local_token_indices(mesh, 24), contiguous_local_indices(mesh, 24))
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from nemo_dsv4_cp import ContextParallelOptions, DeepseekV4ContextParallelConfig
 
-HOST, OURS = ["DeepseekV4ForCausalLM"], ["DeepseekV4ContextParallelForCausalLM"]
+AUTOMODEL, OURS = ["DeepseekV4ForCausalLM"], ["DeepseekV4ContextParallelForCausalLM"]
 
 
 def make(block=None, **fields):
@@ -24,8 +24,8 @@ def test_the_defaults_switch_the_plugin_on():
     assert config.context_parallel.resolve_pad_multiple(config.compress_ratios) == 128
 
 
-def test_disabled_names_the_hosts_own_model():
-    assert make({"enabled": False}).architectures == HOST
+def test_disabled_names_automodels_own_model():
+    assert make({"enabled": False}).architectures == AUTOMODEL
 
 
 @pytest.mark.parametrize(("balance", "meant"), [("on", "on"), ("off", "off"), ("auto", "auto")])
@@ -89,23 +89,23 @@ def test_options_are_frozen():
         make().context_parallel.transport = "boundary"
 
 
-def test_a_saved_config_is_a_plain_hosts_config_and_loads_back(tmp_path):
+def test_a_saved_config_is_an_automodel_config_and_loads_back(tmp_path):
     make({"pad_multiple": 256}, hidden_size=64).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    assert saved["architectures"] == HOST
+    assert saved["architectures"] == AUTOMODEL
     assert not [key for key in saved if "context_parallel" in key]
 
     plain = DeepseekV4Config.from_pretrained(tmp_path)
-    assert (plain.architectures, plain.hidden_size) == (HOST, 64)
+    assert (plain.architectures, plain.hidden_size) == (AUTOMODEL, 64)
     back = DeepseekV4ContextParallelConfig.from_pretrained(tmp_path)
     assert (back.architectures, back.hidden_size) == (OURS, 64)
 
 
 def test_from_pretrained_applies_and_checks_the_block_after_the_other_overrides(tmp_path):
-    plain = DeepseekV4Config(compress_ratios=[0, 4, 128], architectures=HOST)
+    plain = DeepseekV4Config(compress_ratios=[0, 4, 128], architectures=AUTOMODEL)
     plain.save_pretrained(tmp_path)
     load = DeepseekV4ContextParallelConfig.from_pretrained
-    assert load(tmp_path, context_parallel={"enabled": False}).architectures == HOST
+    assert load(tmp_path, context_parallel={"enabled": False}).architectures == AUTOMODEL
     small = load(tmp_path, context_parallel={"pad_multiple": 8}, compress_ratios=[0, 4])
     assert small.context_parallel.pad_multiple == 8
     with pytest.raises(ValueError, match="pad_multiple=8"):
@@ -115,7 +115,7 @@ def test_from_pretrained_applies_and_checks_the_block_after_the_other_overrides(
     assert unused == {"other": 1}
 
 
-def test_dtype_and_the_hosts_fields_pass_through():
+def test_dtype_and_automodels_fields_pass_through():
     config = make(torch_dtype="float32", num_hidden_layers=3)
     assert config.dtype in ("float32", torch.float32)
     assert config.num_hidden_layers == 3

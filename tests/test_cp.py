@@ -1,4 +1,4 @@
-"""The seed's API with a mocked mesh, against the host's functions of the same names."""
+"""The seed's API with a mocked mesh, against AutoModel's functions of the same names."""
 
 import contextlib
 import functools
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nemo_automodel.components.models.deepseek_v4 import cp as host
+from nemo_automodel.components.models.deepseek_v4 import cp as automodel
 
 from nemo_dsv4_cp import cp
 from nemo_dsv4_cp.tools.verification import packed_batch
@@ -59,14 +59,14 @@ def whole(batch, cp_size, **options):
 @pytest.mark.parametrize("name", SEED_API)
 def test_every_function_of_the_seed_page_takes_the_parameters_of_the_page(name):
     mine = inspect.signature(getattr(cp, name)).parameters
-    if not hasattr(host, name):  # the batch helpers moved to the host's sharder module
+    if not hasattr(automodel, name):  # the batch helpers moved to AutoModel's sharder module
         assert list(mine)[:3] == [
             "tensor" if "tensor" in name else "position_ids",
             "seq_dim",
             "pad_len",
         ]
         return
-    theirs = inspect.signature(getattr(host, name)).parameters
+    theirs = inspect.signature(getattr(automodel, name)).parameters
     for parameter in mine.values():
         assert parameter.name in theirs
         assert parameter.kind == theirs[parameter.name].kind
@@ -75,14 +75,14 @@ def test_every_function_of_the_seed_page_takes_the_parameters_of_the_page(name):
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_lcm_is_the_hosts(a, b):
-    assert cp._lcm(a, b) == host._lcm(a, b)
+def test_lcm_is_automodel(a, b):
+    assert cp._lcm(a, b) == automodel._lcm(a, b)
 
 
 @given(st.one_of(st.none(), st.lists(st.sampled_from([-1, 0, 2, 3, 4, 8, 128]), max_size=6)))
-def test_local_seq_multiple_is_the_hosts(ratios):
+def test_local_seq_multiple_is_automodel(ratios):
     config = SimpleNamespace(compress_ratios=ratios)
-    expected = host.dsv4_cp_local_seq_multiple(config)
+    expected = automodel.dsv4_cp_local_seq_multiple(config)
     assert cp.dsv4_cp_local_seq_multiple(config) == expected
     assert cp.dsv4_cp_local_seq_multiple(SimpleNamespace(config=config)) == expected
 
@@ -218,7 +218,7 @@ def test_one_rank_changes_no_token():
     pad_multiple=st.one_of(st.none(), st.integers(1, 9)),
     padded_from=st.integers(1, 70),
 )
-def test_the_batch_is_the_hosts_batch(rows, seq_len, cp_size, pad_multiple, padded_from):
+def test_the_batch_is_automodels_batch(rows, seq_len, cp_size, pad_multiple, padded_from):
     mask = (torch.arange(seq_len) < padded_from).long().expand(rows, -1)
     for rank in range(cp_size):
         make = {
@@ -228,7 +228,9 @@ def test_the_batch_is_the_hosts_batch(rows, seq_len, cp_size, pad_multiple, padd
         }
         mesh = FakeMesh(cp_size, rank)
         options = {"padding_token_id": 3, "pad_multiple": pad_multiple}
-        theirs = host.make_dsv4_contiguous_shard_cp_batch_and_ctx(mesh, None, dict(make), **options)
+        theirs = automodel.make_dsv4_contiguous_shard_cp_batch_and_ctx(
+            mesh, None, dict(make), **options
+        )
         mine = cp.make_dsv4_contiguous_shard_cp_batch_and_ctx(mesh, None, dict(make), **options)
         assert mine[0] is theirs[0]
         assert set(mine[1]) == set(theirs[1])
@@ -258,7 +260,7 @@ def test_labels_are_needed():
     rank=st.integers(0, 2),
     multiple=st.sampled_from([None, 8, 12]),
 )
-def test_packed_rows_are_cut_as_the_host_cuts_them(documents, inner, rank, multiple):
+def test_packed_rows_are_cut_as_automodel_cuts_them(documents, inner, rank, multiple):
     """The seed's function pads documents; ``inner`` is padding that the packer left between."""
     rows = [[n + inner for n in row] for row in documents]
     batch = packed_batch(rows, max(map(sum, rows)) + 3, seed=len(documents), vocab=97)
@@ -270,7 +272,7 @@ def test_packed_rows_are_cut_as_the_host_cuts_them(documents, inner, rank, multi
             begin += length + inner
     mask = torch.rand(batch["labels"].shape).round()
     mesh, options = FakeMesh(3, rank), {"padding_token_id": 7, "pad_multiple": multiple}
-    theirs = host.make_dsv4_contiguous_shard_cp_batch_and_ctx(
+    theirs = automodel.make_dsv4_contiguous_shard_cp_batch_and_ctx(
         mesh, None, dict(batch), loss_mask=mask, **options
     )[1]
     mine = cp.make_dsv4_contiguous_shard_cp_batch_and_ctx(
@@ -286,10 +288,10 @@ def test_packed_rows_are_cut_as_the_host_cuts_them(documents, inner, rank, multi
     st.lists(st.lists(st.integers(-1000, 9), min_size=4, max_size=4), min_size=1, max_size=3),
     st.integers(1, 20),
 )
-def test_document_numbers_are_the_hosts(lengths, seq_len):
+def test_document_numbers_are_automodel(lengths, seq_len):
     lengths = torch.tensor([[n if n >= 0 else -1000 for n in row] for row in lengths])
     arguments = {"seq_len": seq_len, "device": torch.device("cpu")}
-    expected = host.build_packed_seq_ids(lengths, **arguments)
+    expected = automodel.build_packed_seq_ids(lengths, **arguments)
     assert torch.equal(cp.build_packed_seq_ids(lengths, **arguments), expected)
 
 
@@ -329,7 +331,7 @@ def test_no_padding_mask_is_added_and_other_keys_are_left_whole():
         ({"seq_lens": torch.tensor([[5, 4]])}, ValueError, "document 1 ends at token 9 of 8"),
     ],
 )
-def test_what_the_host_refuses_is_refused_with_a_way_out(batch, error, message):
+def test_what_automodel_refuses_is_refused_with_a_way_out(batch, error, message):
     with pytest.raises(error, match=message):
         shard({"input_ids": ids(8), "labels": ids(8)} | batch, loss_mask=ids(8))
 
@@ -345,7 +347,7 @@ def test_a_packed_batch_without_lengths_is_refused():
     window=st.one_of(st.none(), st.integers(0, 6)),
     key_len=st.integers(1, 14),
 )
-def test_the_dense_mask_is_the_hosts(seq_len, start, window, key_len):
+def test_the_dense_mask_is_automodel(seq_len, start, window, key_len):
     arguments = {
         "position_ids": torch.arange(start, start + seq_len),
         "key_len": key_len,
@@ -356,14 +358,14 @@ def test_the_dense_mask_is_the_hosts(seq_len, start, window, key_len):
         "sliding_window": window,
     }
     mine = cp.build_dsv4_cp_causal_padding_mask(**arguments)
-    assert torch.equal(mine, host.build_dsv4_cp_causal_padding_mask(**arguments))
+    assert torch.equal(mine, automodel.build_dsv4_cp_causal_padding_mask(**arguments))
 
 
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     window=st.one_of(st.none(), st.integers(0, 6)),
 )
-def test_the_dense_mask_of_packed_rows_is_the_hosts(lengths, window):
+def test_the_dense_mask_of_packed_rows_is_automodel(lengths, window):
     numbers = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(lengths)] + [torch.zeros(2)])
     arguments = {
         "position_ids": torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(2)]),
@@ -375,4 +377,4 @@ def test_the_dense_mask_of_packed_rows_is_the_hosts(lengths, window):
         "sliding_window": window,
     }
     mine = cp.build_dsv4_cp_packed_causal_padding_mask(**arguments)
-    assert torch.equal(mine, host.build_dsv4_cp_packed_causal_padding_mask(**arguments))
+    assert torch.equal(mine, automodel.build_dsv4_cp_packed_causal_padding_mask(**arguments))

@@ -1,11 +1,11 @@
-"""Batches as a loop may bring them, odd ones too: the seed's function against the host's."""
+"""Batches as a loop may bring them, odd ones too: the seed's function against AutoModel's."""
 
 import contextlib
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nemo_automodel.components.models.deepseek_v4 import cp as host
+from nemo_automodel.components.models.deepseek_v4 import cp as automodel
 
 from nemo_dsv4_cp import cp
 from tests.meshes import FakeMesh
@@ -126,7 +126,7 @@ def outcome(function, mesh, batch, options):
 
 def assert_outcomes_agree(mine, theirs):
     meant = isinstance(theirs, AssertionError | KeyError | NotImplementedError | ValueError)
-    if meant and "torch.cat()" not in str(theirs):  # a row of no document: the host stumbles
+    if meant and "torch.cat()" not in str(theirs):  # a row of no document: AutoModel stumbles
         assert type(mine) is type(theirs), (mine, theirs)
     if isinstance(theirs, Exception):
         return
@@ -150,13 +150,13 @@ def assert_outcomes_agree(mine, theirs):
     pad_multiple=st.sampled_from([None, 0, 1, 2, 3, 8]),
     sync=st.booleans(),
 )
-def test_whatever_the_host_makes_of_a_batch_is_what_it_becomes(
+def test_whatever_automodel_makes_of_a_batch_is_what_it_becomes(
     drawn, cp_size, rank, pad_multiple, sync
 ):
     """Its tensors bit for bit, and the errors that it means to raise."""
     batch, options = drawn
     options |= {"padding_token_id": 7, "pad_multiple": pad_multiple, "sync_packed_length": sync}
     mesh = FakeMesh(cp_size, rank % cp_size)
-    theirs = outcome(host.make_dsv4_contiguous_shard_cp_batch_and_ctx, mesh, batch, options)
+    theirs = outcome(automodel.make_dsv4_contiguous_shard_cp_batch_and_ctx, mesh, batch, options)
     mine = outcome(cp.make_dsv4_contiguous_shard_cp_batch_and_ctx, mesh, batch, options)
     assert_outcomes_agree(mine, theirs)

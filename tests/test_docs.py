@@ -37,9 +37,9 @@ ROOMS = (
     "kernels",
     "kernels/reference",
     "kernels/triton",
-    "host",
+    "automodel",
 )
-TRAINING = ["*.py", *(f"{room}/*.py" for room in ROOMS), "tools/weighing.py"]
+TRAINING = ["*.py", *(f"{room}/*.py" for room in ROOMS), "bench/profiling.py"]
 
 
 def blocks(*languages):
@@ -207,8 +207,8 @@ def test_files_and_modules_named_in_inline_code_exist(document):
     named = [code for _, code in CODE.findall(FENCE.sub("", document.read_text()))]
     files = [code for code in named if SOURCE.fullmatch(code)]
     modules = [code for code in named if DOTTED.fullmatch(code)]
-    # From the root or the package; a table of how_it_works.md is about host/ alone.
-    places = (ROOT, PACKAGE, PACKAGE / "host")
+    # From the root or the package; a table of how_it_works.md is about automodel/ alone.
+    places = (ROOT, PACKAGE, PACKAGE / "automodel")
     assert [f for f in files if not any((place / f).exists() for place in places)] == []
     assert [module for module in modules if not is_there(module)] == []
 

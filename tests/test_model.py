@@ -1,4 +1,4 @@
-"""The whole model over real gloo ranks against the host's own at CP size 1."""
+"""The whole model over real gloo ranks against AutoModel's own at CP size 1."""
 
 import pytest
 import torch
@@ -19,17 +19,17 @@ BOUNDARY = {"transport": "boundary"}
 @pytest.mark.parametrize("transport", ["all_gather", "boundary"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("seq_len", "padded_row"), [(777, False), (777, True), (1024, False)])
-def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, transport, size, seq_len, padded_row):
+def test_a_moe_model_equals_automodels_at_one_rank(ranks, transport, size, seq_len, padded_row):
     options = {"transport": transport}
     assert_parity(ranks.run(model_job, size, RATIOS, 2, seq_len, options, padded_row))
 
 
-def test_one_rank_equals_the_hosts_without_its_dense_mask(ranks):
+def test_one_rank_equals_automodels_without_its_dense_mask(ranks):
     assert_parity(ranks.run(model_job, 1, RATIOS, 2, 777, BOUNDARY, True))
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_moe_model_whose_indexer_has_to_choose_equals_the_hosts(ranks, size):
+def test_a_moe_model_whose_indexer_has_to_choose_equals_automodel(ranks, size):
     # Few enough entries that rounding of the layers before cannot swap two near ties.
     assert_parity(ranks.run(model_job, size, RATIOS, 2, 190, BOUNDARY, True, 0, 8))
 
@@ -119,7 +119,7 @@ def initialised(cls):
     return model
 
 
-def test_parameters_and_random_draws_are_the_hosts():
+def test_parameters_and_random_draws_are_automodel():
     mine, theirs = (
         initialised(cls) for cls in (DeepseekV4ContextParallelForCausalLM, DeepseekV4ForCausalLM)
     )
@@ -154,7 +154,7 @@ def test_left_padding_is_refused_at_one_rank_too():
         build()(ids, attention_mask=mask)
 
 
-def test_packed_rows_at_one_rank_are_the_hosts_where_it_cuts_no_window():
+def test_packed_rows_at_one_rank_are_automodels_where_it_cuts_no_window():
     ids = torch.randint(0, 97, (1, 256))
     packed = {"qkv_format": "thd", "seq_lens": torch.tensor([[128, 128]])}
     packed["seq_lens_padded"] = packed["seq_lens"]
@@ -162,7 +162,7 @@ def test_packed_rows_at_one_rank_are_the_hosts_where_it_cuts_no_window():
     torch.testing.assert_close(build()(ids, **packed).logits, expected)
 
 
-def test_multi_token_prediction_at_one_rank_is_the_hosts():
+def test_multi_token_prediction_at_one_rank_is_automodel():
     changes = {"num_nextn_predict_layers": 1, "compress_ratios": [*RATIOS, 4]}
     ids = torch.randint(0, 97, (2, 200))
     (expected,) = build(DeepseekV4ForCausalLM, **changes).train()(ids).mtp_per_depth_h

@@ -17,7 +17,7 @@ def test_the_installed_distribution_declares_the_architecture():
     assert entry_points(group="nemo_automodel.architectures", name=NAME)
 
 
-def test_the_hosts_registry_finds_our_class():
+def test_automodels_registry_finds_our_class():
     found = ModelRegistry.get_model_cls_from_model_arch(NAME)
     assert found is DeepseekV4ContextParallelForCausalLM
 

@@ -1,6 +1,6 @@
-"""Recipes launched through the host's own CLI, as a user launches them.
+"""Recipes launched through AutoModel's own CLI, as a user launches them.
 
-What a release of the host cannot do, or we cannot do there, is held to its error message.
+What a release of AutoModel cannot do, or we cannot do there, is held to its error message.
 """
 
 import inspect
@@ -18,8 +18,8 @@ from nemo_automodel.recipes.llm import kd
 from safetensors.torch import load_file
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
-from nemo_dsv4_cp.host import mtp_contract
-from nemo_dsv4_cp.host.sharding import HAS_SHARDER
+from nemo_dsv4_cp.automodel import mtp_contract
+from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
@@ -156,7 +156,7 @@ def test_expert_parallelism_and_checkpointing_change_no_loss(
 
 @pytest.fixture(scope="module")
 def packed(cut_and_whole):
-    """Two steps of two microbatches of packed rows, with MTP where the host's recipe asks us."""
+    """Two steps of two microbatches of packed rows, with MTP where AutoModel's recipe asks us."""
     config = tiny()["model"]["config"] | {"num_nextn_predict_layers": 2 if ASKS_FOR_MTP else 0}
     return cut_and_whole(
         "packed",
@@ -191,7 +191,7 @@ def test_multi_token_prediction_is_refused_where_the_recipe_does_not_ask_for_its
 
 
 def assert_same_steps(one: Training, other: Training, *, later: float = 1e-5) -> None:
-    """Compare losses and gradient norms, by default to a tenth of the last digit of the host's log.
+    """Compare losses and gradient norms, by default to a tenth of the last digit of the log.
 
     Args:
         one: A training.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_dsv4_cp.host.contracts import TESTED_RELEASES
+from nemo_dsv4_cp.automodel.contracts import TESTED_RELEASES
 from tests.capabilities import CAPABILITIES
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -2,7 +2,7 @@
 
 from nemo_automodel.recipes.llm import kd
 
-from nemo_dsv4_cp.host.cpu import CpuDistillationRecipe
+from nemo_dsv4_cp.automodel.cpu import CpuDistillationRecipe
 
 kd._verify_tokenizer_compatibility = lambda *args, **kwargs: None
 

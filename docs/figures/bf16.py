@@ -53,7 +53,7 @@ def main() -> None:
 def recipe(seed: int) -> dict[str, object]:
     """Return the tiny recipe with AutoModel's own precision: bfloat16, gradients summed in float32.
 
-    What is named here is only the parameters' dtype: all else is the host's default `mp_policy`.
+    What is named here is only the parameters' dtype: all else is AutoModel's default `mp_policy`.
     """
     fields = compose("tiny_cpu").fields
     fields["seed"] = seed

@@ -23,17 +23,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from nemo_dsv4_cp.bench.layer import Case
+from nemo_dsv4_cp.bench.profiling import weigh
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
-from nemo_dsv4_cp.tools.layer import Case
-from nemo_dsv4_cp.tools.paths import HOST
-from nemo_dsv4_cp.tools.weighing import weigh
+from nemo_dsv4_cp.tools.paths import AUTOMODEL
 
 HERE = Path(__file__).parent
 LOCAL_TOKENS = 16_384
 CP_SIZES = (2, 4, 8, 16, 32, 64)
-PATHS = ("boundary", "all_gather", HOST)
+PATHS = ("boundary", "all_gather", AUTOMODEL)
 GPU_GB = (80, 141)
 
 INK, PALE = "#333333", "#f1f1f1"
@@ -202,8 +202,8 @@ def memory() -> Figure:
     figure, axes = plt.subplots(figsize=(7.2, 4.4))
     lengths = [LOCAL_TOKENS * size for size in CP_SIZES]
     peaks_gb = _peaks_gb()
-    labels = {HOST: "AutoModel 0.7.0", "all_gather": "all_gather", "boundary": "boundary"}
-    colours = {HOST: HALO, "all_gather": FEATURES, "boundary": SHARDS[2]}
+    labels = {AUTOMODEL: "AutoModel 0.7.0", "all_gather": "all_gather", "boundary": "boundary"}
+    colours = {AUTOMODEL: HALO, "all_gather": FEATURES, "boundary": SHARDS[2]}
     for path, label in labels.items():
         peaks = [peaks_gb[path, size] for size in CP_SIZES]
         axes.plot(lengths, peaks, marker="o", ms=4, color=colours[path], label=label)

@@ -1,4 +1,4 @@
-"""What CSA's choice goes by: index queries and head weights, by the host's indexer.
+"""What CSA's choice goes by: index queries and head weights, by AutoModel's indexer.
 
 The choice itself, which past entries each query attends to, is the kernels'; it has no gradient.
 """
@@ -22,7 +22,7 @@ def index_queries(indexer: Any, q_residual: torch.Tensor) -> torch.Tensor:
 def head_weights(indexer: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:
     """Return each head's weight of a token's scores, their scale in it: float32 [B, L, I].
 
-    The formula is that of the host's ``DeepseekV4Indexer.forward``.
+    The formula is that of AutoModel's ``DeepseekV4Indexer.forward``.
     """
     scale: float = indexer.n_heads**-0.5 * indexer.softmax_scale
     weights: torch.Tensor = indexer.weights_proj(hidden_BLE).float()

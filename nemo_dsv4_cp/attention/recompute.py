@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nemo_dsv4_cp.host.torch_api import (
+from nemo_dsv4_cp.automodel.torch_api import (
     SELECTIVE_CHECKPOINTING,
     current_modes,
     in_backward,

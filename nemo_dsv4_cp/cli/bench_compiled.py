@@ -37,7 +37,7 @@ def kernels(
         if name not in MODELS:
             raise typer.BadParameter(f"--model {name} is none of {', '.join(MODELS)}")
     with quiet():
-        from nemo_dsv4_cp.tools.compiled_kernels import ARCHITECTURES, compile_all
+        from nemo_dsv4_cp.bench.compiled_kernels import ARCHITECTURES, compile_all
     for number in arch:
         if number not in ARCHITECTURES:
             known = ", ".join(map(str, ARCHITECTURES))

@@ -15,7 +15,7 @@ from rich.table import Table
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
-from nemo_dsv4_cp.tools.paths import HOST
+from nemo_dsv4_cp.tools.paths import AUTOMODEL
 
 console = Console()
 
@@ -30,10 +30,10 @@ Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against l
 
 
 def paths() -> list[str]:
-    """The host's path, where the installed release has one (since 0.6), and every transport."""
+    """AutoModel's path, where the installed release has one (since 0.6), and every transport."""
     with quiet():
         hosted = find_spec("nemo_automodel.components.models.deepseek_v4.cp") is not None
-    return [*([HOST] if hosted else []), *plugins.names(plugins.TRANSPORTS)]
+    return [*([AUTOMODEL] if hosted else []), *plugins.names(plugins.TRANSPORTS)]
 
 
 def check(seq_len: int, cp_size: int, ratios: Sequence[int]) -> None:

@@ -28,7 +28,7 @@ from nemo_dsv4_cp.cli.bench_options import (
 )
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-from nemo_dsv4_cp.tools.paths import HOST
+from nemo_dsv4_cp.tools.paths import AUTOMODEL
 from nemo_dsv4_cp.tools.sizes import GIB
 
 
@@ -48,14 +48,14 @@ def time_(
     check(seq_len, cp_size, ratio)
     check_outputs(json_)
     with quiet():
-        from nemo_dsv4_cp.tools.local_ranks import RankFailed
-        from nemo_dsv4_cp.tools.timing import (
+        from nemo_dsv4_cp.bench.timing import (
             CPU_SIZES,
+            automodel_kernels,
             describe_machine,
-            host_kernels,
             time_gloo_ranks,
             time_one_gpu_rank,
         )
+        from nemo_dsv4_cp.tools.local_ranks import RankFailed
 
     gpu = torch.cuda.is_available()
     measure = time_one_gpu_rank if gpu else time_gloo_ranks
@@ -76,8 +76,8 @@ def time_(
         failed.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
     what = (
-        "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing), host attn: "
-        + host_kernels()
+        "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing), "
+        "AutoModel's attn: " + automodel_kernels()
         if gpu
         else f"hidden {CPU_SIZES['hidden_size']}, float32, gloo ranks of one thread each"
     )
@@ -87,12 +87,12 @@ def time_(
     )
     for header in ("ratio", "path"):
         table.add_column(header)
-    for header in ("seconds", "host / path", "peak GiB"):
+    for header in ("seconds", "AutoModel / path", "peak GiB"):
         table.add_column(header, justify="right")
-    host = {t.case.ratio: t.median for t in timings if t.case.path == HOST}
+    automodel = {t.case.ratio: t.median for t in timings if t.case.path == AUTOMODEL}
     for timing in timings:
         peak = "-" if timing.peak_bytes is None else f"{timing.peak_bytes / GIB:.2f}"
-        times = f"{host[timing.case.ratio] / timing.median:.2f}x"
+        times = f"{automodel[timing.case.ratio] / timing.median:.2f}x"
         table.add_row(str(timing.case.ratio), timing.case.path, f"{timing.median:.3f}", times, peak)
     figures = [dataclasses.asdict(t) | {"median": t.median} for t in timings]
     emit(table, {"machine": describe_machine(), "timings": figures}, json_)
@@ -110,9 +110,9 @@ def overlap(
     Example: python -m nemo_dsv4_cp bench overlap --delay 0.2
     """
     with quiet():
+        from nemo_dsv4_cp.bench.overlap import RANKS, SIZES, measure
+        from nemo_dsv4_cp.bench.timing import describe_machine
         from nemo_dsv4_cp.tools.local_ranks import RankFailed
-        from nemo_dsv4_cp.tools.overlap import RANKS, SIZES, measure
-        from nemo_dsv4_cp.tools.timing import describe_machine
     check(seq_len, RANKS, ratio)
     check_outputs(json_)
     if not delay > 0:
@@ -175,9 +175,9 @@ def operations(
     check(seq_len, cp_size, ratio)
     check_outputs(json_)
     with quiet():
-        from nemo_dsv4_cp.tools.operation_timing import peak_tflops, time_operations
+        from nemo_dsv4_cp.bench.operation_timing import peak_tflops, time_operations
+        from nemo_dsv4_cp.bench.timing import describe_machine
         from nemo_dsv4_cp.tools.sizes import read_model_fields
-        from nemo_dsv4_cp.tools.timing import describe_machine
     try:
         times = [
             each

@@ -61,12 +61,12 @@ class TrainingFailed(Exception):
 def train(
     recipe: Path, *, cp_size: int, directory: Path, on_step: Callable[[int], None]
 ) -> Training:
-    """Runs a recipe with one process per CP rank, through the host's own command line.
+    """Runs a recipe with one process per CP rank, through AutoModel's own command line.
 
     Args:
         recipe: The YAML file.
         cp_size: Ranks and processes.
-        directory: Empty; receives `log` and the host's `training.jsonl`.
+        directory: Empty; receives `log` and AutoModel's `training.jsonl`.
         on_step: Told how many steps are done, again and again.
 
     Raises:

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_dsv4_cp.tools.gpus import LINK_SHARE, Gpu
-from nemo_dsv4_cp.tools.paths import HOST, PATHS
+from nemo_dsv4_cp.tools.paths import AUTOMODEL, PATHS
 from nemo_dsv4_cp.tools.planning import Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB
 from nemo_dsv4_cp.tools.step_time import Time
 
-_IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "host": "host"}
+_IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "automodel": "auto-\nmodel"}
 
 
 def print_plan(
@@ -43,7 +43,7 @@ def print_plan(
     rows_of = f"{request.batch} row{'s' if request.batch > 1 else ''}"
     console.print(
         f"{model}: {rows_of} of {request.seq_len:,} tokens, {request.ranks} {request.gpu.name} of "
-        f"{request.gpu.memory:g} GiB; {request.transport} against AutoModel's own path (host); "
+        f"{request.gpu.memory:g} GiB; {request.transport} against AutoModel's own path; "
         "GiB of one rank",
         markup=False,
     )
@@ -87,7 +87,7 @@ def _table(headers: Sequence[str]) -> Table:
 def _memory(request: Request, rows: Sequence[Row], smallest: int | None) -> Table:
     headers = ["cp\nsize", "shard\ntokens", "pad\n%"]
     headers += [f"recv\n{_IN_HEADERS[path]}" for path in PATHS]
-    headers += [f"attn\n{_IN_HEADERS[request.transport]}", f"attn\n{HOST}", "need", "fits"]
+    headers += [f"attn\n{_IN_HEADERS[request.transport]}", f"attn\n{_IN_HEADERS[AUTOMODEL]}", "need", "fits"]
     table = _table(headers)
     for row in rows:
         table.add_row(
@@ -96,7 +96,7 @@ def _memory(request: Request, rows: Sequence[Row], smallest: int | None) -> Tabl
             f"{row.padding * 100:.1f}",
             *(_gib(row.of(path).received_bytes) for path in PATHS),
             _gib(row.of(request.transport).attention_bytes),
-            _gib(row.of(HOST).attention_bytes),
+            _gib(row.of(AUTOMODEL).attention_bytes),
             _gib(row.needed_bytes),
             "yes" if row.fits else "no",
             style="bold" if row.cp_size == smallest else None,

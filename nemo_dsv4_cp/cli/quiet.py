@@ -1,4 +1,4 @@
-"""Silence for what torch and the host say about themselves while a command runs them."""
+"""Silence for what torch and AutoModel say about themselves while a command runs them."""
 
 from __future__ import annotations
 

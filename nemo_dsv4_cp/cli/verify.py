@@ -21,7 +21,7 @@ from rich.table import Table
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.tools.sizes import complete_fields
 
-if TYPE_CHECKING:  # the host takes seconds to import
+if TYPE_CHECKING:  # AutoModel takes seconds to import
     from nemo_dsv4_cp.tools.verification import Difference
 
 _SHOWN = 8

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from nemo_dsv4_cp.host.torch_api import (
+from nemo_dsv4_cp.automodel.torch_api import (
     all_gather_single,
     default_store,
     reduce_scatter_single,
@@ -23,7 +23,7 @@ Work: TypeAlias = dist.Work
 Store: TypeAlias = dist.Store  # type: ignore[name-defined,attr-defined]
 
 CP_GROUP_KEY = "_dsv4_cp_group"
-"""Batch key under which the CP process group travels to attention, as in the host."""
+"""Batch key under which the CP process group travels to attention, as in AutoModel."""
 
 
 def cp_enabled(cp_group: Group | None) -> bool:
@@ -147,7 +147,7 @@ def max_over_ranks(number: int, device: torch.device) -> int:
 def process_group(backend: str, *, rank: int, size: int, port: int = 0) -> Iterator[Group]:
     """Make the process group of a job on this machine, and take it down at the end.
 
-    Training never does: there the host makes the groups.
+    Training never does: there AutoModel makes the groups.
 
     Args:
         backend: ``"nccl"``, ``"gloo"``, or ``"fake"``: its collectives return at once, with

@@ -13,7 +13,7 @@ from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
 
 Rope = tuple[torch.Tensor, torch.Tensor]
-"""Cos and sin from the host's rotary embedding, [B, L, r] each: the r / 2 angles, twice."""
+"""Cos and sin from AutoModel's rotary embedding, [B, L, r] each: the r / 2 angles, twice."""
 
 
 class Kernels(Protocol):

@@ -1,1 +1,1 @@
-"""Positions and documents: pure arithmetic, no communication and no host."""
+"""Positions and documents: pure arithmetic, no communication, no AutoModel."""

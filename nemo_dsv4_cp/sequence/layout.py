@@ -17,14 +17,17 @@ from typing import Any, TypeVar, cast
 import torch
 
 OVERLAP_RATIO = 4
-"""The compress ratio whose windows also pool the window before (CSA; host ``_pool_windows``)."""
+"""The compress ratio whose windows also pool the window before (CSA).
+
+AutoModel's ``_pool_windows``.
+"""
 
 
 def local_seq_multiple(compress_ratios: Iterable[int] | None) -> int:
     """Return the number that a shard length must be a multiple of.
 
     A window may not straddle a cut, so each shard holds whole windows of every ratio; overlapping
-    windows count twice (host ``dsv4_cp_local_seq_multiple``).
+    windows count twice (AutoModel's ``dsv4_cp_local_seq_multiple``).
 
     Args:
         compress_ratios: One ratio a layer; entries of 0 or less ask for nothing.
@@ -44,7 +47,7 @@ def padded_seq_len(seq_len: int, *, cp_size: int, pad_multiple: int) -> int:
         seq_len: Tokens in a row before padding.
         cp_size: Number of CP ranks.
         pad_multiple: What each shard length must be a multiple of; less than 2 counts as 2, as in
-            the host's ``shard_batch_contiguous``.
+            AutoModel's ``shard_batch_contiguous``.
     """
     divisor = cp_size * max(pad_multiple, 2)
     return -(-seq_len // divisor) * divisor
@@ -189,7 +192,7 @@ class SequenceLayout:
 
         Entry w covers tokens [w * ratio, (w + 1) * ratio) of its document and is seen once
         complete: w < (i + 1) // ratio for the query at document position i (DeepSeek-V4 report;
-        host ``DeepseekV4Attention.forward``).
+        AutoModel's ``DeepseekV4Attention.forward``).
 
         Args:
             positions: Of the queries, int64 [C].

@@ -15,7 +15,7 @@ from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
 def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
     """Return where the documents of rows that are not to be changed start, no host sync.
 
-    Padding counts with the document before it, as in the host; what follows the last is a document
+    Padding counts with the document before it, as in AutoModel; what follows the last is a document
     of its own.
 
     Args:
@@ -84,7 +84,7 @@ def build_packed_seq_ids(
         padding_value: Marks unused slots.
 
     Returns:
-        Int64 [B, S] from 1; 0 after the last document (host ``build_packed_seq_ids``).
+        Int64 [B, S] from 1; 0 after the last document (AutoModel's ``build_packed_seq_ids``).
     """
     lengths = torch.atleast_2d(seq_lens_padded).to(device=device, dtype=torch.long)
     used = lengths != padding_value

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 NO_DOCUMENT = -1000
-"""Fills up rows of fewer documents, as in the host's packed collater."""
+"""Fills up rows of fewer documents, as in AutoModel's packed collater."""
 
 TOKEN_IDS = ("packed_seq_ids", "_packed_seq_ids")
 """Keys of a document's number for each token."""
@@ -28,7 +28,7 @@ class Document:
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
-    """Return whether the rows hold several documents, by any of the host's markers."""
+    """Return whether the rows hold several documents, by any of AutoModel's markers."""
     markers = ("seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded", *TOKEN_IDS)
     return batch.get("qkv_format") == "thd" or any(batch.get(key) is not None for key in markers)
 
@@ -89,7 +89,7 @@ def named(thing: torch.dtype | torch.layout) -> str:
 
 
 def documents_as_told(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list[Document]]:
-    """Read ``seq_lens`` as the host does, who mends what :func:`documents_of` refuses.
+    """Read ``seq_lens`` as AutoModel does, who mends what :func:`documents_of` refuses.
 
     Negative lengths count as 0, documents of no token keep their number, a padded length is at
     least the real one, and lengths of rows that the batch lacks are left unread.
@@ -214,7 +214,7 @@ def _refuse_contradiction(
 ) -> None:
     """Refuse documents that a batch tells twice and differently.
 
-    A number a token may count the padding that follows a document with it, as the host's do.
+    A number a token may count the padding that follows a document with it, as AutoModel's do.
     """
     for row, (mine, its) in enumerate(zip(told[first], told[other], strict=True)):
         runs = {document.start: document.length for document in its}

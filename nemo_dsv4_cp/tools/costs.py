@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import QueryCost
-from nemo_dsv4_cp.tools.paths import ALL_GATHER, BOUNDARY, HOST
+from nemo_dsv4_cp.tools.paths import ALL_GATHER, AUTOMODEL, BOUNDARY
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
 _BF16, _FP32, _INT32 = 2, 4, 4
@@ -110,14 +110,14 @@ def crossings(
     else:
         keys = remote * key  # every raw key
         # The values and gates of every token: the overlapping half [S, 2 D] with all_gather,
-        # both halves [S, 4 D] on the host's path.
+        # both halves [S, 4 D] on AutoModel's path.
         before, halves = remote, 2 if path == ALL_GATHER else 4
     if not overlaps:
         before = 0
     forward = backward = keys + before * halves * width * _FP32
     index = before * halves * index_width * _FP32  # forward alone, and not repeated
     home = nothing
-    if balanced and ratio and path != HOST:
+    if balanced and ratio and path != AUTOMODEL:
         moved, cost = shape.batch * (shape.layout.local_len // 2), QueryCost.of(sizes, ratio)
         returned = moved * home_width
         home = Crossing(returned, returned, returned, from_all=False)
@@ -155,7 +155,7 @@ def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> i
     Without balance: a rank that attends its queries in two halves takes less.
 
     Its tensors at each of the moments where the peak may lie; parameters and input count where an
-    operation keeps a view of them, as ``bench memory`` counts them. The host's is of its TileLang
+    operation keeps a view of them, as ``bench memory`` counts them. AutoModel's is of its TileLang
     kernels.
 
     Args:
@@ -192,9 +192,9 @@ def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> i
     entries = entry_count * s.head_dim  # [P, D]
     selected = min(s.index_topk, shape.layout.seq_len // ratio) if overlaps else 0
 
-    if path == HOST:
+    if path == AUTOMODEL:
         # The mask before it is one: int64 positions' difference and two bools, [L, S] each. (At
-        # R = 1 the host builds it from [S, S] tensors of the same order.)
+        # R = 1 AutoModel builds it from [S, S] tensors of the same order.)
         elements = tokens * shape.layout.seq_len
         mask = elements * (8 + 1 + 1)
         # Backward through the per-head norm: six float32 [N, L, D]; then what the layer holds.

@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import torch
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.host.contracts import TESTED_RELEASES
-from nemo_dsv4_cp.host.torch_api import TESTED_TORCH
+from nemo_dsv4_cp.automodel.contracts import TESTED_RELEASES
+from nemo_dsv4_cp.automodel.torch_api import TESTED_TORCH
 
 _ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
 _NEWEST = TESTED_RELEASES[0]
@@ -40,11 +40,11 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Look at versions, entry points, the host's contracts, devices, kernels and known traps."""
+    """Look at versions, entry points, AutoModel's contracts, devices, kernels and known traps."""
     looks: list[Callable[[], Iterator[Finding]]] = [
         _versions,
         _plugins,
-        _host_contracts,
+        _automodel_contracts,
         _devices,
         _kernels,
     ]
@@ -61,9 +61,9 @@ def _versions() -> Iterator[Finding]:
         if name == "nemo_automodel" and found is None:
             remedy = f"pip install nemo_automodel=={_NEWEST}"
         elif name == "triton" and found is None and torch.cuda.is_available():
-            remedy = "the host's LoRA and MoE kernels need it: pip install triton==3.7.1"
+            remedy = "AutoModel's LoRA and MoE kernels need it: pip install triton==3.7.1"
         elif name == "triton" and found is not None and found.startswith("3.9"):
-            remedy = "the host's LoRA kernels do not import with it: pip install triton==3.7.1"
+            remedy = "AutoModel's LoRA kernels do not import with it: pip install triton==3.7.1"
         fatal = name == "nemo_automodel" and found is None
         note = _untested(name, found) if found else None
         yield Finding(name, found or "not installed", remedy, fatal, note)
@@ -109,19 +109,19 @@ def _plugins() -> Iterator[Finding]:
                 yield Finding(f"{group}: {point.name}", point.value)
 
 
-def _host_contracts() -> Iterator[Finding]:
+def _automodel_contracts() -> Iterator[Finding]:
     remedy = f"pip install nemo_automodel=={_NEWEST}; the error tells what it misses"
     try:
-        from nemo_automodel.components.models.deepseek_v4 import model as host
+        from nemo_automodel.components.models.deepseek_v4 import model as automodel
 
-        from nemo_dsv4_cp.host import contracts, mtp_contract, registration
+        from nemo_dsv4_cp.automodel import contracts, mtp_contract, registration
 
         contract = contracts.batch_contract()
         contracts.check()
     except Exception as error:
         yield Finding("AutoModel's V4 model", f"cannot be used: {error}", remedy, fatal=True)
         return
-    yield Finding("AutoModel's V4 model", host.__name__)
+    yield Finding("AutoModel's V4 model", automodel.__name__)
     yield Finding("contract for batches", contract.NAME)
     mtp = "prepare_mtp_inputs_for_cp" if mtp_contract.ASKS_MODELS else "none"
     yield Finding("contract for MTP under CP", mtp)
@@ -147,8 +147,8 @@ def _devices() -> Iterator[Finding]:
     yield Finding(
         "GPUs",
         f"none; {platform.machine()} CPU",
-        "on a CPU: the recipe class nemo_dsv4_cp.host.cpu.CpuFinetuneRecipe, dist_env.backend: "
-        "gloo, and torchrun, since the automodel launcher counts GPUs",
+        "on a CPU: the recipe class nemo_dsv4_cp.automodel.cpu.CpuFinetuneRecipe, "
+        "dist_env.backend: gloo, and torchrun, since the automodel launcher counts GPUs",
     )
 
 

@@ -62,7 +62,7 @@ def verify_kernels(
         ValueError: If the kernels cannot run here.
     """
     given = {name: fields[name] for name in _SIZES if fields.get(name) is not None}
-    sizes = DeepseekV4ContextParallelConfig(**given)  # the host's defaults for the rest
+    sizes = DeepseekV4ContextParallelConfig(**given)  # AutoModel's defaults for the rest
     kernels: Kernels = plugins.load(plugins.KERNELS, name)(workspace_bytes=workspace_bytes)
     reference = TorchKernels(workspace_bytes=workspace_bytes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

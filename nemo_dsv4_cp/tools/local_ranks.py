@@ -59,7 +59,7 @@ def run(job: Callable[..., Any], ranks: int, *args: Any) -> Any:
     """Run ``job(group, rank, *args)`` on every rank and return what rank 0 returns.
 
     What the ranks write goes to a log file, which stays if one fails. Warnings that torch and the
-    host give about themselves are left out.
+    AutoModel give about themselves are left out.
 
     Args:
         job: A function of a module, for processes to import.
@@ -139,7 +139,7 @@ def _rank(
     torch.set_num_threads(1)
     with ExitStack() as stack:  # the error is told before the group's end makes others fail
         try:
-            # Imported here, since the host already warns while it is imported.
+            # Imported here, since AutoModel already warns while it is imported.
             job = getattr(importlib.import_module(name[0]), name[1])
             device = device_of(rank, ranks)
             if device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Names of what is compared: the host's own path and the transports of the package."""
+"""Names of what is compared: AutoModel's own path and the transports of the package."""
 
-HOST = "host"
+AUTOMODEL = "automodel"
 """Name of AutoModel's own path."""
 BOUNDARY = "boundary"
 ALL_GATHER = "all_gather"
 TRANSPORTS = (BOUNDARY, ALL_GATHER)
-PATHS = (BOUNDARY, ALL_GATHER, HOST)
+PATHS = (BOUNDARY, ALL_GATHER, AUTOMODEL)

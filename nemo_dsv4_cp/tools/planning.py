@@ -12,7 +12,7 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, pad
 from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
 from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes, stream_bytes
 from nemo_dsv4_cp.tools.gpus import GPUS, Gpu
-from nemo_dsv4_cp.tools.paths import BOUNDARY, HOST, PATHS
+from nemo_dsv4_cp.tools.paths import AUTOMODEL, BOUNDARY, PATHS
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes
 from nemo_dsv4_cp.tools.step_time import StepTime, step_time
 from nemo_dsv4_cp.tools.work import work_of_ranks
@@ -295,8 +295,8 @@ def warnings(
             f"--cp-size {chosen} is larger than the memory needs: {smallest} fits, and the other "
             "ranks could work on other rows"
         )
-    if masked := [each for each in rows if each.of(HOST).attention_bytes > memory * GIB]:
-        most = max(each.of(HOST).attention_bytes for each in masked) / GIB
+    if masked := [each for each in rows if each.of(AUTOMODEL).attention_bytes > memory * GIB]:
+        most = max(each.of(AUTOMODEL).attention_bytes for each in masked) / GIB
         lines.append(
             f"{having(masked)}: AutoModel's own path needs up to {most:,.0f} GiB for attention "
             f"(its mask is dense), more than --gpu-memory {memory:g}"

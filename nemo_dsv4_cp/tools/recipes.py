@@ -25,7 +25,7 @@ class Recipe:
     """A composed recipe.
 
     Attributes:
-        fields: What the host's CLI loads, everything resolved.
+        fields: What AutoModel's CLI loads, everything resolved.
         nodes: Machines that it is made for.
         processes_per_node: Processes on each, a GPU or a CPU rank each.
     """

@@ -13,7 +13,7 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
     """Windows of the standard library's source, one byte a token (a vocabulary of 256).
 
     Needs no download and no tokenizer, and every rank of a machine reads the same bytes. A recipe
-    names it under `dataset`, and the host's default collater batches what it yields.
+    names it under `dataset`, and AutoModel's default collater batches what it yields.
 
     Args:
         seq_length: Tokens in a sample.
@@ -68,7 +68,7 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
         # A prime step walks through all lengths, in an order that looks drawn.
         length = self._shortest + index * 7919 % (self._seq_length - self._shortest + 1)
         window = list(self._bytes[start : start + length + 1])
-        # The host's losses do not shift, so the dataset does.
+        # AutoModel's losses do not shift, so the dataset does.
         return {
             "input_ids": window[:-1],
             "labels": window[1:],

@@ -1,7 +1,7 @@
 """Whether a recipe trains under CP as AutoModel's own model does on one rank: shrunk, one step.
 
 Both run AutoModel's own code from the batch to the update of the gates' biases
-(:mod:`nemo_dsv4_cp.host.training_step`). The reference is AutoModel's model, on one rank and
+(:mod:`nemo_dsv4_cp.automodel.training_step`). The reference is AutoModel's model, on one rank and
 without activation checkpointing, with one document per row.
 """
 
@@ -19,10 +19,10 @@ import torch
 from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
+from nemo_dsv4_cp.automodel import training_step
+from nemo_dsv4_cp.automodel.training_step import StepResult, TrainingStep
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
-from nemo_dsv4_cp.host import training_step
-from nemo_dsv4_cp.host.training_step import StepResult, TrainingStep
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
 from nemo_dsv4_cp.tools import local_ranks, shrinking
@@ -30,7 +30,7 @@ from nemo_dsv4_cp.tools import local_ranks, shrinking
 OUTPUT_LIMIT = 1e-5
 GRADIENT_LIMIT = 5e-5
 # Of the terms of a sum that cancels. Of 1,482 scales (drawn weights, S 33 to 1,031, 2 to 4 ranks)
-# none of ours was further than 5.5 eps from the host's, and none of the host's in float32 further
+# none of ours was further than 5.5 eps from AutoModel's, and none of AutoModel's in float32 further
 # than 8.1 eps from its own in float64.
 CANCELLATION_LIMIT = 16 * torch.finfo(torch.float32).eps
 
@@ -182,9 +182,9 @@ def gradient_limit(name: str, reference: Mapping[str, torch.nn.Parameter]) -> fl
 
 
 def draw_weights(module: torch.nn.Module, seed: int) -> None:
-    """Draw every parameter, those included that the host starts as constants.
+    """Draw every parameter, those included that AutoModel starts as constants.
 
-    Hyper-connections are drawn apart: at the host's start all streams are alike, and the gradients
+    Hyper-connections are drawn apart: at AutoModel's start all streams are alike, and the gradients
     of their parameters are rounding already in the reference.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -203,7 +203,7 @@ def draw_weights(module: torch.nn.Module, seed: int) -> None:
 
 
 def packed_batch(documents: list[list[int]], seq_len: int, seed: int, vocab: int) -> dict[str, Any]:
-    """Draw a batch as the host's packed collater makes it."""
+    """Draw a batch as AutoModel's packed collater makes it."""
     generator = torch.Generator().manual_seed(seed)
     rows, most = len(documents), max(map(len, documents))
     lengths = torch.full((rows, most), NO_DOCUMENT)

@@ -1,4 +1,4 @@
-"""In bfloat16 a layer under CP is no further from float32 than the host's own without it."""
+"""In bfloat16 a layer under CP is no further from float32 than AutoModel's own without it."""
 
 import copy
 
@@ -16,11 +16,11 @@ from tests.parity import attend, cpu_backend, randomise, tiny_config
 
 LENGTH = 1024
 IN_FLOAT32 = ("sinks_param", "ape_param", ".wkv", ".wgate")
-"""Ends of the names of modules that the host keeps in float32, of a compressor and its indexer."""
+"""Ends of the names of modules that AutoModel keeps in float32, of a compressor and its indexer."""
 
 
 def rounded(layer):
-    """Return a copy in bfloat16 but for what the host keeps in float32."""
+    """Return a copy in bfloat16 but for what AutoModel keeps in float32."""
     copied = copy.deepcopy(layer).bfloat16()
     for name, module in copied.named_modules():
         if name.endswith(IN_FLOAT32):
@@ -37,7 +37,7 @@ def backward(layer, config, hidden, weight, mask, start):
 
 
 def errors_job(group, rank, ratio, options, seed):
-    """Return squared errors, ours and the host's, and of how many entries.
+    """Return squared errors, ours and AutoModel's, and of how many entries.
 
     Of this rank's shard of the output and the input's gradient; of each parameter's gradient.
     """
@@ -64,7 +64,7 @@ def errors_job(group, rank, ratio, options, seed):
         None, LENGTH, torch.float32, hidden.device, 1, config.sliding_window
     )
     right = backward(exact, config, hidden, weight, mask, 0)
-    host = backward(theirs, config, hidden, weight, mask.bfloat16(), 0)
+    automodel = backward(theirs, config, hidden, weight, mask.bfloat16(), 0)
     here = slice(own.start, own.stop)
     ours = backward(mine, config, hidden[:, here], weight[:, here], None, own.start)
 
@@ -72,7 +72,7 @@ def errors_job(group, rank, ratio, options, seed):
         return float((a - b).double().pow(2).sum())
 
     found = {}
-    for name, a, b, c in zip(("output", "input gradient"), right, host, ours, strict=True):
+    for name, a, b, c in zip(("output", "input gradient"), right, automodel, ours, strict=True):
         found[name] = (squared(c, a[:, here]), squared(b[:, here], a[:, here]), c.numel())
     for name, parameter in mine.named_parameters():
         if not parameter.requires_grad:
@@ -88,7 +88,7 @@ def errors_job(group, rank, ratio, options, seed):
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize("balance", ["off", "on"])
-def test_errors_are_no_larger_than_the_hosts(ranks, ratio, balance):
+def test_errors_are_no_larger_than_automodel(ranks, ratio, balance):
     every = [
         found
         for seed in range(4)
@@ -96,7 +96,7 @@ def test_errors_are_no_larger_than_the_hosts(ranks, ratio, balance):
     ]
     for name in every[0]:
         ours, theirs = (sum(found[name][whose] for found in every) ** 0.5 for whose in (0, 1))
-        print(f"{name}: {ours:.3g}, the host's {theirs:.3g}")
+        print(f"{name}: {ours:.3g}, AutoModel's {theirs:.3g}")
         assert theirs > 0
         # A few entries tell the ratio of two errors only roughly.
         limit = 1.1 if every[0][name][2] > 1000 else 1.5

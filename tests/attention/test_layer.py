@@ -1,4 +1,4 @@
-"""Attention layers over real gloo ranks against the host's layer at CP size 1."""
+"""Attention layers over real gloo ranks against AutoModel's layer at CP size 1."""
 
 import inspect
 
@@ -22,19 +22,19 @@ from tests.ranks import RankError
 pytestmark = pytest.mark.capability("attention layers, 1 to 8 ranks")
 ALL_GATHER = {"transport": "all_gather"}
 # AutoModel 0.5 chooses among entries of the future too, and then drops those.
-HOST_CHOOSES_AMONG_ALL = "valid_end" not in inspect.getsource(DeepseekV4Indexer.forward)
+AUTOMODEL_CHOOSES_AMONG_ALL = "valid_end" not in inspect.getsource(DeepseekV4Indexer.forward)
 TRANSPORTS = ["all_gather", "boundary"]
 
 
 def oracle_job(group, rank, *arguments):
-    """A layer against the host's, where that leaves its indexer no choice if need be."""
-    changes = {"index_topk": 512} if HOST_CHOOSES_AMONG_ALL else {}
+    """A layer against AutoModel's, where that leaves its indexer no choice if need be."""
+    changes = {"index_topk": 512} if AUTOMODEL_CHOOSES_AMONG_ALL else {}
     return attention_job(group, rank, *arguments, **changes)
 
 
 @pytest.fixture
 def tell_the_limit(record_property):
-    if HOST_CHOOSES_AMONG_ALL:
+    if AUTOMODEL_CHOOSES_AMONG_ALL:
         record_property(
             "but", "not of what its indexer chooses, which spends choices on the future"
         )
@@ -45,7 +45,7 @@ def tell_the_limit(record_property):
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize(("rows", "seq_len"), [(2, 777), (1, 1024)])
-def test_a_layer_equals_the_hosts_at_one_rank(ranks, transport, ratio, size, rows, seq_len):
+def test_a_layer_equals_automodels_at_one_rank(ranks, transport, ratio, size, rows, seq_len):
     options = {"transport": transport}
     assert_parity(ranks.run(oracle_job, size, ratio, rows, seq_len, options))
 
@@ -53,7 +53,7 @@ def test_a_layer_equals_the_hosts_at_one_rank(ranks, transport, ratio, size, row
 @pytest.mark.usefixtures("tell_the_limit")
 @pytest.mark.parametrize("size", [3, 5, 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
-def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
+def test_odd_and_many_ranks_equal_automodels_layer(ranks, ratio, size):
     options = {"transport": "boundary", "balance": "on"}
     assert_parity(ranks.run(oracle_job, size, ratio, 1, 500, options))
 
@@ -79,7 +79,7 @@ def test_odd_and_many_ranks_equal_the_hosts_layer(ranks, ratio, size):
     workspace_mib=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_any_layer_equals_the_hosts(
+def test_any_layer_equals_automodel(
     ranks, transport, size, ratio, balance, overlap, rows, seq_len, window, recompute,
     workspace_mib, seed,
 ):  # fmt: skip

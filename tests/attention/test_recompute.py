@@ -89,7 +89,7 @@ def test_two_forwards_that_share_a_rotary_embedding_take_no_others_choice(ranks)
 
 
 @BALANCE
-def test_the_hosts_selective_checkpointing_loses_no_count(ranks, balance):
+def test_automodels_selective_checkpointing_loses_no_count(ranks, balance):
     """It saves every other matrix product and every top-k, and hands them back by number."""
     assert ranks.run(microbatches_job, 2, True, False, True, balance) == [(True, 0)] * 2
     assert ranks.run(microbatches_job, 2, False, False, True, balance) == [(True, 2)] * 2

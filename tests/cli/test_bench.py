@@ -12,14 +12,14 @@ def run(*arguments):
     return CliRunner().invoke(app, ["bench", *arguments])
 
 
-def test_bytes_compares_the_host_and_every_transport():
+def test_bytes_compares_automodel_and_every_transport():
     done = run("bytes", *SMALL, "--json", "-")
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout[done.stdout.index("[") :])
     paths = {figure["case"]["path"]: figure for figure in figures}
-    assert set(paths) == {"host", "all_gather", "boundary"}
+    assert set(paths) == {"automodel", "all_gather", "boundary"}
     received = "forward_bytes_per_token_and_remote_rank"
-    assert paths["host"][received] == 1024
+    assert paths["automodel"][received] == 1024
     assert paths["boundary"][received] == pytest.approx(127 * 1024 / 1024)
 
 
@@ -42,7 +42,7 @@ def peak_with(workspace_mib):
 
 def test_memory_goes_by_the_workspace():
     small, large = peak_with(16), peak_with(128)
-    assert small["host"] == large["host"]
+    assert small["automodel"] == large["automodel"]
     assert small["boundary"] < large["boundary"]
 
 
@@ -67,10 +67,10 @@ def test_launches_counts_what_kernels_tell():
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout[done.stdout.index("[") :])
     paths = {figure["case"]["path"]: figure for figure in figures}
-    assert set(paths) == {"host", "all_gather", "boundary"}
-    ours, hosts = paths["boundary"]["forward"], paths["host"]["forward"]
-    assert 0 < ours["count"] < hosts["count"]
-    assert 0 < ours["read_bytes"] + ours["written_bytes"] < hosts["read_bytes"]
+    assert set(paths) == {"automodel", "all_gather", "boundary"}
+    ours, theirs = paths["boundary"]["forward"], paths["automodel"]["forward"]
+    assert 0 < ours["count"] < theirs["count"]
+    assert 0 < ours["read_bytes"] + ours["written_bytes"] < theirs["read_bytes"]
 
 
 def test_kernels_prints_what_their_binaries_take(tmp_path):

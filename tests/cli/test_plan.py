@@ -137,7 +137,7 @@ def test_json_holds_the_plan_and_nothing_else():
     figures = json.loads(done.stdout)
     (row,) = figures["rows"]
     assert row["cp_size"] == 4
-    assert [cost["path"] for cost in row["costs"]] == ["boundary", "all_gather", "host"]
+    assert [cost["path"] for cost in row["costs"]] == ["boundary", "all_gather", "automodel"]
     assert [row[name]["balance"] for name in ("staying", "moving")] == ["off", "auto"]
     assert row["moving"]["moved_bytes"] == row["staying"]["moved_bytes"] == 0
     assert figures["smallest_cp_size_that_fits"] == figures["fastest_cp_size_that_fits"] == 2

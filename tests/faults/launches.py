@@ -1,4 +1,4 @@
-"""The tiny recipe through the host's own CLI, in processes that a test may harm."""
+"""The tiny recipe through AutoModel's own CLI, in processes that a test may harm."""
 
 import json
 import os

@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from nemo_dsv4_cp.host.cpu import CpuFinetuneRecipe
+from nemo_dsv4_cp.automodel.cpu import CpuFinetuneRecipe
 
 REACHED = "reached"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_dsv4_cp.host.resume import KEY
+from nemo_dsv4_cp.automodel.resume import KEY
 from tests.faults.comparing import assert_goes_on
 from tests.faults.launches import STEPS_A_CHECKPOINT, recipe_for, train
 

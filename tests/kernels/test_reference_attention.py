@@ -1,4 +1,4 @@
-"""The torch path against the host's plain reference of the same index contract."""
+"""The torch path against AutoModel's plain reference of the same index contract."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import sparse_attention_torch
 
-from nemo_dsv4_cp.host.tilelang import key_indices
+from nemo_dsv4_cp.automodel.tilelang import key_indices
 from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens

@@ -6,7 +6,7 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import index
 from nemo_dsv4_cp.kernels.reference.index_choice import _best, index_scores
 
 
-def test_scores_are_the_hosts():
+def test_scores_are_automodel():
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 7, 3, 16), (2, 5, 16), (2, 7, 3)]
     q, keys, weights = (torch.randn(shape, generator=generator) for shape in shapes)

@@ -10,7 +10,7 @@ from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 4096, 1 << 30])
-def test_norm_and_rotation_are_the_hosts_there_and_back(workspace_bytes):
+def test_norm_and_rotation_are_automodels_there_and_back(workspace_bytes):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 2, 37, 3, 24, generator=generator)
     cos, sin = DeepseekV4RotaryEmbedding(10000.0, 24, 1 / 3)(x, torch.arange(37).expand(2, -1))

@@ -16,7 +16,7 @@ from nemo_automodel.components.loss import linear_ce
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import cross_entropy, linear
 
-from nemo_dsv4_cp.host.cpu import CpuFinetuneRecipe
+from nemo_dsv4_cp.automodel.cpu import CpuFinetuneRecipe
 from nemo_dsv4_cp.tools.verification import draw_weights
 from tests.recipes.launching import STARTED
 

@@ -127,8 +127,8 @@ def test_tokens_computed_are_the_tokens_there_are_and_a_hundredth_more_at_most(r
         batch = packed_batch([documents], 16384, seed=0, vocab=97)
         _, _, facts = shard(batch, size=8, pad_documents=pad_documents)
         computed[pad_documents] = facts.padded_seq_len
-    print(f"{real} real tokens on 8 ranks: computed {computed[False]}; the host {computed[True]}")
+    print(f"{real} real tokens on 8 ranks: computed {computed[False]}; AutoModel {computed[True]}")
     record_property("computed over real", computed[False] / real)
-    record_property("host: computed over real", computed[True] / real)
+    record_property("AutoModel: computed over real", computed[True] / real)
     assert computed[False] / real <= 1.01
     assert computed[True] / real > 1.1

@@ -1,4 +1,4 @@
-"""Batches of drawn kinds and lengths out of one recipe, which the host would not mix."""
+"""Batches of drawn kinds and lengths out of one recipe, which AutoModel would not mix."""
 
 import random
 

@@ -11,8 +11,8 @@ from tests.processes import cpu_environment, on_ranks, run_to_log
 STEPS, STEPS_A_COUNT = 500, 25
 SETTLED = 200
 """Steps after which all that is bounded is full."""
-# Of the host itself, which a run without the plugin leaves changed, too.
-STATE_OF_THE_HOST = {
+# Of AutoModel itself, which a run without the plugin leaves changed, too.
+STATE_OF_AUTOMODEL = {
     "nemo_automodel.components.models.common.utils.IS_FIRST_MICROBATCH",
     "nemo_automodel.components.models.common.utils.IS_OPTIM_STEP",
     "nemo_automodel.components.moe.megatron.moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale",
@@ -53,7 +53,7 @@ def test_what_a_rank_holds_does_not_grow(soaked, rank):
     settled = [held for held in every if held["step"] >= SETTLED]
     for count in ("choices", "layouts", "groups", "files", "threads", "patches"):
         assert {held[count] for held in settled[:-1]} == {settled[0][count]}, count
-        assert settled[-1][count] <= settled[0][count], count  # the host has closed its log
+        assert settled[-1][count] <= settled[0][count], count  # AutoModel has closed its log
     assert settled[0]["choices"] == 0
     half = len(settled) // 2
 
@@ -79,7 +79,7 @@ def soaked(tmp_path_factory):
     return directory
 
 
-def test_two_trainings_in_one_process_and_the_host_given_back(tmp_path):
+def test_two_trainings_in_one_process_and_automodel_given_back(tmp_path):
     recipe = recipe_for(tmp_path, steps=6)
     run(tmp_path, recipe, "-m", "tests.soak.twice")
     losses = [
@@ -96,5 +96,5 @@ def test_two_trainings_in_one_process_and_the_host_given_back(tmp_path):
             assert second[count] == first[count], count
         assert first["groups"] == first["choices"] == 0
         assert second["tensors"] <= first["tensors"] + 50
-        assert set(found["not_given_back"]) <= STATE_OF_THE_HOST
+        assert set(found["not_given_back"]) <= STATE_OF_AUTOMODEL
         assert set(found["patched"]) > set(found["not_given_back"])

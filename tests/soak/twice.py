@@ -13,20 +13,20 @@ import torch.distributed as dist
 from nemo_automodel.cli import app
 from nemo_automodel.recipes.llm import kd, train_ft  # noqa: F401  all that a plugin could replace
 
-from nemo_dsv4_cp.host import patches
+from nemo_dsv4_cp.automodel import patches
+from tests.automodel.names import changed, names
 from tests.held import Held
-from tests.host.names import changed, names
 
 
 def main() -> None:
-    """Train twice, give the host back, and write what was found to ``found_RANK.json``."""
+    """Train twice, give AutoModel back, and write what was found to ``found_RANK.json``."""
     recipe = Path(sys.argv[1])
     directory = recipe.parent
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     before, left = names(), []
     for training in ("first", "second"):
         sys.argv[1:] = [str(recipe), f"--checkpoint.checkpoint_dir={directory / training}"]
-        # Made here, so that it can be taken down here: the host does that when the process ends.
+        # Made here, so that it can be taken down here: AutoModel does that when the process ends.
         store = dist.FileStore(str(directory / f"store_{training}"), size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         app.main()

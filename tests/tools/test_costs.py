@@ -1,13 +1,13 @@
 import pytest
 
+from nemo_dsv4_cp.bench.layer import Case
+from nemo_dsv4_cp.bench.profiling import weigh
 from nemo_dsv4_cp.config import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.tools import costs
 from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes
-from nemo_dsv4_cp.tools.layer import Case
-from nemo_dsv4_cp.tools.paths import HOST, PATHS
+from nemo_dsv4_cp.tools.paths import AUTOMODEL, PATHS
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
-from nemo_dsv4_cp.tools.weighing import weigh
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 
@@ -33,7 +33,7 @@ def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, rat
 
 @pytest.mark.parametrize(
     ("path", "ratio"),
-    [("boundary", 0), ("boundary", 128), (HOST, 4)],
+    [("boundary", 0), ("boundary", 128), (AUTOMODEL, 4)],
 )
 def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
     weight = weigh(Case(path, ratio, 131072, 8, 4, balance="off"))
@@ -61,7 +61,7 @@ def test_bytes_of_balanced_queries_are_what_is_weighed_and_memory_no_more(path, 
         ("boundary", 1 << 20, 64, (5.07, 6.32, 5.50)),
         ("boundary", 1 << 19, 32, (5.07, 5.82, 5.42)),
         ("all_gather", 1 << 20, 64, (8.82, 12.31, 9.24)),
-        (HOST, 1 << 20, 64, (160.01, 160.01, 160.01)),
+        (AUTOMODEL, 1 << 20, 64, (160.01, 160.01, 160.01)),
     ],
 )
 def test_memory_is_what_the_benchmarks_report(path, seq_len, cp_size, peaks):
@@ -73,9 +73,9 @@ def test_memory_is_what_the_benchmarks_report(path, seq_len, cp_size, peaks):
 @pytest.mark.parametrize(
     ("path", "ratio", "forward", "backward"),
     [
-        (HOST, 4, 11584, 9472),
-        (HOST, 128, 1032, 1032),
-        (HOST, 0, 1024, 1024),
+        (AUTOMODEL, 4, 11584, 9472),
+        (AUTOMODEL, 128, 1032, 1032),
+        (AUTOMODEL, 0, 1024, 1024),
         ("all_gather", 4, 6464, 5376),
         ("all_gather", 128, 1032, 1032),
         ("boundary", 4, 321.3, 257.3),

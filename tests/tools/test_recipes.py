@@ -1,4 +1,4 @@
-"""Every recipe of the Hydra tree: what the host makes of it, and whether its sizes fit."""
+"""Every recipe of the Hydra tree: what AutoModel makes of it, and whether its sizes fit."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_all_recipes_are_there():
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_the_hosts_loader_accepts_the_recipe(name, tmp_path):
+def test_automodels_loader_accepts_the_recipe(name, tmp_path):
     recipe = recipes.compose(name)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(recipe, [name], path))
@@ -41,7 +41,7 @@ def test_the_hosts_loader_accepts_the_recipe(name, tmp_path):
     assert typed.checkpoint is not None
     assert typed.optimizer is not None
     assert resolve_recipe_name(recipe.fields["recipe"]).count(".") > 2
-    # Every _target_ of the host is a name that the host has: its loader resolved them all.
+    # Every _target_ of AutoModel is a name that AutoModel has: its loader resolved them all.
     assert callable(loaded.model._target_)
     assert callable(loaded.dataset._target_)
     assert callable(loaded.model.config._target_)

@@ -12,7 +12,7 @@ STDLIB = Path(sysconfig.get_paths()["stdlib"])
 
 
 def batches(batch_size: int, **fields):
-    """What the host makes of a `dataset:` node, without a tokenizer."""
+    """What AutoModel makes of a `dataset:` node, without a tokenizer."""
     dataset = make_dataset_config(StandardLibraryBytes, fields)
     config = DataloaderConfig(dataset_config=dataset, batch_size=batch_size, shuffle=False)
     return list(config.build(dp_rank=0, dp_world_size=1))
@@ -40,7 +40,7 @@ def test_without_num_samples_all_whole_samples_are_served():
     assert len(dataset[len(dataset) - 1]["labels"]) == 2000
 
 
-def test_the_hosts_loader_needs_no_tokenizer_and_finds_no_padding():
+def test_automodels_loader_needs_no_tokenizer_and_finds_no_padding():
     (first, second) = batches(2, seq_length=300, num_samples=4)
     for batch in (first, second):
         assert batch["input_ids"].shape == batch["labels"].shape == (2, 300)
@@ -51,7 +51,7 @@ def test_the_hosts_loader_needs_no_tokenizer_and_finds_no_padding():
     assert not torch.equal(first["input_ids"], second["input_ids"])
 
 
-def test_the_hosts_loss_is_zero_for_logits_that_know_the_next_byte():
+def test_automodels_loss_is_zero_for_logits_that_know_the_next_byte():
     (batch,) = batches(1, seq_length=200, num_samples=1)
     next_byte = torch.nn.functional.one_hot(batch["input_ids"][:, 1:], 256).float() * 1e4
     loss = MaskedCrossEntropy()(next_byte, batch["labels"][:, :-1])

@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.bench.layer import Case, build
+from nemo_dsv4_cp.bench.profiling import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.exchange.in_flight import InFlight
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
@@ -14,10 +16,8 @@ from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import step_time, work
 from nemo_dsv4_cp.tools.costs import Shape, crossings
 from nemo_dsv4_cp.tools.gpus import GPUS, Gpu
-from nemo_dsv4_cp.tools.layer import Case, build
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import _CrossingSeconds, _PartSeconds, _waiting
-from nemo_dsv4_cp.tools.weighing import let_fake_tensors_through_collectives
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 GPU = Gpu("none", 80, 1000, 10, kernel_share=0.1, nvlink_gbs=100, network_gbs=10)

@@ -13,9 +13,9 @@ from nemo_automodel.components.moe.layers import MoE
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_dsv4_cp.automodel import training_step
+from nemo_dsv4_cp.automodel.torch_api import in_backward
 from nemo_dsv4_cp.exchange.collectives import process_group
-from nemo_dsv4_cp.host import training_step
-from nemo_dsv4_cp.host.torch_api import in_backward
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.verification import case_of, compare, draw_weights, gradient_limit
 from tests.parity import cpu_backend, tiny_config, worst
@@ -31,7 +31,7 @@ class DoublePrecision(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def host_model(seed):
+def automodels_model(seed):
     config = tiny_config([0, 4, 128, 4], index_topk=512)
     model = DeepseekV4ForCausalLM(config, backend=cpu_backend())
     model.initialize_weights(torch.device("cpu"), torch.float32)
@@ -56,7 +56,7 @@ def is_scale(name):
 
 
 def test_only_scales_are_allowed_more_than_5e_5_and_only_where_they_cancel():
-    parameters = backward(host_model(31), 31)
+    parameters = backward(automodels_model(31), 31)
     limits = {name: gradient_limit(name, parameters) for name in parameters}
     assert sum(map(is_scale, limits)) == 9
     assert {limit for name, limit in limits.items() if not is_scale(name)} == {5e-5}
@@ -67,7 +67,7 @@ def test_only_scales_are_allowed_more_than_5e_5_and_only_where_they_cancel():
 
 @pytest.mark.parametrize("name", ["model.layers.2.ffn_hc.scale", "model.hc_head.hc_scale"])
 def test_the_terms_by_which_a_scale_is_judged_add_up_to_its_gradient(name):
-    parameters = backward(host_model(0), 0)
+    parameters = backward(automodels_model(0), 0)
     scale, fn = parameters[name], parameters[name.removesuffix("scale") + "fn"]
     parts = (fn * fn.grad).sum(dim=1).split([2] if scale.numel() == 1 else [2, 2, 4])
     sums = torch.stack([part.sum() for part in parts]).detach() / scale.detach()
@@ -86,8 +86,8 @@ def test_the_limit_of_a_scale_follows_its_most_cancelled_sum():
 
 
 @pytest.mark.parametrize(("rows", "seq_len", "seed"), [(1, 60, 31), (2, 60, 6), (1, 61, 28)])
-def test_the_hosts_own_rounding_is_within_what_is_allowed(rows, seq_len, seed):
-    model = host_model(seed)
+def test_automodels_own_rounding_is_within_what_is_allowed(rows, seq_len, seed):
+    model = automodels_model(seed)
     parameters = backward(model, seed, rows, seq_len)
     single = {name: parameter.grad.clone() for name, parameter in parameters.items()}
     limits = {name: gradient_limit(name, parameters) for name in parameters}

@@ -31,8 +31,8 @@ def index_scores(
 ) -> torch.Tensor:
     """Score every query against every index key: sum over heads of weight * relu(q . k).
 
-    The formula is the host's ``indexer_scores_torch``, its scale among the weights. ``first_query``
-    is not read: keys ahead of a query are scored too.
+    The formula is AutoModel's ``indexer_scores_torch``, its scale among the weights.
+    ``first_query`` is not read: keys ahead of a query are scored too.
 
     Returns:
         Float32 [B, C, P].

@@ -1,6 +1,6 @@
 """Norm and rotary of per-head tensors, without float32 copies of them.
 
-The host's two steps leave temporaries of 2 GiB each at L = 16,384 (V4-Flash). Here rows go in
+AutoModel's two steps leave temporaries of 2 GiB each at L = 16,384 (V4-Flash). Here rows go in
 chunks, and backward starts from the input alone.
 """
 
@@ -23,7 +23,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 def _angles(
     cos_BLr: torch.Tensor, sin_BLr: torch.Tensor, chunk: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # The host's embeddings repeat the r / 2 angles; one copy is enough.
+    # AutoModel's embeddings repeat the r / 2 angles; one copy is enough.
     half = cos_BLr.shape[-1] // 2
     return (
         cos_BLr[:, chunk, None, :half].float(),
@@ -119,11 +119,11 @@ def norm_and_rotate(
 ) -> torch.Tensor:
     """RMS-normalise each head without weight, then rotate its last r dims.
 
-    The host's ``_rms_norm_last_dim`` and ``_apply_partial_rope``, in one pass.
+    AutoModel's ``_rms_norm_last_dim`` and ``_apply_partial_rope``, in one pass.
 
     Args:
         x_BLND: Per-head tensor of any floating dtype; saved for backward, alone.
-        cos_BLr: Cosines from the host's rotary embedding.
+        cos_BLr: Cosines from AutoModel's rotary embedding.
         sin_BLr: Sines.
         eps: Added to the mean square.
         workspace_bytes: How much float32 one chunk of rows may take.
@@ -142,7 +142,7 @@ def rotate_(
 
     Args:
         x_BLND: Per-head tensor that no one else reads.
-        cos_BLr: Cosines from the host's rotary embedding.
+        cos_BLr: Cosines from AutoModel's rotary embedding.
         sin_BLr: Sines.
         workspace_bytes: How much float32 one chunk of rows may take.
 

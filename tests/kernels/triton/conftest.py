@@ -1,6 +1,6 @@
 """These tests launch kernels: on a GPU, or with TRITON_INTERPRET=1 in a process of their own.
 
-Triton reads that variable when it is imported first, which the host does too. HYPOTHESIS_PROFILE
+Triton reads that variable when it is imported first, which AutoModel does too. HYPOTHESIS_PROFILE
 picks how many cases are drawn: "few", the default, or "many".
 """
 

@@ -1,10 +1,10 @@
 import pytest
 
-pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
+pytest.importorskip("nemo_automodel", reason="the kernels run where AutoModel is not installed")
 
 import torch
 
-from nemo_dsv4_cp.tools.operation_timing import time_operations
+from nemo_dsv4_cp.bench.operation_timing import time_operations
 
 SIZES = {
     "sliding_window": 3,

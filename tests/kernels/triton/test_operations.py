@@ -99,9 +99,9 @@ def test_selective_checkpointing_may_save_each_operation():
 
 @pytest.mark.parametrize("ratio", [0, 4, 128] if MANY else [4])
 def test_a_layer_of_one_rank_compiles_without_a_break(ratio):
-    pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
-    from nemo_dsv4_cp.tools.layer import Case, build
-    from nemo_dsv4_cp.tools.timing import CPU_SIZES
+    pytest.importorskip("nemo_automodel", reason="the kernels run where AutoModel is not installed")
+    from nemo_dsv4_cp.bench.layer import Case, build
+    from nemo_dsv4_cp.bench.timing import CPU_SIZES
 
     case = Case("boundary", ratio, 256, 1, 0, kernels="triton")
     forward = build(case, None, dtype=torch.float32, device=DEVICE, **CPU_SIZES)

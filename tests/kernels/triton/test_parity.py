@@ -1,10 +1,10 @@
-"""A whole model through the Triton kernels against the host's own at one rank."""
+"""A whole model through the Triton kernels against AutoModel's own at one rank."""
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-pytest.importorskip("nemo_automodel", reason="the kernels run where the host is not installed")
+pytest.importorskip("nemo_automodel", reason="the kernels run where AutoModel is not installed")
 
 from nemo_dsv4_cp.cli.app import app
 from nemo_dsv4_cp.tools.recipes import compose
@@ -19,7 +19,7 @@ RATIOS = [0, 4, 128]
 
 
 @pytest.mark.parametrize("size", [2, 3] if MANY else [2])
-def test_a_moe_model_equals_the_hosts_at_one_rank(ranks, size):
+def test_a_moe_model_equals_automodels_at_one_rank(ranks, size):
     arguments = (RATIOS, 1, 128 * size - 5, OPTIONS, False, 0, 24)
     assert_parity(ranks.run(model_job, size, *arguments))
 

@@ -1,0 +1,196 @@
+"""What we build on in AutoModel, and which of its contracts for batches a release has.
+
+The adapter is chosen by what is there, not by the release.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from nemo_dsv4_cp.automodel import sharding
+
+TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
+_V4 = "nemo_automodel.components.models.deepseek_v4"
+_RECIPE = "nemo_automodel.recipes.base_recipe"
+_MOE = "nemo_automodel.components.moe"
+_PEFT = "nemo_automodel.components._peft"
+
+
+class UnsupportedAutoModel(ImportError):
+    """The installed AutoModel lacks something that we build on."""
+
+    def __init__(self, lacks: str) -> None:
+        try:
+            installed = f"nemo_automodel {version('nemo_automodel')}"
+        except PackageNotFoundError:
+            installed = "nemo_automodel"
+        super().__init__(
+            f"{installed}: {lacks}. nemo_dsv4_cp is tested with nemo_automodel "
+            f"{', '.join(TESTED_RELEASES)}; install one of these"
+        )
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A function of AutoModel, and arguments that we pass to it or take from it.
+
+    Attributes:
+        module: Where it is.
+        name: Its name there, a method's with its class.
+        arguments: Those that we count on, by name.
+        in_order: Whether they must also be its first ones, in this order, since we stand in for it.
+    """
+
+    module: str
+    name: str
+    arguments: tuple[str, ...] = ()
+    in_order: bool = False
+
+    def check(self) -> None:
+        """Raise :class:`UnsupportedAutoModel` if the function is gone or takes other arguments."""
+        try:
+            found = importlib.import_module(self.module)
+            for part in self.name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise UnsupportedAutoModel(
+                f"there is no {self.module}.{self.name} ({error})"
+            ) from error
+        known = inspect.signature(found).parameters  # type: ignore[arg-type]
+        if missing := [name for name in self.arguments if name not in known]:
+            raise UnsupportedAutoModel(
+                f"{self.module}.{self.name} takes ({', '.join(known)}), without "
+                f"{', '.join(missing)}"
+            )
+        if self.in_order and tuple(known)[: len(self.arguments)] != self.arguments:
+            raise UnsupportedAutoModel(
+                f"{self.module}.{self.name} takes ({', '.join(known)}), not "
+                f"({', '.join(self.arguments)}) in this order"
+            )
+
+
+class BatchContract(Protocol):
+    """How a release's recipes come to cut batches as a model of ours asks."""
+
+    NAME: str
+    SIGNATURES: tuple[Signature, ...]
+
+    def install(self, model: Any) -> None:
+        """Make recipes cut the batches of ``model`` as it asks; again changes nothing."""
+
+
+_CP_UTILS = "nemo_automodel.components.distributed.cp_utils"
+
+
+def batch_contract() -> BatchContract:
+    """Return the adapter for what AutoModel has.
+
+    Raises:
+        UnsupportedAutoModel: If it has none that we know.
+    """
+    adapter = "sharder_contract" if sharding.HAS_SHARDER else "cp_utils_contract"
+    if not sharding.HAS_SHARDER and find_spec(_CP_UTILS) is None:
+        raise UnsupportedAutoModel(f"it cuts batches in neither {sharding.PLACE} nor {_CP_UTILS}")
+    found: Any = importlib.import_module(f"nemo_dsv4_cp.automodel.{adapter}")
+    return found  # type: ignore[no-any-return]
+
+
+def signatures() -> Iterator[Signature]:
+    """All that we count on, the parts of every release first, then those of this release's."""
+    yield from _ALWAYS
+    yield from batch_contract().SIGNATURES
+
+
+def check_v4() -> None:
+    """Raise :class:`UnsupportedAutoModel` for a release without DeepSeek-V4."""
+    try:
+        importlib.import_module(f"{_V4}.config")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nemo_automodel"):
+            raise
+        raise UnsupportedAutoModel(f"there is no {error.name}") from error
+
+
+@functools.cache
+def check() -> None:
+    """Raise :class:`UnsupportedAutoModel` for the first signature that AutoModel has not.
+
+    A release that was found to have all is not looked at again.
+    """
+    for signature in signatures():
+        signature.check()
+
+
+_ALWAYS = (
+    Signature(f"{_V4}.layers", "DeepseekV4Attention.__init__", ("config", "layer_idx", "backend")),
+    Signature(
+        f"{_V4}.layers",
+        "DeepseekV4Attention.forward",
+        (
+            "hidden_states",
+            "position_embeddings",
+            "attention_mask",
+            "position_embeddings_compress",
+            "rotary_compress",
+            "start_pos",
+        ),
+    ),
+    Signature(f"{_V4}.layers", "_dsv4_kernel_backend"),
+    Signature(
+        "nemo_automodel._transformers.capabilities",
+        "attach_capabilities_and_validate",
+        ("model", "mesh"),
+        in_order=True,
+    ),
+    Signature(
+        f"{_V4}.optimized_kernels",
+        "dsv4_indexer_scores",
+        ("q", "pooled_kv", "weights", "compress_ratio", "softmax_scale", "backend"),
+    ),
+    Signature(f"{_V4}.optimized_kernels", "dsv4_sparse_attention", ("backend",)),
+    Signature(
+        f"{_V4}.model",
+        "DeepseekV4Block.forward",
+        (
+            "x",
+            "position_embeddings",
+            "position_embeddings_compress",
+            "rotary_compress",
+            "padding_mask",
+            "input_ids",
+            "attn_kwargs",
+        ),
+    ),
+    Signature(
+        f"{_V4}.model",
+        "DeepseekV4ForCausalLM.initialize_weights",
+        ("buffer_device", "dtype"),
+    ),
+    Signature(f"{_V4}.model", "compute_lm_head_logits", ("logits_to_keep", "fp32_lm_head")),
+    Signature(f"{_V4}.model", "DeepseekV4HashGate.set_input_ids", ("input_ids",)),
+    Signature(f"{_MOE}.layers", "Gate.update_bias"),
+    Signature(f"{_MOE}.layers", "MoE.forward", ("x", "padding_mask", "cp_mesh")),
+    Signature(
+        f"{_PEFT}.lora", "apply_lora_to_linear_modules", ("model", "peft_config"), in_order=True
+    ),
+    Signature(f"{_PEFT}.module_matcher", "ModuleMatcher.match", ("m", "name")),
+    Signature(_RECIPE, "BaseRecipe.load_checkpoint", ("self", "restore_from"), in_order=True),
+    Signature(
+        _RECIPE, "BaseRecipe._load_checkpoint_tracked_state", ("self", "ckpt_dir"), in_order=True
+    ),
+    Signature(_RECIPE, "BaseRecipe._get_dp_rank", ("include_cp",)),
+    Signature(_RECIPE, "BaseRecipe._get_dp_group_size", ("include_cp",)),
+    Signature(
+        "nemo_automodel.components.checkpoint.checkpointing",
+        "Checkpointer.load_on_dp_ranks",
+        ("self", "state", "state_name", "path"),
+        in_order=True,
+    ),
+)

@@ -1,0 +1,197 @@
+"""Runs AutoModel's fine-tuning recipe where torch sees no CUDA device.
+
+Written for nemo_automodel 0.7.0. Some of its modules get a view of torch in which the few CUDA
+calls that they make unasked are answered; torch itself stays as it is, and `patches.undo` takes the
+view away.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import inspect
+import sys
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import torch
+from nemo_automodel._transformers import auto_model, infrastructure
+from nemo_automodel.components.distributed.pipelining import functional as pipelining
+from nemo_automodel.components.models.deepseek_v4 import model as deepseek_v4
+from nemo_automodel.components.moe import parallelizer
+from nemo_automodel.recipes.llm import kd, train_ft
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nemo_dsv4_cp.automodel import patches
+
+TESTED_RELEASE = "0.7.0"
+
+
+class _Overlay(ModuleType):
+    """A module with some of its names replaced; all others are looked up in the module itself."""
+
+    def __init__(self, module: ModuleType, **replacements: object) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(replacements)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def lift_cuda_assumptions() -> None:
+    """Answers for AutoModel what it asks of CUDA without looking whether there is any.
+
+    Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: torch sees a CUDA device, or AutoModel no longer has the code this is for.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            "torch.cuda.is_available() is True, and lift_cuda_assumptions() would put the model on "
+            "the CPU regardless; call it only without CUDA, or hide the devices with "
+            "CUDA_VISIBLE_DEVICES=''"
+        )
+    if patches.is_replaced(train_ft, "torch"):
+        return
+    _expect(train_ft, "torch.cuda.reset_peak_memory_stats()")
+    _expect(kd, "torch.cuda.reset_peak_memory_stats()")
+    _expect(auto_model, 'torch.device("cuda", torch.cuda.current_device())')
+    _expect(auto_model, "device = torch.cuda.current_device()")
+    _expect(deepseek_v4, 'torch.device(f"cuda:{torch.cuda.current_device()}")')
+    _expect(parallelizer, "from transformer_engine.pytorch.attention import DotProductAttention")
+
+    # recipes/llm/train_ft.py resets the peak memory in setup() and after every step. (Its other
+    # two, empty_cache and max_memory_allocated, do nothing and return 0 without CUDA.)
+    without_peaks = _Overlay(torch, cuda=_Overlay(torch.cuda, reset_peak_memory_stats=lambda: None))
+    patches.replace(train_ft, "torch", without_peaks)
+    patches.replace(kd, "torch", without_peaks)  # recipes/llm/kd.py does the same after its steps
+    # _transformers/auto_model.py puts every model that it builds on the current CUDA device.
+    on_cpu = _Overlay(
+        torch,
+        device=lambda *_: torch.device("cpu"),
+        cuda=_Overlay(torch.cuda, current_device=lambda: torch.device("cpu")),
+    )
+    patches.replace(auto_model, "torch", on_cpu)
+    # models/deepseek_v4/model.py initialises on the current CUDA device when it is told no other;
+    # our own class tells it, AutoModel's model (context_parallel.enabled: false) is not told.
+    initialised_on_cpu = _Overlay(
+        torch,
+        device=lambda *_: torch.device("cpu"),
+        cuda=_Overlay(torch.cuda, current_device=lambda: 0),
+    )
+    patches.replace(deepseek_v4, "torch", initialised_on_cpu)
+    # distributed/pipelining/functional.py waits for the device after a first message between
+    # pipeline stages, where it knows the rows' length ahead, as with packed rows (from 0.6 on).
+    without_waiting = _Overlay(torch, cuda=_Overlay(torch.cuda, synchronize=lambda *_: None))
+    patches.replace(pipelining, "torch", without_waiting)
+    # moe/parallelizer.py, apply_cp: with ep_size > 1 and cp_size > 1 it imports transformer_engine
+    # to tell TE's attention from others, before it asks whether a model brings its own.
+    if importlib.util.find_spec("transformer_engine") is None:
+        apply_cp = _without_transformer_engine(parallelizer.apply_cp)
+        patches.replace(parallelizer, "apply_cp", apply_cp)
+    # moe/experts.py compiles its activations with max_autotune: on a CPU that takes half a minute,
+    # and a C++ compiler.
+    torch.compiler.set_stance("force_eager")
+
+
+def _expect(module: ModuleType, code: str) -> None:
+    if code not in inspect.getsource(module):
+        raise RuntimeError(
+            f"{module.__name__} of nemo_automodel {version('nemo_automodel')} has no `{code}`; "
+            f"nemo_dsv4_cp.automodel.cpu was written for {TESTED_RELEASE}: install that release to "
+            "train on a CPU"
+        )
+
+
+def _without_transformer_engine(apply_cp: Any) -> Any:
+    name = "transformer_engine.pytorch.attention"
+    stand_in = ModuleType(name)
+    # No attention is an instance of it, which is the truth on a CPU.
+    stand_in.__dict__["DotProductAttention"] = type("DotProductAttention", (), {})
+
+    @functools.wraps(apply_cp)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # Only for the call: others ask sys.modules whether transformer_engine can be used.
+        sys.modules[name] = stand_in
+        try:
+            return apply_cp(*args, **kwargs)
+        finally:
+            del sys.modules[name]
+
+    return wrapped
+
+
+def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
+    """Makes random first weights depend on the seed alone.
+
+    AutoModel draws each rank's shard from that rank's own random stream. One process and two would
+    start from different models, and their losses could not be compared. Here every rank also draws
+    the whole model, which a model for the CPU can afford, and takes its shards of that.
+    """
+
+    @functools.wraps(apply_model_infrastructure)
+    @torch.no_grad()
+    def wrapped(model: Any, **kwargs: Any) -> Any:
+        if kwargs.get("load_base_model"):
+            return apply_model_infrastructure(model, **kwargs)
+        whole = copy.deepcopy(model)  # on the meta device still
+        model = apply_model_infrastructure(model, **kwargs)
+        whole.to_empty(device="cpu")
+        torch.manual_seed(seed)
+        whole.initialize_weights(dtype=next(whole.parameters()).dtype)
+        weights = dict(whole.named_parameters())
+        for part in getattr(model, "parts", [model]):
+            for name, parameter in part.named_parameters():
+                # Activation checkpointing puts its wrapper's name into the path.
+                path = name.replace("_checkpoint_wrapped_module.", "")
+                weight = weights[path] if path in weights else _adapter(path, parameter)
+                if isinstance(parameter, DTensor):
+                    # All ranks hold the same values: nothing need be sent (src_data_rank=None).
+                    weight = distribute_tensor(
+                        weight, parameter.device_mesh, parameter.placements, src_data_rank=None
+                    )
+                parameter.copy_(weight)
+        return model
+
+    return wrapped
+
+
+def _adapter(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Return first weights for what AutoModel adds to a model with `peft`: LoRA's B is zero."""
+    if "lora_B" in name:
+        return torch.zeros(parameter.shape)
+    scale: float = parameter.shape[-1] ** -0.5
+    return torch.randn(parameter.shape) * scale
+
+
+class _OnCpu:
+    """Sets a recipe of AutoModel up on the CPU, when torch sees no CUDA device.
+
+    There, a model with random weights starts from the same ones on any number of processes.
+    """
+
+    def setup(self) -> None:
+        """Lift AutoModel's CUDA assumptions if need be, then set up as AutoModel does."""
+        if torch.cuda.is_available():
+            super().setup()  # type: ignore[misc]
+            return
+        lift_cuda_assumptions()
+        original = infrastructure.apply_model_infrastructure
+        seed = self.cfg.get("seed", 42)  # type: ignore[attr-defined]
+        auto_model.apply_model_infrastructure = _with_weights_of_seed(original, seed)
+        try:
+            super().setup()  # type: ignore[misc]
+        finally:
+            auto_model.apply_model_infrastructure = original
+
+
+class CpuFinetuneRecipe(_OnCpu, train_ft.TrainFinetuneRecipeForNextTokenPrediction):
+    """AutoModel's fine-tuning recipe, on the CPU."""
+
+
+class CpuDistillationRecipe(_OnCpu, kd.KnowledgeDistillationRecipeForNextTokenPrediction):
+    """AutoModel's knowledge-distillation recipe, on the CPU."""

@@ -1,0 +1,36 @@
+"""With how many CP ranks a model trains, which AutoModel tells none of its models.
+
+``model.supports.cp_size`` reads a mesh that no release from 0.5 to 0.7 gives it, so it is always 1.
+The function that checks a model against the job's mesh, before it is sharded, is asked instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from nemo_automodel._transformers import capabilities
+
+from nemo_dsv4_cp.automodel import patches
+
+FUNCTION = "attach_capabilities_and_validate"
+_ATTRIBUTE = "_cp_size_of_job"  # a number: it outlives the copies that pipeline stages are made by
+
+
+def install() -> None:
+    """Let models be told; again does nothing."""
+    patches.wrap(capabilities, FUNCTION, _telling)
+
+
+def cp_size_of(model: Any) -> int:
+    """Return the job's ``distributed.cp_size``, 1 for a model that AutoModel did not build."""
+    return int(getattr(model, _ATTRIBUTE, 1))
+
+
+def _telling(original: Any) -> Any:
+    @functools.wraps(original)
+    def attach_capabilities_and_validate(model: Any, mesh: Any) -> Any:
+        setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
+        return original(model, mesh)
+
+    return attach_capabilities_and_validate

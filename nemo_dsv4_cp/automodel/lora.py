@@ -1,0 +1,90 @@
+"""Which modules LoRA may change in our models.
+
+AutoModel patches every ``nn.Linear`` whose name matches. Two kinds in V4 must stay out of it: the
+grouped output projection ``wo_a``, whose forward a LoRA linear would replace by an ungrouped one,
+and the frozen indexer, whose adapters would never train.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from typing import Any
+
+from nemo_automodel.components._peft import lora
+from nemo_automodel.components._peft.module_matcher import ModuleMatcher
+from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4GroupedLinear
+
+from nemo_dsv4_cp.automodel import patches
+
+FUNCTION = "apply_lora_to_linear_modules"
+RESOLVE = "resolve_lora_targets"
+"""The method by which a model says what LoRA may change."""
+
+_INDEXER = ".compressor.indexer"
+_logger = logging.getLogger(__name__)
+
+
+def install() -> None:
+    """Have AutoModel ask a model of ours what LoRA may change; again does nothing."""
+    patches.wrap(lora, FUNCTION, _resolving_first, everywhere=True)
+
+
+def _resolving_first(original: Any) -> Any:
+    @functools.wraps(original)
+    def apply_lora_to_linear_modules(
+        model: Any, peft_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        resolve = getattr(model, RESOLVE, None)
+        config = peft_config if resolve is None else resolve(peft_config)
+        return original(model, config, *args, **kwargs)
+
+    return apply_lora_to_linear_modules
+
+
+def resolve_targets(model: Any, peft_config: Any) -> Any:
+    """Return a PEFT config that leaves the frozen indexer alone.
+
+    Args:
+        model: A V4 of ours.
+        peft_config: AutoModel's ``PeftConfig``; not changed.
+
+    Raises:
+        ValueError: If it selects a grouped projection, or nothing but the indexer.
+    """
+    matcher = ModuleMatcher(
+        peft_config.target_modules, peft_config.exclude_modules, peft_config.match_all_linear
+    )
+    matched = {
+        name: module for name, module in model.named_modules() if matcher.match(module, name)
+    }
+    setting = _setting(peft_config)
+    grouped = [n for n, module in matched.items() if isinstance(module, DeepseekV4GroupedLinear)]
+    if grouped:
+        raise ValueError(
+            f"{setting} selects {grouped[0]}, a grouped linear (wo_a of {len(grouped)} layers), "
+            'which LoRA cannot change; name modules instead, such as peft.target_modules: ["*wq_a",'
+            ' "*wq_b", "*wkv", "*wo_b"], or use peft.exclude_modules: ["*wo_a", "*lm_head"] alone'
+        )
+    frozen = [name for name in matched if _INDEXER in name]
+    if not frozen:
+        return peft_config
+    names = [name for name in matched if name not in frozen]
+    if not names:
+        raise ValueError(
+            f"{setting} selects nothing but the indexer ({frozen[0]}), which is frozen: its "
+            'adapters would never train; use such as peft.target_modules: ["*wq_a", "*wq_b"]'
+        )
+    _logger.info("LoRA: left out %d modules of the frozen indexer", len(frozen))
+    return dataclasses.replace(
+        peft_config, target_modules=names, exclude_modules=[], match_all_linear=False
+    )
+
+
+def _setting(peft_config: Any) -> str:
+    """Return what of a recipe chose the modules, as the recipe spells it."""
+    for name in ("match_all_linear", "target_modules", "exclude_modules"):
+        if value := getattr(peft_config, name):
+            return f"peft.{name}={value!r}"
+    return "peft without target_modules"

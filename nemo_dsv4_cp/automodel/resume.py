@@ -1,0 +1,242 @@
+"""Resuming a checkpoint on another number of ranks.
+
+AutoModel stores the state of dataloaders and of random numbers once a rank: the states of
+data-parallel rank d are those of the ranks d * cp_size to d * cp_size + cp_size - 1. All of these
+load the same samples, but another cp_size looks for files that are not there, or are another
+rank's. And a state counts the samples of its own data-parallel rank, so with another number of
+these the next samples would be ones already seen, or would leave some out, without a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_dsv4_cp.automodel import patches
+
+RECIPE = "nemo_automodel.recipes.base_recipe"
+KEY = "data_ranks"
+"""The recipe's attribute that holds :class:`DataRanks`, and the name of its file."""
+_TRACKED = "__state_tracked"
+_ours: set[type] = set()
+
+
+def install(model: type) -> None:
+    """Let recipes that train this class of model resume on other ranks; again changes nothing.
+
+    A process without a recipe of AutoModel is left as it is.
+    """
+    _ours.add(model)
+    automodel: Any = sys.modules.get(RECIPE)
+    if automodel is None or patches.is_replaced(automodel.BaseRecipe, "load_checkpoint"):
+        return
+    recipe = automodel.BaseRecipe
+    patches.replace(recipe, "load_checkpoint", _noting_ranks(recipe.load_checkpoint))
+    name = "_load_checkpoint_tracked_state"
+    patches.replace(recipe, name, _minding_ranks(getattr(recipe, name)))
+
+
+class DataRanks:
+    """By how many ranks samples are loaded, and how many each has taken.
+
+    The recipe's attribute :data:`KEY`: AutoModel stores its state in every checkpoint, since it has
+    one. AutoModel without this package does not look at that file.
+    """
+
+    def __init__(self, recipe: Any) -> None:
+        self._recipe = recipe
+        self.dp_size: int = recipe._get_dp_group_size()
+        self.cp_size: int = recipe._get_dp_group_size(include_cp=True) // self.dp_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sizes, and by dataloader what its sampler has yielded in this epoch."""
+        return {
+            "dp_size": self.dp_size,
+            "cp_size": self.cp_size,
+            "yielded": {
+                key: loader.sampler.state_dict()["yielded"]
+                for key, loader in _tracked(self._recipe, _loader_type()).items()
+                if self.deals_in_turn(loader)
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: what there is to do needs the whole checkpoint (:func:`_minding_ranks`)."""
+
+    def deals_in_turn(self, loader: Any) -> bool:
+        """Return whether the ranks take the samples of one order in turn, as cards are dealt.
+
+        What they have taken together is then the order's beginning, however many they are. Worker
+        processes run ahead of what was trained on.
+        """
+        from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+        sampler = loader.sampler
+        return (
+            type(sampler) is StatefulDistributedSampler
+            and sampler.num_replicas == self.dp_size
+            and loader.num_workers == 0
+        )
+
+
+def _noting_ranks(original: Any) -> Any:
+    @functools.wraps(original)
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if KEY not in self.__dict__ and _trains_ours(self):
+            setattr(self, KEY, DataRanks(self))
+        return original(self, *args, **kwargs)
+
+    return load_checkpoint
+
+
+def _trains_ours(recipe: Any) -> bool:
+    parts = getattr(recipe, "model_parts", None) or []
+    return any(isinstance(getattr(part, "module", part), tuple(_ours)) for part in parts)
+
+
+def _minding_ranks(original: Any) -> Any:
+    @functools.wraps(original)
+    def _load_checkpoint_tracked_state(self: Any, ckpt_dir: str) -> Any:
+        now = self.__dict__.get(KEY)
+        if now is None:
+            return original(self, ckpt_dir)
+        loaders = _tracked(self, _loader_type())
+        saved = _saved(ckpt_dir, loaders)
+        if saved is None or (saved["dp_size"], saved["cp_size"]) == (now.dp_size, now.cp_size):
+            with _left_out(self, {KEY}):
+                return original(self, ckpt_dir)
+        skips = {key: _skip(ckpt_dir, key, loader, saved, now) for key, loader in loaders.items()}
+        streams = _tracked(self, sys.modules[RECIPE].StatefulRNG)
+        with _left_out(self, {KEY, *loaders, *streams}):
+            loaded = original(self, ckpt_dir)
+        _load_loaders(self, ckpt_dir, loaders, skips, cp_size=saved["cp_size"])
+        _load_streams(self.checkpointer, ckpt_dir, streams)
+        return loaded
+
+    return _load_checkpoint_tracked_state
+
+
+def _load_loaders(
+    recipe: Any,
+    ckpt_dir: str,
+    loaders: dict[str, Any],
+    skips: dict[str, int | None],
+    *,
+    cp_size: int,
+) -> None:
+    for key, loader in loaders.items():
+        skip = skips[key]
+        if skip is None:
+            with _as_dp_rank(recipe.checkpointer, recipe._get_dp_rank() * cp_size):
+                recipe.checkpointer.load_on_dp_ranks(loader, key, ckpt_dir)
+        else:
+            loader.sampler.load_state_dict({"yielded": skip})
+
+
+def _load_streams(checkpointer: Any, ckpt_dir: str, streams: dict[str, Any]) -> None:
+    # AutoModel 0.5 numbers these as it does dataloaders, later releases by global rank.
+    load = getattr(checkpointer, "load_on_global_ranks", checkpointer.load_on_dp_ranks)
+    for key, stream in streams.items():
+        with suppress(FileNotFoundError):  # of a rank more: it keeps the stream of its own seed
+            load(stream, key, ckpt_dir)
+
+
+def _loader_type() -> Any:
+    return sys.modules[RECIPE].StatefulDataLoader
+
+
+def _tracked(recipe: Any, kind: type) -> dict[str, Any]:
+    """Return what the recipe keeps in checkpoints of one type, by name."""
+    states = {key: getattr(recipe, key) for key in sorted(recipe.__dict__[_TRACKED])}
+    return {key: state for key, state in states.items() if isinstance(state, kind)}
+
+
+def _saved(ckpt_dir: str, loaders: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state of :class:`DataRanks` in a checkpoint, None where nothing tells sizes.
+
+    Raises:
+        ValueError: If a checkpoint that was written without this package contradicts itself.
+    """
+    path = os.path.join(ckpt_dir, f"{KEY}.pt")
+    if os.path.exists(path):
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        return state
+    path = os.path.join(ckpt_dir, "config.yaml")
+    states = max((len(_states(ckpt_dir, key)) for key in loaders), default=0)
+    if not states or not os.path.exists(path):
+        return None
+    with open(path) as file:
+        cp_size = ((yaml.safe_load(file) or {}).get("distributed") or {}).get("cp_size") or 1
+    if not isinstance(cp_size, int) or states % cp_size:
+        raise ValueError(
+            f"{path} says distributed.cp_size={cp_size!r}, and {states} ranks stored the state of "
+            "their dataloaders beside it; write the cp_size of that run into the file, a divisor "
+            f"of {states}"
+        )
+    return {"dp_size": states // cp_size, "cp_size": cp_size, "yielded": {}}
+
+
+def _states(ckpt_dir: str, key: str) -> list[str]:
+    return glob.glob(os.path.join(glob.escape(ckpt_dir), key, f"{key}_dp_rank_*.pt"))
+
+
+def _skip(
+    ckpt_dir: str, key: str, loader: Any, saved: dict[str, Any], now: DataRanks
+) -> int | None:
+    """Return how many samples of its own each data-parallel rank has to skip.
+
+    Returns:
+        None where there are as many of these ranks as before, whose states hold.
+
+    Raises:
+        ValueError: If samples would be lost or seen twice.
+    """
+    before = saved["dp_size"]
+    if before == now.dp_size:
+        return None
+    yielded = saved["yielded"].get(key)
+    if yielded is None or not now.deals_in_turn(loader):
+        why = f"the {key}'s state does not tell which samples the others have taken"
+    elif yielded * before % now.dp_size:
+        why = f"the {yielded * before} samples taken in this epoch are no multiple of {now.dp_size}"
+    else:
+        return int(yielded * before // now.dp_size)
+    raise ValueError(
+        f"distributed.cp_size={now.cp_size} leaves {now.dp_size} data-parallel ranks, {ckpt_dir} "
+        f"was written by {before} (cp_size={saved['cp_size']}), and samples would be lost or seen "
+        f"twice: {why}. Keep {before} of them: start {before} * cp_size processes, of any cp_size "
+        "(times pp_size and tp_size). Or start a new run from the weights alone: "
+        f"model.config.pretrained_model_name_or_path={os.path.join(ckpt_dir, 'model/consolidated')}"
+        ", model.load_base_model: true, and another checkpoint.checkpoint_dir"
+    )
+
+
+@contextmanager
+def _left_out(recipe: Any, keys: set[str]) -> Iterator[None]:
+    """Keep AutoModel from loading some of what it stored."""
+    tracked: set[str] = recipe.__dict__[_TRACKED]
+    left_out = tracked & keys
+    tracked -= left_out
+    try:
+        yield
+    finally:
+        tracked |= left_out
+
+
+@contextmanager
+def _as_dp_rank(checkpointer: Any, rank: int) -> Iterator[None]:
+    """Have AutoModel read the state of another rank's dataloader."""
+    own = checkpointer.dp_rank
+    checkpointer.dp_rank = rank
+    try:
+        yield
+    finally:
+        checkpointer.dp_rank = own

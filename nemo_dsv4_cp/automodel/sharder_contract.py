@@ -1,0 +1,48 @@
+"""The contract of releases with ``ContextParallelSharder`` (since 0.6): recipes ask the model.
+
+Only what that contract leaves out is patched: token verbs for re-laid rows, and the distillation
+recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_dsv4_cp.automodel import distillation, mtp_contract, token_verbs
+from nemo_dsv4_cp.automodel.contracts import Signature
+
+NAME = "ContextParallelSharder"
+_SHARDER = "nemo_automodel.components.distributed.context_parallel.sharder"
+SIGNATURES: tuple[Signature, ...] = (
+    Signature(
+        _SHARDER,
+        "ContextParallelSharder.__init__",
+        ("shard_batch", "local_token_global_indices", "loss_mask", "padding_token_id"),
+    ),
+    Signature(
+        _SHARDER,
+        "ContextParallelSharder.shard_token_tensor",
+        ("self", "tensor", "seq_dim", "fill"),
+        in_order=True,
+    ),
+    Signature(
+        _SHARDER,
+        "ContextParallelSharder.gather_token_tensor",
+        ("self", "tensor", "seq_dim", "trim", "fill"),
+        in_order=True,
+    ),
+    *mtp_contract.SIGNATURES,
+)
+
+
+def install(model: Any) -> None:
+    """Patch what the contract leaves out; again changes nothing.
+
+    Args:
+        model: Not used: recipes ask the model themselves.
+
+    Raises:
+        UnsupportedAutoModel: If the distillation recipe runs and is not as we know it.
+    """
+    token_verbs.install()
+    distillation.install()

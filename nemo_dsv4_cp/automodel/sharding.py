@@ -1,0 +1,51 @@
+"""AutoModel's sharder contract, or its little that we use where a release has none (0.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+PLACE = "nemo_automodel.components.distributed.context_parallel"
+HAS_SHARDER = find_spec(PLACE) is not None
+"""Whether recipes ask a model for its ``ContextParallelSharder`` (since 0.6)."""
+
+if HAS_SHARDER:
+    from nemo_automodel.components.distributed.context_parallel.sharder import (
+        ContextParallelSharder,
+        ShardLayout,
+    )
+else:
+
+    @dataclass(frozen=True)
+    class ShardLayout:  # type: ignore[no-redef]
+        """What a batch function learned: the fields that AutoModel's class of 0.6 has."""
+
+        local_token_global_indices: torch.Tensor | None = None
+        original_seq_len: int | None = None
+        padded_seq_len: int | None = None
+        input_row_shape: tuple[int, ...] | None = None
+        input_token_stream_positions: torch.Tensor | None = None
+
+    @dataclass
+    class ContextParallelSharder:  # type: ignore[no-redef]
+        """How a batch is cut, for callers of ``prepare_model_inputs_for_cp``."""
+
+        shard_batch: Callable[..., Any]
+        local_token_global_indices: Callable[..., Any] | None = None
+        shard_layout: ShardLayout | None = None
+
+
+@dataclass(frozen=True)
+class PackedShardLayout(ShardLayout):
+    """The layout of rows whose documents were laid out anew.
+
+    Only ``padded_seq_len`` and ``input_token_stream_positions``
+    (:attr:`nemo_dsv4_cp.sequence.packing.Repacked.target`) are set.
+    """
+
+
+__all__ = ["HAS_SHARDER", "ContextParallelSharder", "PackedShardLayout", "ShardLayout"]

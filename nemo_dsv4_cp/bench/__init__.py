@@ -1,0 +1,1 @@
+"""Profiling and timing of one layer; nothing here is part of training."""

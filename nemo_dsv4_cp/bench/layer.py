@@ -1,0 +1,164 @@
+"""One attention layer of V4-Flash as a rank of a context-parallel group would run it."""
+
+# B batch rows   L local tokens   E hidden   S global tokens
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nemo_automodel.components.models.common import BackendConfig
+from nemo_automodel.components.models.deepseek_v4 import layers as automodel_layers
+
+from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.tools.paths import AUTOMODEL
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        path: ``"automodel"`` or the name of a transport.
+        ratio: Compress ratio of the layer: 0, 4 or 128.
+        seq_len: S, tokens in the whole row.
+        cp_size: R, number of CP ranks.
+        rank: Which of them is measured.
+        batch: B, rows.
+        workspace_mib: ``context_parallel.workspace_mib`` of a transport.
+        kernels: ``context_parallel.kernels`` of a transport.
+        balance: ``context_parallel.balance`` of a transport.
+        overlap: ``context_parallel.overlap`` of a transport.
+        documents: Where documents start in packed rows, ascending from 0; none for one document.
+    """
+
+    path: str
+    ratio: int
+    seq_len: int
+    cp_size: int
+    rank: int
+    batch: int = 1
+    workspace_mib: int = ContextParallelOptions.workspace_mib
+    kernels: str = AUTO
+    balance: str = AUTO
+    overlap: bool = True
+    documents: tuple[int, ...] = ()
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """Positions of the measured rank's tokens."""
+        layout = SequenceLayout.of_padded(self.seq_len, cp_rank=self.rank, cp_size=self.cp_size)
+        if not self.documents:
+            return layout
+        return PackedLayout(
+            layout.local_len,
+            self.rank,
+            self.cp_size,
+            torch.tensor([self.documents]).expand(self.batch, -1),
+            ((*self.documents, self.seq_len),) * self.batch,
+        )
+
+
+Forward = Callable[[], torch.Tensor]
+
+
+def build(
+    case: Case,
+    group: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn: str = "sdpa",
+    **sizes: Any,
+) -> Forward:
+    """Build the layer and its input, and return its forward.
+
+    Args:
+        case: What to build.
+        group: CP process group.
+        dtype: Activation dtype.
+        device: Where tensors live.
+        attn: AutoModel's attention backend.
+        **sizes: Fields of the config that differ from V4-Flash.
+
+    Returns:
+        A function that runs the forward as AutoModel's model would, its dense mask included, and
+        returns [B, L, E]. The input and all parameters but the indexer's take gradients.
+    """
+    options: dict[str, Any] = {"workspace_mib": case.workspace_mib}
+    if case.path != AUTOMODEL:
+        options |= {"transport": case.path, "kernels": case.kernels}
+        options |= {"balance": case.balance, "overlap": case.overlap}
+    config = DeepseekV4ContextParallelConfig(
+        compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=options, **sizes
+    )
+    cls = (
+        automodel_layers.DeepseekV4Attention if case.path == AUTOMODEL else ContextParallelAttention
+    )
+    backend = BackendConfig(attn=attn, linear="torch", rms_norm="torch_fp32")
+    # What AutoModel keeps in float32 (sinks, compressor projections) it makes so itself.
+    with _default_dtype(dtype), device:
+        layer = cls(config, 0, backend).train()
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(".indexer." not in name)
+    layer._cp_group = group
+
+    layout = case.layout
+    length = layout.local_len
+    with device:
+        rotary = automodel_layers.DeepseekV4RotaryEmbedding(
+            160000.0, config.head_dim, config.qk_rope_head_dim / config.head_dim
+        )
+        hidden = torch.randn(case.batch, length, config.hidden_size, dtype=dtype).requires_grad_()
+        positions = layout.positions(device).expand(case.batch, -1)
+        rope = rotary(hidden, positions)
+
+    step = StepContext(layout, group, config.context_parallel)
+    if case.path != AUTOMODEL:
+        step.plan(layer.kind, device)
+
+    def forward() -> torch.Tensor:
+        mask = None
+        if case.path == AUTOMODEL:
+            from nemo_automodel.components.models.deepseek_v4.cp import (
+                build_dsv4_cp_causal_padding_mask,
+            )
+
+            mask = build_dsv4_cp_causal_padding_mask(
+                position_ids=positions,
+                key_len=case.seq_len,
+                dtype=dtype,
+                device=device,
+                cp_group=group,
+                sliding_window=config.sliding_window,
+            )
+        out: torch.Tensor = layer(
+            hidden,
+            rope,
+            attention_mask=mask,
+            position_embeddings_compress=rope,
+            rotary_compress=rotary,
+            position_ids=positions,
+            **({STEP_KEY: step} if case.path != AUTOMODEL else {}),
+        )[0]
+        return out
+
+    return forward
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

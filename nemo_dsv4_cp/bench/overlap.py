@@ -1,0 +1,187 @@
+"""How much of the time that collectives take is hidden behind computing: real gloo ranks, slowed.
+
+On one machine a collective takes next to nothing, so each is made to take a given time longer, as
+over a link that carries one after the other. What a rank waits for the late ones, of what they take
+longer, was not hidden. That is measured at each wait: the seconds of whole passes stand beside it,
+and other processes of the machine move them by more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nemo_dsv4_cp.bench.layer import Case, build
+from nemo_dsv4_cp.exchange.collectives import Work, all_gather_metadata, barrier, cp_size
+from nemo_dsv4_cp.exchange.in_flight import InFlight
+from nemo_dsv4_cp.tools import local_ranks
+from nemo_dsv4_cp.tools.paths import BOUNDARY
+
+RANKS = 2
+SIZES: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "qk_rope_head_dim": 32,
+    "q_lora_rank": 512,
+    "o_lora_rank": 128,
+    "o_groups": 4,
+    "index_n_heads": 64,
+    "index_head_dim": 64,
+    "index_topk": 64,
+    "torch_dtype": "float32",
+}
+"""Projections about as heavy beside attention as V4-Flash's, at what a CPU core gets through."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of a layer, as it is and with collectives slowed.
+
+    Attributes:
+        direction: ``"forward"`` or ``"backward"``.
+        ratio: Compress ratio of the layer.
+        balance: ``context_parallel.balance``.
+        overlap: ``context_parallel.overlap``.
+        collectives: How many it starts.
+        seconds: Of the slowest rank, the least of the repeats: what else ran only adds.
+        slowed_seconds: The same with each collective slowed.
+        waited: Seconds that a rank waited for what came late: of each collective the rank that
+            waited longest, all together, median of the repeats.
+        delay: Seconds by which each was slowed.
+    """
+
+    direction: str
+    ratio: int
+    balance: str
+    overlap: bool
+    collectives: int
+    seconds: float
+    slowed_seconds: float
+    waited: float
+    delay: float
+
+    @property
+    def hidden(self) -> float:
+        """Return the share of the added time that no rank waited for."""
+        return 1 - self.waited / (self.collectives * self.delay)
+
+
+class SlowLink:
+    """Makes collectives take longer, one after the other.
+
+    Attributes:
+        waited: Of each collective, the seconds that this rank waited because it was late.
+    """
+
+    def __init__(self, delay: float) -> None:
+        """Remember the delay in seconds."""
+        self._delay, self._free_at = delay, 0.0
+        self.waited: list[float] = []
+
+    @contextmanager
+    def slowing(self) -> Iterator[None]:
+        """Slow every collective that may overlap with computing."""
+        begin = InFlight.begin
+
+        def slowed(flight: InFlight, work: Work, filling: Any) -> None:
+            self._free_at = max(self._free_at, time.perf_counter()) + self._delay
+            self.waited.append(0.0)
+            late = _Slowed(work, self._free_at, self.waited, len(self.waited) - 1)
+            begin(flight, late, filling)  # type: ignore[arg-type]
+
+        with mock.patch.object(InFlight, "begin", slowed):
+            yield
+
+
+class _Slowed:
+    """A collective that has arrived no sooner than at a given time; notes what that is waited."""
+
+    def __init__(self, work: Work, arrives_at: float, waited: list[float], place: int) -> None:
+        self._work, self._arrives_at = work, arrives_at
+        self._waited, self._place = waited, place
+
+    def wait(self) -> None:
+        self._work.wait()
+        late = max(0.0, self._arrives_at - time.perf_counter())
+        self._waited[self._place] += late
+        time.sleep(late)
+
+
+def measure(ratio: int, balance: str, *, seq_len: int, delay: float, repeats: int) -> list[Pass]:
+    """Time a layer's passes with overlap and without, its collectives as they are and slowed.
+
+    Args:
+        ratio: Compress ratio of the layer.
+        balance: ``context_parallel.balance``.
+        seq_len: S, tokens in the row, on two ranks of one thread each.
+        delay: Seconds by which each collective is slowed.
+        repeats: Measurements of each, in turn, after one that is not counted.
+    """
+    passes: list[Pass] = local_ranks.run(_rank, RANKS, ratio, balance, seq_len, delay, repeats)
+    return passes
+
+
+def _rank(
+    group: Any, rank: int, ratio: int, balance: str, seq_len: int, delay: float, repeats: int
+) -> list[Pass]:
+    forwards = {
+        overlap: build(
+            Case(BOUNDARY, ratio, seq_len, cp_size(group), rank, balance=balance, overlap=overlap),
+            group,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            **SIZES,
+        )
+        for overlap in (True, False)
+    }
+    seconds: dict[tuple[str, bool, float], list[float]] = {}
+    waits: dict[tuple[str, bool, float], list[float]] = {}
+    counts: dict[str, int] = {}
+
+    def timed(direction: str, overlap: bool, slowed_by: float, run: Any) -> Any:
+        link = SlowLink(slowed_by)
+        barrier(group)
+        begin = time.perf_counter()
+        with link.slowing():
+            result = run()
+        barrier(group)
+        timing = (direction, overlap, slowed_by)
+        seconds.setdefault(timing, []).append(time.perf_counter() - begin)
+        waited = all_gather_metadata(torch.tensor([link.waited]), dim=0, cp_group=group)
+        waits.setdefault(timing, []).append(float(waited.amax(0).sum()))
+        counts[direction] = len(link.waited)
+        return result
+
+    for _ in range(repeats + 1):
+        for overlap, forward in forwards.items():
+            for slowed_by in (0.0, delay):
+                out = timed("forward", overlap, slowed_by, forward)
+                grad = torch.ones_like(out)
+                timed("backward", overlap, slowed_by, lambda out=out, grad=grad: out.backward(grad))
+
+    def least(direction: str, overlap: bool, slowed_by: float) -> float:
+        return min(seconds[direction, overlap, slowed_by][1:])
+
+    return [
+        Pass(
+            direction,
+            ratio,
+            balance,
+            overlap,
+            counts[direction],
+            least(direction, overlap, 0.0),
+            least(direction, overlap, delay),
+            statistics.median(waits[direction, overlap, delay][1:]),
+            delay,
+        )
+        for overlap in forwards
+        for direction in counts
+    ]

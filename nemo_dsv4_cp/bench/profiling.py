@@ -1,0 +1,398 @@
+"""Memory, traffic and launches of one rank, weighed without a device.
+
+Fake tensors in a fake process group: every operation of a layer is seen with its shapes, and none
+is computed.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from nemo_automodel.components.models.deepseek_v4 import layers as automodel_layers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nemo_dsv4_cp.automodel import tilelang
+from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
+from nemo_dsv4_cp.bench.layer import Case, build
+from nemo_dsv4_cp.exchange.collectives import process_group
+from nemo_dsv4_cp.kernels import costs
+from nemo_dsv4_cp.tools.paths import AUTOMODEL
+
+_LARGEST = 5
+
+_NO_LAUNCH = frozenset(
+    {
+        "_reshape_alias",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "is_same_size",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "resize_",
+    }
+)
+"""Operations that only make a tensor, or another view of one."""
+
+_OVERWRITE = frozenset({"copy_", "fill_", "zero_"})
+"""Operations in place that do not read what they write over."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor that was alive at the peak."""
+
+    operation: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What a device is asked to run.
+
+    Attributes:
+        count: Operations launched; collectives count, views and allocations do not.
+        read_bytes: Bytes of the tensors they read, each as large as the operation sees it.
+        written_bytes: Bytes of the tensors they write.
+    """
+
+    count: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def __sub__(self, other: Launches) -> Launches:
+        return Launches(
+            self.count - other.count,
+            self.read_bytes - other.read_bytes,
+            self.written_bytes - other.written_bytes,
+        )
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes read and written."""
+        return self.read_bytes + self.written_bytes
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What one layer's forward and backward took of one rank.
+
+    Parameters and input were there before, and count only where an operation returned a view.
+
+    Attributes:
+        case: What was weighed.
+        peak_bytes: Most bytes alive at a time.
+        saved_bytes: Bytes alive between forward and backward.
+        received_forward: Bytes that other ranks sent, in forward.
+        received_backward: Bytes that other ranks sent, in backward.
+        forward: What forward launched.
+        backward: What backward launched.
+        largest: The largest tensors alive at the peak.
+    """
+
+    case: Case
+    peak_bytes: int
+    saved_bytes: int
+    received_forward: int
+    received_backward: int
+    forward: Launches
+    backward: Launches
+    largest: tuple[Tensor, ...]
+
+    def per_token(self, received: int) -> float:
+        """Return received bytes per local token and remote rank."""
+        return received / self.case.layout.local_len / max(self.case.cp_size - 1, 1)
+
+
+class _Scale(TorchDispatchMode):
+    """Sums the storages alive, the bytes that collectives bring in, and what is launched."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ranks, self._rank = case.cp_size, case.rank
+        self._alive: dict[int, Tensor] = {}
+        self.live = self.peak = self.received = 0
+        self.largest: tuple[Tensor, ...] = ()
+        self.launched = Launches()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        told = costs.of(func, args, kwargs)
+        self._launch(func, args, kwargs, out, told)
+        if func.namespace == "c10d":
+            self.received += self._brought(func.overloadpacket.__name__, args)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor, str(func.overloadpacket))
+        if told is not None:
+            self._note_peak(self.live + told.scratch_bytes)
+        return out
+
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, told: costs.Cost | None) -> None:
+        if told is not None:
+            new = Launches(told.launches, told.read_bytes, told.written_bytes)
+        elif _only_a_view(func) or func.overloadpacket.__name__ in _NO_LAUNCH:
+            return
+        else:
+            read, written = _touched(func, args, kwargs, out)
+            if not written:
+                return  # nothing to run on tensors without entries
+            new = Launches(1, read, written)
+        self.launched = Launches(
+            self.launched.count + new.count,
+            self.launched.read_bytes + new.read_bytes,
+            self.launched.written_bytes + new.written_bytes,
+        )
+
+    def _add(self, tensor: torch.Tensor, operation: str) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._alive:
+            return
+        size = storage.nbytes()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._alive[storage._cdata] = Tensor(operation, tuple(tensor.shape), dtype, size)
+        weakref.finalize(storage, self._remove, storage._cdata)
+        self.live += size
+        self._note_peak(self.live)
+
+    def _note_peak(self, taken: int) -> None:
+        if taken > self.peak:
+            self.peak = taken
+            ranked = sorted(self._alive.values(), key=lambda t: t.bytes, reverse=True)
+            self.largest = tuple(ranked[:_LARGEST])
+
+    def _remove(self, key: int) -> None:
+        self.live -= self._alive.pop(key).bytes
+
+    def _brought(self, operation: str, args: tuple[Any, ...]) -> int:
+        """Return what other ranks sent to this one, whatever algorithm carries it."""
+        remote = self._ranks - 1
+        if operation in ("allgather_", "_allgather_base_"):
+            return _bytes(args[0]) * remote // self._ranks
+        if operation in ("reduce_scatter_", "_reduce_scatter_base_"):
+            return _bytes(args[0]) * remote
+        if operation == "alltoall_":
+            return sum(_bytes(part) for i, part in enumerate(args[0]) if i != self._rank)
+        if operation == "alltoall_base_":
+            splits = args[3] or [_bytes(args[0]) // self._ranks] * self._ranks
+            row = _bytes(args[0]) // max(args[0].shape[0], 1)
+            return sum(size * row for i, size in enumerate(splits) if i != self._rank)
+        raise NotImplementedError(f"c10d.{operation} is not weighed; teach _brought() its bytes")
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tree_leaves(tensors))
+
+
+def _only_a_view(func: Any) -> bool:
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _touched(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
+    """Return the bytes that an operation reads and writes."""
+    read, written, in_place = 0, 0, False
+    for place, argument in enumerate(func._schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        size = _seen(value)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            in_place = True
+            written += size
+            if func.namespace == "c10d" or func.overloadpacket.__name__ in _OVERWRITE:
+                continue
+        read += size
+    return read, written if in_place else _seen(out)
+
+
+def _seen(value: Any) -> int:
+    """Return the bytes of the tensors in a value, what is expanded once."""
+    return sum(
+        t.element_size() * math.prod(n for n, step in zip(t.shape, t.stride(), strict=True) if step)
+        for t in tree_leaves(value)
+        if isinstance(t, torch.Tensor) and t.numel()
+    )
+
+
+def weigh(case: Case) -> Weight:
+    """Run a V4-Flash layer forward and backward on fake tensors, bfloat16, and weigh it.
+
+    Kernels of the package tell what they launch; of AutoModel's TileLang kernels only the tensors
+    they take, save and return exist here.
+    """
+    let_fake_tensors_through_collectives()
+    with (
+        process_group("fake", rank=case.rank, size=case.cp_size) as group,
+        FakeTensorMode(),
+        _automodel_kernels(),
+    ):
+        forward = build(
+            case,
+            group,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            attn="tilelang" if case.path == AUTOMODEL else "sdpa",
+        )
+        with _Scale(case) as scale:
+            out = forward()
+            saved, received, launched = scale.live, scale.received, scale.launched
+            out.backward(torch.empty_like(out))
+            return Weight(
+                case,
+                scale.peak,
+                saved,
+                received,
+                scale.received - received,
+                launched,
+                scale.launched - launched,
+                scale.largest,
+            )
+
+
+# AutoModel's kernels as operations that are weighed and never run. One launch a kernel: that the
+# AutoModel takes 16 heads at a time, and copies them before and after, is not counted.
+
+
+@torch.library.custom_op("dsv4_cp::automodel_attention", mutates_args=())
+def _automodel_attention(
+    q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+@_automodel_attention.register_fake
+def _(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@costs.tell("dsv4_cp::automodel_attention")
+def _(q: torch.Tensor, *keys: torch.Tensor) -> costs.Cost:
+    log_sums = q.numel() // q.shape[-1] * 4
+    return costs.Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
+
+
+@torch.library.custom_op("dsv4_cp::automodel_attention_backward", mutates_args=())
+def _automodel_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sinks: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+@_automodel_attention_backward.register_fake
+def _(
+    grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, *_: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(kv), torch.empty_like(sinks)
+
+
+@costs.tell("dsv4_cp::automodel_attention_backward")
+def _(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sinks: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+) -> costs.Cost:
+    # Sums of out * grad; the gradients, the keys' in float32; those rounded.
+    summed = kv.numel() * 4
+    return costs.Cost(
+        3,
+        _bytes((out, grad)) + _bytes((q, kv, grad, sinks, indices, log_sums, log_sums)) + summed,
+        _bytes(log_sums) + _bytes((q, sinks)) + summed + _bytes(kv),
+        scratch_bytes=summed + _bytes(log_sums),
+    )
+
+
+@torch.library.custom_op("dsv4_cp::automodel_index_scores", mutates_args=())
+def _automodel_index_scores(
+    q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    raise NotImplementedError
+
+
+@_automodel_index_scores.register_fake
+def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
+
+
+@costs.tell("dsv4_cp::automodel_index_scores")
+def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> costs.Cost:
+    scores = q.shape[0] * q.shape[1] * keys.shape[1] * 4
+    return costs.Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
+
+
+class _AutoModelAttention(torch.autograd.Function):
+    """AutoModel's sparse attention by its kernels' shapes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        out: torch.Tensor
+        out, log_sums = _automodel_attention(q, kv, sinks, indices)
+        ctx.save_for_backward(q, kv, sinks, indices, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grads: tuple[torch.Tensor, ...] = _automodel_attention_backward(
+            grad.contiguous(), *ctx.saved_tensors
+        )
+        return *grads, None
+
+
+def _attention_shapes(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    sinks: torch.Tensor,
+    indices: torch.Tensor,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    out: torch.Tensor = _AutoModelAttention.apply(  # type: ignore[no-untyped-call]
+        q.contiguous(), kv.contiguous(), sinks.float(), indices.to(torch.int32)
+    )
+    return out
+
+
+def _score_shapes(
+    q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
+) -> torch.Tensor:
+    scores: torch.Tensor = _automodel_index_scores(q, keys, weights)
+    return scores
+
+
+@contextmanager
+def _automodel_kernels() -> Iterator[None]:
+    with ExitStack() as patched:
+        for user in (automodel_layers, tilelang):
+            for name, shapes in (
+                ("dsv4_sparse_attention", _attention_shapes),
+                ("dsv4_indexer_scores", _score_shapes),
+            ):
+                patched.enter_context(mock.patch.object(user, name, shapes))
+        patched.enter_context(mock.patch.object(tilelang, "HAS_TILELANG", True))
+        yield

@@ -1,0 +1,165 @@
+"""Wall time of a layer's forward and backward: gloo ranks on the CPU, or one rank on a GPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp.bench.layer import Case, Forward, build
+from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
+from nemo_dsv4_cp.tools import local_ranks
+from nemo_dsv4_cp.tools.paths import AUTOMODEL
+
+CPU_SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "qk_rope_head_dim": 16,
+    "q_lora_rank": 128,
+    "o_lora_rank": 64,
+    "o_groups": 2,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 128,
+    "torch_dtype": "float32",
+}
+"""A layer of a few hundred hidden units, which CPU ranks get through."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one path, a forward and backward each.
+
+    Attributes:
+        case: What ran.
+        seconds: One entry a repeat, of the slowest rank.
+        peak_bytes: Most GPU memory allocated, None on a CPU.
+    """
+
+    case: Case
+    seconds: tuple[float, ...]
+    peak_bytes: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Return the median of the repeats."""
+        return statistics.median(self.seconds)
+
+
+def describe_machine() -> str:
+    """Return what the times were measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            model = next(line for line in lines if line.startswith("model name")).split(":")[1]
+    except (OSError, StopIteration):
+        model = platform.machine()
+    return f"{model.strip()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def automodel_kernels() -> str:
+    """Return AutoModel's attention backend on this GPU: ``"tilelang"`` where it is installed."""
+    return "tilelang" if find_spec("tilelang") else "sdpa"
+
+
+def time_gloo_ranks(
+    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, **options: Any
+) -> list[Timing]:
+    """Time real gloo ranks on this CPU, one thread each, the paths in turn (float32).
+
+    Args:
+        paths: ``"automodel"`` and names of transports.
+        ratio: Compress ratio of the layer.
+        seq_len: S, tokens in the whole row.
+        cp_size: Number of ranks, a process each.
+        repeats: Measurements of each path, after one that is not counted.
+        **options: ``kernels`` and ``balance`` of the transports.
+    """
+    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats, options)
+    return [
+        Timing(Case(path, ratio, seq_len, cp_size, 0, **options), tuple(seconds[path]))
+        for path in paths
+    ]
+
+
+def _gloo_rank(
+    group: Any,
+    rank: int,
+    paths: list[str],
+    ratio: int,
+    seq_len: int,
+    repeats: int,
+    options: dict[str, Any],
+) -> dict[str, list[float]]:
+    ranks = cp_size(group)
+    forwards = {
+        path: build(
+            Case(path, ratio, seq_len, ranks, rank, **options),
+            group,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            **CPU_SIZES,
+        )
+        for path in paths
+    }
+    seconds: dict[str, list[float]] = {path: [] for path in paths}
+    for repeat in range(repeats + 1):
+        for path, forward in forwards.items():
+            barrier(group)
+            begin = time.perf_counter()
+            _step(forward)
+            barrier(group)
+            if repeat:  # the first warms up
+                seconds[path].append(time.perf_counter() - begin)
+    return seconds
+
+
+def time_one_gpu_rank(
+    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, **options: Any
+) -> list[Timing]:
+    """Time the last rank alone on this GPU, V4-Flash sizes, bfloat16.
+
+    The process group is a fake one: collectives return at once with whatever memory held, so only
+    computing is timed. The arguments are those of :func:`time_gloo_ranks`.
+    """
+    rank = cp_size - 1
+    timings = []
+    with process_group("fake", rank=rank, size=cp_size) as group:
+        for path in paths:
+            case = Case(path, ratio, seq_len, cp_size, rank, **options)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            forward = build(
+                case,
+                group,
+                dtype=torch.bfloat16,
+                device=torch.device("cuda"),
+                attn=automodel_kernels() if path == AUTOMODEL else "sdpa",
+            )
+            seconds = tuple(_cuda_seconds(forward) for _ in range(repeats + 1))
+            timings.append(Timing(case, seconds[1:], torch.cuda.max_memory_allocated()))
+            del forward
+    return timings
+
+
+def _step(forward: Forward) -> None:
+    out = forward()
+    out.backward(torch.ones_like(out))
+
+
+def _cuda_seconds(forward: Forward) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    _step(forward)
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000

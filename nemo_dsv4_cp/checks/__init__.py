@@ -1,0 +1,1 @@
+"""What is checked before and while training: batches, consistency across ranks, finite values."""

@@ -1,0 +1,1 @@
+"""Recipes for AutoModel's CLI, shipped inside the wheel as ``nemo_dsv4_cp.configs``."""

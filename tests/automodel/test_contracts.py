@@ -1,0 +1,111 @@
+"""What we count on in AutoModel, by its signatures: who changed is named, by test and by error."""
+
+import importlib
+import json
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+
+import pytest
+
+from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
+from nemo_dsv4_cp.automodel import contracts
+from nemo_dsv4_cp.automodel.contracts import Signature, UnsupportedAutoModel
+
+
+@pytest.mark.parametrize(
+    "signature", list(contracts.signatures()), ids=lambda signature: signature.name
+)
+def test_automodel_takes_what_we_pass(signature):
+    signature.check()
+
+
+def test_the_adapter_is_that_of_the_contract_which_automodel_has():
+    sharder = find_spec("nemo_automodel.components.distributed.context_parallel")
+    expected = "ContextParallelSharder" if sharder else "cp_utils.make_cp_batch_and_ctx"
+    assert expected == contracts.batch_contract().NAME
+
+
+TESTED = r"tested with nemo_automodel 0\.7\.0, 0\.6\.0, 0\.5\.0; install one of these"
+
+
+@pytest.mark.parametrize(
+    ("signature", "message"),
+    [
+        (Signature("textwrap", "gone"), r"there is no textwrap\.gone"),
+        (Signature("no_such_module", "gone"), r"there is no no_such_module\.gone"),
+        (Signature("textwrap", "indent", ("text", "colour")), r"indent takes \(.*without colour"),
+        (
+            Signature("textwrap", "indent", ("prefix", "text"), in_order=True),
+            r"indent takes \(text, prefix, .*not \(prefix, text\)",
+        ),
+    ],
+)
+def test_what_a_release_lacks_is_named_with_the_tested_releases(signature, message):
+    with pytest.raises(UnsupportedAutoModel, match=f"{message}.*{TESTED}"):
+        signature.check()
+
+
+def test_a_release_that_changed_is_refused_when_the_config_is_named(monkeypatch):
+    layers = importlib.import_module("nemo_automodel.components.models.deepseek_v4.layers")
+    monkeypatch.delattr(layers, "_dsv4_kernel_backend")
+    contracts.check.cache_clear()  # it was found good before
+    with pytest.raises(UnsupportedAutoModel, match=r"no .*layers\._dsv4_kernel_backend"):
+        DeepseekV4ContextParallelConfig()
+    DeepseekV4ContextParallelConfig(context_parallel={"enabled": False})
+
+
+def test_a_release_is_looked_at_once(monkeypatch):
+    DeepseekV4ContextParallelConfig()
+    monkeypatch.setattr(contracts, "signatures", lambda: pytest.fail("looked at again"))
+    DeepseekV4ContextParallelConfig()
+
+
+def test_a_release_without_any_contract_for_batches_is_refused(monkeypatch):
+    monkeypatch.setattr(contracts, "find_spec", lambda place: None)
+    monkeypatch.setattr(contracts.sharding, "HAS_SHARDER", False)
+    with pytest.raises(
+        UnsupportedAutoModel, match=rf"neither .*context_parallel nor .*cp_utils.*{TESTED}"
+    ):
+        contracts.batch_contract()
+
+
+def test_a_release_without_deepseek_v4_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nemo_automodel.components.models.deepseek_v4.config", None)
+    with pytest.raises(UnsupportedAutoModel, match=rf"deepseek_v4\.config.*{TESTED}"):
+        contracts.check_v4()
+
+
+# Every name in AutoModel's modules and classes, before and after a config and a model are made.
+PATCHED = textwrap.dedent("""
+    import json, sys
+    import torch
+    from nemo_automodel.components.models.deepseek_v4 import model as automodel
+    from nemo_automodel.recipes.llm import kd, train_ft
+    from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
+    from nemo_dsv4_cp.automodel import patches
+    from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+    from tests.automodel.names import changed, names
+    from tests.parity import cpu_backend, tiny_config
+
+    enabled = sys.argv[1] == "enabled"
+    before = names()
+    config = tiny_config([4], context_parallel={"enabled": enabled})
+    ours = DeepseekV4ContextParallelForCausalLM if enabled else automodel.DeepseekV4ForCausalLM
+    ours(config, backend=cpu_backend())
+    installed = changed(before)
+    patches.undo()
+    print(json.dumps([installed, changed(before)]))
+""")
+
+
+@pytest.mark.parametrize("switch", ["enabled", "disabled"])
+def test_nothing_is_patched_when_disabled_and_all_is_given_back(switch):
+    done = subprocess.run(
+        [sys.executable, "-c", PATCHED, switch], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    installed, left = json.loads(done.stdout.splitlines()[-1])
+    assert bool(installed) is (switch == "enabled"), installed
+    assert left == []
