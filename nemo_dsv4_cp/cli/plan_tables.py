@@ -87,7 +87,12 @@ def _table(headers: Sequence[str]) -> Table:
 def _memory(request: Request, rows: Sequence[Row], smallest: int | None) -> Table:
     headers = ["cp\nsize", "shard\ntokens", "pad\n%"]
     headers += [f"recv\n{_IN_HEADERS[path]}" for path in PATHS]
-    headers += [f"attn\n{_IN_HEADERS[request.transport]}", f"attn\n{_IN_HEADERS[AUTOMODEL]}", "need", "fits"]
+    headers += [
+        f"attn\n{_IN_HEADERS[request.transport]}",
+        f"attn\n{_IN_HEADERS[AUTOMODEL]}",
+        "need",
+        "fits",
+    ]
     table = _table(headers)
     for row in rows:
         table.add_row(
