@@ -17,6 +17,7 @@ import torch
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.exchange.collectives import Group, cp_rank, cp_size
 from nemo_dsv4_cp.exchange.transport import Transport
+from nemo_dsv4_cp.gpus import gpu_here
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
@@ -132,7 +133,7 @@ class StepContext:
         """Return which rank computes which queries of a kind's layers."""
         if not kind.ratio:
             return contiguous(self.layout)
-        return schedule_of(self.layout, kind.ratio, self._balance, kind.cost)
+        return schedule_of(self.layout, kind.ratio, self._balance, kind.cost, gpu_here())
 
     def plan(self, kind: LayerKind, device: torch.device) -> LayerPlan:
         """Return the plan of a kind's layers.

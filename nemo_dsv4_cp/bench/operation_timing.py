@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nemo_dsv4_cp.gpus import PEAK_TFLOPS
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
-from nemo_dsv4_cp.tools.gpus import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)

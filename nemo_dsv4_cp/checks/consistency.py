@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.exchange.collectives import Group, texts_if_different
+from nemo_dsv4_cp.gpus import gpu_here
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.packing import Document
 
@@ -44,6 +45,10 @@ def settings_of(model: torch.nn.Module) -> dict[str, Any]:
         ("model.config", config.to_dict()),
     ):
         settings |= {f"{part}.{name}": value for name, value in fields.items()}
+    if options.balance == "auto":  # decided by these on each rank for itself, so they must agree
+        gpu = gpu_here()
+        rates = f"{gpu.kernels_a_second / 1e12:.0f} TFLOP/s, {gpu.nvlink_gbs:g} GB/s"
+        settings["context_parallel.balance"] = f"auto, by {rates}"
     trained = [parameter.requires_grad for parameter in model.parameters()]
     settings["parameters"] = f"{sum(trained)} trained of {len(trained)}"
     return {name: value for name, value in settings.items() if name not in _OF_A_MACHINE}

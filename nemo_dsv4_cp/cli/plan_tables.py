@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from nemo_dsv4_cp.tools.gpus import LINK_SHARE, Gpu
+from nemo_dsv4_cp.gpus import LINK_SHARE, Gpu
 from nemo_dsv4_cp.tools.paths import AUTOMODEL, PATHS
 from nemo_dsv4_cp.tools.planning import Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB

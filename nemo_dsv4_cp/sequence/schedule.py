@@ -29,14 +29,16 @@ BLOCKS = 32
 """Blocks that a packed shard's queries move in: of 16,384 tokens 512 each. More balance better, and
 each brings W - 1 raw keys of its own."""
 
-COMPUTED_A_SECOND = 400e12
-"""Floating-point operations that a GPU makes of these products in a second: half of an H100's."""
+LAUNCH_SECONDS = 200e-6
+"""What the launches of two more exchanges take: some forty each way."""
 
-MOVED_A_SECOND = 40e9
-"""Bytes that a rank receives in a second from another node: of a 400 Gb/s link, what NCCL gets."""
 
-EXCHANGE_SECONDS = 200e-6
-"""What two more exchanges take whatever they move: some forty launches each way."""
+class _Rates(Protocol):
+    """What a GPU computes and receives, as :class:`nemo_dsv4_cp.gpus.Gpu` has it."""
+
+    @property
+    def kernels_a_second(self) -> float: ...
+    def exchange_seconds(self, received: float, ranks: int) -> float: ...
 
 
 class _Sizes(Protocol):
@@ -137,7 +139,9 @@ def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
 
 
 @once_a_layout
-def schedule_of(layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost) -> Schedule:
+def schedule_of(
+    layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost, rates: _Rates
+) -> Schedule:
     """Return the schedule that an option asks for.
 
     Args:
@@ -146,6 +150,7 @@ def schedule_of(layout: SequenceLayout, ratio: int, balance: str, cost: QueryCos
         balance: ``"on"``, ``"off"``, or ``"auto"`` for whichever ends sooner: the time that the
             busiest rank is spared against what its exchanges take, as if they hid behind nothing.
         cost: What the layer's queries cost.
+        rates: Of the GPU that ``"auto"`` decides for.
     """
     stay = contiguous(layout)
     # A shard of one token has no half to give.
@@ -157,8 +162,8 @@ def schedule_of(layout: SequenceLayout, ratio: int, balance: str, cost: QueryCos
     spared = max(entries_seen(layout, stay, ratio)) - max(entries_seen(layout, move, ratio))
     moved = max(sum(map(len, runs)) for runs in move.taken) * layout.rows
     sent = moved * (cost.sent_forward + cost.sent_backward)
-    costs = sent / MOVED_A_SECOND + EXCHANGE_SECONDS
-    return move if spared * cost.flops_per_entry / COMPUTED_A_SECOND > costs else stay
+    exchanged = rates.exchange_seconds(sent, layout.cp_size) + LAUNCH_SECONDS
+    return move if spared * cost.flops_per_entry / rates.kernels_a_second > exchanged else stay
 
 
 def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list[int]:

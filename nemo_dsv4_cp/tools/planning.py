@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
 from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes, stream_bytes
-from nemo_dsv4_cp.tools.gpus import GPUS, Gpu
 from nemo_dsv4_cp.tools.paths import AUTOMODEL, BOUNDARY, PATHS
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes
 from nemo_dsv4_cp.tools.step_time import StepTime, step_time
@@ -176,7 +176,7 @@ def _sharing(request: Request, shape: Shape, balance: str) -> Sharing:
     """Return how a setting shares out the queries of a batch."""
     sizes, layout = request.sizes, shape.layout
     schedules = {
-        ratio: schedule_of(layout, ratio, balance, QueryCost.of(sizes, ratio))
+        ratio: schedule_of(layout, ratio, balance, QueryCost.of(sizes, ratio), request.gpu)
         if ratio
         else contiguous(layout)
         for ratio in sizes.compress_ratios

@@ -19,9 +19,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.sequence.schedule import Schedule
 from nemo_dsv4_cp.tools.costs import Crossing, LayerCrossings, Shape, crossings
-from nemo_dsv4_cp.tools.gpus import Gpu
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 from nemo_dsv4_cp.tools.work import (
     Count,

@@ -1,6 +1,7 @@
 """Which rank computes which queries: every query once, equal rows, and balanced work."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import (
@@ -85,16 +87,26 @@ def test_equal_documents_stay_where_they_are():
 
 
 def test_auto_balances_what_spares_more_than_it_costs():
-    cost = QueryCost.of(FLASH, 4)
-    assert not schedule_of(SequenceLayout(512, 0, 8), 4, "auto", cost).moves
-    assert schedule_of(SequenceLayout(16384, 0, 8), 4, "auto", cost).moves
-    assert schedule_of(SequenceLayout(16384, 0, 8), 128, "auto", QueryCost.of(FLASH, 128)).moves
-    same = packed([[k * 16384 for k in range(8)]], 16384, 8)
-    assert not schedule_of(same, 4, "auto", cost).moves
+    def moves(layout, ratio=4, balance="auto", gpu="h100"):
+        cost = QueryCost.of(FLASH, ratio)
+        return schedule_of(layout, ratio, balance, cost, GPUS[gpu]).moves
+
+    assert not moves(SequenceLayout(512, 0, 8))
+    assert moves(SequenceLayout(16384, 0, 8))
+    assert moves(SequenceLayout(16384, 0, 8), 128)
+    assert not moves(packed([[k * 16384 for k in range(8)]], 16384, 8))
     for layout in (SequenceLayout(16384), SequenceLayout(1, 0, 8)):  # nobody, or nothing, to give
-        assert not schedule_of(layout, 4, "on", cost).moves
-    assert schedule_of(SequenceLayout(2, 0, 8), 4, "on", cost).moves
-    assert not schedule_of(SequenceLayout(16384, 0, 64), 4, "off", cost).moves
+        assert not moves(layout, balance="on")
+    assert moves(SequenceLayout(2, 0, 8), balance="on")
+    assert not moves(SequenceLayout(16384, 0, 64), balance="off")
+
+
+def test_auto_decides_by_the_rates_of_the_gpu():
+    cost, layout = QueryCost.of(FLASH, 4), SequenceLayout(4096, 0, 16)
+    slow = replace(GPUS["h100"], tflops=GPUS["h100"].tflops / 100)
+    fast = replace(GPUS["h100"], tflops=GPUS["h100"].tflops * 100)
+    assert schedule_of(layout, 4, "auto", cost, slow).moves
+    assert not schedule_of(layout, 4, "auto", cost, fast).moves
 
 
 def test_a_query_costs_what_crosses_for_it():

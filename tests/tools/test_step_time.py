@@ -11,11 +11,11 @@ from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.bench.profiling import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.exchange.in_flight import InFlight
+from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import step_time, work
 from nemo_dsv4_cp.tools.costs import Shape, crossings
-from nemo_dsv4_cp.tools.gpus import GPUS, Gpu
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import _CrossingSeconds, _PartSeconds, _waiting
 

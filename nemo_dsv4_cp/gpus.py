@@ -1,8 +1,10 @@
-"""What GPUs and the links between them do in a second, as far as plans and benchmarks go by it."""
+"""Rates of GPUs and of the links between them: for ``plan``, ``bench`` and ``balance: auto``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
 
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
 """Dense bfloat16 products a second, times 1e12, of GPUs by a word of their name (data sheets)."""
@@ -100,14 +102,25 @@ class Gpu:
 
 
 _SXM = (
+    Gpu("a100", 80, PEAK_TFLOPS["A100"], 19.5, kernel_share=0.4, nvlink_gbs=300, network_gbs=25),
     Gpu("h100", 80, PEAK_TFLOPS["H100"], 67, kernel_share=0.4, nvlink_gbs=450),
     Gpu("h200", 140, PEAK_TFLOPS["H200"], 67, kernel_share=0.4, nvlink_gbs=450),
     Gpu("b200", 179, PEAK_TFLOPS["B200"], 75, kernel_share=0.3, nvlink_gbs=900),
 )
 
 GPUS = {gpu.name: gpu for gpu in _SXM}
-"""SXM modules by name: data sheets, NVLink 4 and 5 one way. Attention of 512 wide heads that share
+"""SXM modules by name: data sheets, NVLink 3 to 5 one way. Attention of 512 wide heads that share
 their keys: FlashMLA's sparse forward is published with 640 TFLOP/s on H800 (0.65 of its peak),
 cuDNN's sparse backward with 500 to 690 on B200 (0.22 to 0.31). The shares here are a guess for the
-Triton kernels of this package, whose times no GPU has told yet; H100's is what ``balance: auto``
-counts with."""
+Triton kernels of this package, which were not measured on any of these GPUs."""
+
+ASSUMED = GPUS["h100"]
+"""Whose rates stand in for a GPU that the table lacks, and for a CPU."""
+
+
+def gpu_here() -> Gpu:
+    """Return the entry of this process's current CUDA device, or :data:`ASSUMED`."""
+    if not torch.cuda.is_available():
+        return ASSUMED
+    words = torch.cuda.get_device_name().lower().replace("-", " ").split()
+    return next((gpu for name, gpu in GPUS.items() if name in words), ASSUMED)
