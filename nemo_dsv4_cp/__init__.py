@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
     from nemo_dsv4_cp.options import ContextParallelOptions
 
+    __version__: str
+
 __all__ = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
 
 
@@ -22,4 +24,8 @@ def __getattr__(name: str) -> Any:
         from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 
         return DeepseekV4ContextParallelConfig
+    if name == "__version__":
+        from importlib.metadata import version  # pyproject.toml alone states it
+
+        return version("nemo-dsv4-cp")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
