@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Context parallelism for DeepSeek-V4 in NeMo AutoModel, switched on by one line of a recipe."""
 
 from typing import TYPE_CHECKING, Any

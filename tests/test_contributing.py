@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CONTRIBUTING.md names files and targets that exist, and few of them per change."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is published: the wheel's files, and what it declares."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What GPUs and the links between them do in a second, as far as plans and benchmarks go by it."""
 
 from __future__ import annotations
