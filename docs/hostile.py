@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/refusals.md's list of broken batches and configs from the kinds that tests try.
 
 ``make refusals`` runs it.

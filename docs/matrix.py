@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/support.md's matrix from what the tests showed.
 
 ``make test-automodels`` and ``make test-torch`` run it. Its arguments are the files of ``pytest

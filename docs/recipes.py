@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes docs/support.md's table of combined recipe options from what the tests found.
 
 ``make test-recipes`` runs it. Its argument is the file of ``pytest --recipes``.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Context parallelism for DeepSeek-V4 in NeMo AutoModel, switched on by one line of a recipe."""
 
 from typing import TYPE_CHECKING, Any
@@ -5,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
     from nemo_dsv4_cp.options import ContextParallelOptions
+
+    __version__: str
 
 __all__ = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
 
@@ -22,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 
         return DeepseekV4ContextParallelConfig
+    if name == "__version__":
+        from importlib.metadata import version  # pyproject.toml alone states it
+
+        return version("nemo-dsv4-cp")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

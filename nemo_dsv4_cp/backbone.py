@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """V4's backbone under context parallelism: documents in place of AutoModel's dense [L, S] mask.
 
 # B batch rows   L local tokens   E hidden   M hyper-connection streams

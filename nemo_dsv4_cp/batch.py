@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The full batch, which every rank has, -> this rank's shard of it.
 
 Checks come first, and while ranks compare their batches no rank raises before all have told

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one changed line of a recipe: V4's config with a validated ``context_parallel`` block."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The context-parallel API of DeepSeek-V4, name for name AutoModel's own ``deepseek_v4.cp``.
 
 Each CP rank owns a contiguous shard of every row; attention sees across the cuts. The functions

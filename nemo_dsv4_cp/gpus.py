@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rates of GPUs and of the links between them: for ``plan``, ``bench`` and ``balance: auto``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The registered architecture: AutoModel's V4 with attention that sees across the cuts.
 
 # B batch rows   L local tokens   E hidden   M hyper-connection streams

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ``context_parallel`` block of a model config, checked once when it is made."""
 
 from __future__ import annotations

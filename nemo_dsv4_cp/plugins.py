@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Transports, kernels and batch functions by name, out of installed distributions' entry points."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training run does, in one INFO block on rank 0 when the first batch arrives.
 
 # B batch rows   L local tokens   V vocabulary

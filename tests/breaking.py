@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a batch or recipe is broken with, and what is to come of it; `hostile.py` lists the ways."""
 
 # B batch rows   S tokens a row   D documents of the fullest row

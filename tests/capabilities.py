@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects what the tests show of each capability: ``pytest --matrix FILE`` writes it as JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a process holds: to be the same after many steps as after a few."""
 
 import dataclasses

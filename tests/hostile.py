@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways to break a valid batch or recipe, section by section, and what comes of each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of the package one layer's forward goes through: ``python -m tests.layer_calls``.
 
 Counts the Python frames of this package in the forward of a balanced ratio-4 layer of V4-Flash, on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A stand-in for a one-dimensional CP mesh, for arithmetic that needs no process group."""
 
 from __future__ import annotations

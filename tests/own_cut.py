@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe that cuts batches in an order of its own, as those do that know no model's sharder."""
 
 from __future__ import annotations

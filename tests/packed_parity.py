@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs that compare packed rows under CP with each document run alone on AutoModel's model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs that compare a CP run with AutoModel's own model at CP size 1, float32 on CPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands that may take as long as they need while they go on: a loaded machine is no error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pool of worker processes that stay alive for the whole test run, joined by gloo.
 
 Importing AutoModel takes seconds, so one server does it and the workers are its forks. A job is a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
 from nemo_automodel.components.distributed.context_parallel.sharder import contiguous_local_indices

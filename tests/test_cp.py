@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The seed's API with a mocked mesh, against AutoModel's functions of the same names."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches as a loop may bring them, odd ones too: the seed's function against AutoModel's."""
 
 import contextlib

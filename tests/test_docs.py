@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documents show is run, parsed or looked up."""
 
 import ast

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a process holds after many steps is what it held after a few; `make test-soak` takes 500."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken batches and configs on real ranks: all raise the documented error, or none differs."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole model over real gloo ranks against AutoModel's own at CP size 1."""
 
 import pytest

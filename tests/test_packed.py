@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed rows over real gloo ranks: every document is as if it ran alone at CP size 1."""
 
 import pytest

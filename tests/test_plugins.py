@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from importlib.metadata import distribution, entry_points
 
 import pytest

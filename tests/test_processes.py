@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What bounds the tests' own processes: whether they go on, never how long they take."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes launched through AutoModel's own CLI, as a user launches them.
 
 What a release of AutoModel cannot do, or we cannot do there, is held to its error message.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The INFO block of the first batch: what runs, on rank 0 alone, once."""
 
 import logging

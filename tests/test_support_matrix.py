@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The matrix of docs/support.md: what the tests showed, and all of it."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The distillation recipe for models of bytes, which have no tokenizer to compare."""
 
 from nemo_automodel.recipes.llm import kd

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains the tiny recipe in bfloat16 with three seeds at CP=1, 2 and 4, and draws the losses.
 
 Run it with: python docs/figures/bf16.py FOLDER

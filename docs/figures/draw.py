@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws the figures of the README and docs/how_it_works.md next to itself.
 
 Run it with: python docs/figures/draw.py [NAME ...]

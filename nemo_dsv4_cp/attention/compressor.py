@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Windows of tokens -> compressed KV entries, with the parameters of AutoModel's compressor.
 
 An entry pools the r tokens of its window; with overlap (ratio 4) also the r tokens before them, of

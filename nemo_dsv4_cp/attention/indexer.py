@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What CSA's choice goes by: index queries and head weights, by AutoModel's indexer.
 
 The choice itself, which past entries each query attends to, is the kernels'; it has no gradient.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """V4 attention that sees across the cuts of a context-parallel sequence.
 
 # B batch rows   L local tokens   E hidden   C queries   A query rank (q_lora_rank)   N heads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps the indexer's choice for the recomputation of activation checkpointing.
 
 The choice is made of integers, [B, L, K] int32, and costs scores over all entries and a gather of

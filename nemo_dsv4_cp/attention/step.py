@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is true for a whole forward, computed once and handed to every layer.
 
 Where tokens and documents lie, which rank computes which queries, what moves for that, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All that this package knows of AutoModel's releases and their private places."""
 
 from typing import TYPE_CHECKING, Any

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How AutoModel's recipes scale the MoE's auxiliary loss under context parallelism.
 
 Since 0.6 they set ``MoEAuxLossAutoScaler.main_loss_backward_scale`` each step, to cp_size over the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What we build on in AutoModel, and which of its contracts for batches a release has.
 
 The adapter is chosen by what is there, not by the release.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs AutoModel's fine-tuning recipe where torch sees no CUDA device.
 
 Written for nemo_automodel 0.7.0. Some of its modules get a view of torch in which the few CUDA

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoModel's V4 pieces that we call, by the private names it gives them, and their repairs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lets AutoModel's knowledge-distillation recipe cut batches as the model asks.
 
 The recipe (nemo_automodel 0.7.0, ``recipes/llm/kd.py``) never calls a model's own sharder: under CP

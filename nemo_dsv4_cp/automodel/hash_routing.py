@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token ids for gates that route by them, in the recomputation of activation checkpointing too.
 
 A block hands its ids to the gate just before it calls its MoE, and the gate forgets them once it

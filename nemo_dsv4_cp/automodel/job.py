@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """With how many CP ranks a model trains, which AutoModel tells none of its models.
 
 ``model.supports.cp_size`` reads a mesh that no release from 0.5 to 0.7 gives it, so it is always 1.

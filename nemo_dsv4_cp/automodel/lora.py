@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules LoRA may change in our models.
 
 AutoModel patches every ``nn.Linear`` whose name matches. Two kinds in V4 must stay out of it: the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-token prediction under CP: AutoModel's recipe asks the model for its inputs (since 0.7)."""
 
 from __future__ import annotations

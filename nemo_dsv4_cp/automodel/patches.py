@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of AutoModel that were replaced: each once, and each can be given back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes our architecture known to releases that look for none among entry points (before 0.7).
 
 Naming our config class in YAML is what registers: the config calls :func:`register`, unless it is

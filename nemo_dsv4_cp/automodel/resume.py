@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resuming a checkpoint on another number of ranks.
 
 AutoModel stores the state of dataloaders and of random numbers once a rank: the states of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``rope_scaling`` as AutoModel's V4 reads it, whichever way it was spelled.
 
 ``DeepseekV4RotaryEmbedding`` (nemo_automodel 0.5 to 0.7) reads the key ``type`` alone, and knows

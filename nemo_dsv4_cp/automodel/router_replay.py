@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Router replay (``moe_overrides.enable_routing_replay``) in models with hash layers.
 
 Every gate registers itself for replay when it is made. V4 puts another gate in the place of those

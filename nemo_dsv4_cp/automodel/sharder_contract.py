@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of releases with ``ContextParallelSharder`` (since 0.6): recipes ask the model.
 
 Only what that contract leaves out is patched: token verbs for re-laid rows, and the distillation

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoModel's sharder contract, or its little that we use where a release has none (0.5)."""
 
 from __future__ import annotations

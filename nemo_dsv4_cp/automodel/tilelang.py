@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoModel's TileLang kernels as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`: CUDA, bfloat16.
 
 Index scores and attention are theirs; norm, rotary and the choice by score are the torch path's.

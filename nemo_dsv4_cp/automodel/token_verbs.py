@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token verbs for rows whose documents were laid out anew: tensors of any trailing shape.
 
 AutoModel's ``ContextParallelSharder`` moves [B, S] tensors to such rows and back, and no others: it

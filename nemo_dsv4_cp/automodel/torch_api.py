@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where releases of torch differ, chosen by what is there, and the private names that we use.
 
 Each is there from torch 2.8, the oldest that AutoModel takes, to 2.15. Nothing is imported but

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One optimizer step by AutoModel's own fine-tuning recipe, on a model and a batch of the caller's.
 
 The recipe's code runs from the batch to the update of the gates' biases: sharding of the batch,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels at the sizes of the published models, compiled without a GPU."""
 
 # L local queries   N heads   D head_dim   r rotary dims   T raw keys   P entries   K chosen entries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Floating-point operations of a rank's layer, counted on fake tensors: nothing is computed."""
 
 from __future__ import annotations

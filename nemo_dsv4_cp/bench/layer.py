@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One attention layer of V4-Flash as a rank of a context-parallel group would run it."""
 
 # B batch rows   L local tokens   E hidden   S global tokens

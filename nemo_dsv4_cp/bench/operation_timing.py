@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds and floating-point operations of each Triton operation of a layer, on this machine."""
 
 # L local queries   T raw keys   P entries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much of the time that collectives take is hidden behind computing: real gloo ranks, slowed.
 
 On one machine a collective takes next to nothing, so each is made to take a given time longer, as

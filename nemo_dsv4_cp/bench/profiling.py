@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory, traffic and launches of one rank, weighed without a device.
 
 Fake tensors in a fake process group: every operation of a layer is seen with its shapes, and none

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wall time of a layer's forward and backward: gloo ranks on the CPU, or one rank on a GPU."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is checked before and while training: batches, consistency across ranks, finite values."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a full batch can be cut rightly. Nothing here changes a batch, and nothing communicates.
 
 # B batch rows   S tokens a row   E hidden size

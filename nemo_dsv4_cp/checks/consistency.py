@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks must agree on, and one refusal on all of them where they do not.
 
 Batches are compared over the CP group alone: data ranks rightly differ. So are settings on the

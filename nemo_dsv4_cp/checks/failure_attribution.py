@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a rank fails: whose fault it was, in the first line that is printed.
 
 A rank that is killed, stops or raises leaves the others waiting in a collective. These fail of it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``check_finite``: which layer, rank and tensor a NaN or an infinity came from.
 
 Every module's output is looked at as it is computed, and told once a forward, by all ranks of the

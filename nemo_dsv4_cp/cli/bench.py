@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``bench``: what a layer takes, by AutoModel's path and every transport, side by side."""
 
 from __future__ import annotations

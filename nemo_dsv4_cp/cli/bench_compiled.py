@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``bench kernels``: the Triton kernels compiled for GPUs, without one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the commands of ``bench`` share: options, their checks, and how figures come out."""
 
 from __future__ import annotations

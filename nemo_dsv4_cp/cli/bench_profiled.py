@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``bench bytes``, ``memory``, ``launches``, ``work``: weighed on fake tensors, without a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``bench time``, ``overlap`` and ``operations``: measured on this machine."""
 
 from __future__ import annotations

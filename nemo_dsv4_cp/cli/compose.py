@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``compose``: a complete recipe for AutoModel's CLI from the Hydra tree, and its launch."""
 
 from __future__ import annotations

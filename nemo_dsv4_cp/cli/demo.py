@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a tiny V4 with context parallelism and without, and compares the losses.
 
 Run it with `python -m nemo_dsv4_cp.cli.demo`. It needs no GPU and no download.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``doctor``: whether this environment can train, and what to do where it cannot."""
 
 from __future__ import annotations

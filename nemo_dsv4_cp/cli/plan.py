@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``plan``: what each context-parallel size costs a model, and the smallest that fits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``plan`` prints: memory and bytes of each cp_size, then who computes how much, and time.
 
 Every table fits a terminal of 80 columns.

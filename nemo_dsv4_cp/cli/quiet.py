@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Silence for what torch and AutoModel say about themselves while a command runs them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``verify``: a recipe's model under CP against AutoModel's own on one rank, on this machine.
 
 Or its kernels against the torch path.

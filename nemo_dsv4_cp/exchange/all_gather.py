@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Full all-gather: every rank receives every token, as on AutoModel's own path.
 
 # B batch rows   L local tokens   S global tokens   T rows of an answer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boundary transport: only rows that are wanted move, only finished entries are all-gathered."""
 
 from __future__ import annotations

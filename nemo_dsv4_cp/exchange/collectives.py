@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Process groups and the collectives over them; no other file calls ``torch.distributed``."""
 
 from __future__ import annotations

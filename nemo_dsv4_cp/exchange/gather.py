@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All-gather of equal shards with autograd, in two steps: start it, and wait for it."""
 
 # R CP ranks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collectives that are under way while the device computes.
 
 A collective starts as soon as its input exists and is waited for where its output is first read.

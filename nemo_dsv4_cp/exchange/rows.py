@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of per-token tensors from rank to rank with autograd, in two steps: start, and wait.
 
 One all-to-all of bytes carries the rows of all tensors, whatever their dtypes. It runs on the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What moves between ranks, in three verbs: fetch rows, gather entries, send rows back."""
 
 # B batch rows   L local tokens   R CP ranks   T rows of an answer   n local entries   D entry width

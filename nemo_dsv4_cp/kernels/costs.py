@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What registered operations launch and touch inside, told to whoever weighs them."""
 
 from __future__ import annotations

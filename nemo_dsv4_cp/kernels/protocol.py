@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What attention asks of the device: three operations, each with or without kernels behind it."""
 
 # B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where every token and every compressed window lives: positions only, no communication.
 
 Rank k of R owns the contiguous tokens [k * L, (k + 1) * L) of every row, and the compressed entries

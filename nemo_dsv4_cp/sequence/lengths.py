@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the lengths of packed rows say, computed on their device without waiting for it."""
 
 # B batch rows   S tokens per row   D documents of the fullest row

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense masks of the seed's API: a reference for tests, and for callers of that API.
 
 Training never builds them: at S = 1M on 64 ranks one alone would take 160 GiB a GPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where tokens and windows live when rows hold several documents, cut anywhere.
 
 Windows restart with each document. A rank pools the windows whose last token it owns, which may

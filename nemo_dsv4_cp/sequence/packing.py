@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed rows: which documents they hold, and the same documents without the padding between them.
 
 # B batch rows   S tokens a row   D documents of the fullest row

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which keys a query sees: its window of raw keys and, of the entries before it, all or some."""
 
 # B batch rows   C queries   W sliding window

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The queries that a rank computes: runs of neighbouring positions, its own shard's or others'."""
 
 # B batch rows   C queries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How one rank's rows of a per-token tensor move: index tensors and counts, made once per step."""
 
 # B batch rows   L local tokens   R CP ranks   T rows of the answer   n rows that leave

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank computes which queries of a compressing layer.
 
 Contiguous shards make the last rank compute the most: a query sees the entries of all tokens before

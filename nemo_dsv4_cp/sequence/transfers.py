@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows of a per-token tensor go to which rank, and what an answer is made of.
 
 The question is always the same: these tokens I want, in this order, and some of them I have. A halo

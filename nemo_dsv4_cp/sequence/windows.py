@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the tokens of a rank's compression windows are, as rows of its features."""
 
 # B batch rows   L local tokens   n local windows   r compress ratio   F feature width

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels compiled without a GPU, and what the binary says of them.
 
 Launches are recorded instead of run, so that what is compiled is what a GPU would be given. Triton

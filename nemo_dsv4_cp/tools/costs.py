@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes and memory of a layer, as sums of named tensors, by arithmetic alone.
 
 They are what ``bench bytes`` and ``bench memory`` weigh.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of this environment training depends on, and what would make it fail."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether kernels compute what the torch path computes, at a model's own sizes, on this machine."""
 
 # L local queries   I index heads   F index width   N heads   D head_dim   P entries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job on a few ranks of this machine: GPUs where there are enough, else CPU processes."""
 
 from __future__ import annotations

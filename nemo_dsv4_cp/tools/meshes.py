@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a recipe's parallel sizes multiply out, by the rules that AutoModel starts with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of what is compared: AutoModel's own path and the transports of the package."""
 
 AUTOMODEL = "automodel"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a context-parallel size costs each rank, by arithmetic alone: no GPU, no process group."""
 
 # B batch rows   L local tokens   R CP ranks   E hidden size

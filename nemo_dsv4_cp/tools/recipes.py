@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Complete AutoModel recipes composed from the Hydra tree in ``nemo_dsv4_cp.configs``."""
 
 from __future__ import annotations

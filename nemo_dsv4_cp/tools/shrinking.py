@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe's model in a size that any machine runs, and what of the recipe is not run with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sizes of a model, out of a config's fields."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real text that every machine already has: the source files of Python's standard library."""
 
 from __future__ import annotations

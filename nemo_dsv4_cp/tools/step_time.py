@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a layer and a training step take, estimated: computing, and what ranks wait for.
 
 A layer runs forward, forward again (activation checkpointing of whole layers, the index choice

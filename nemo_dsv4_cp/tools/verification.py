@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a recipe trains under CP as AutoModel's own model does on one rank: shrunk, one step.
 
 Both run AutoModel's own code from the batch to the update of the gates' biases

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rank computes: multiply-adds, by counting what each query sees.
 
 Rows of one document. What counts is what a token passes (the projections of attention, compression,

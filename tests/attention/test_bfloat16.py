@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """In bfloat16 a layer under CP is no further from float32 than AutoModel's own without it."""
 
 import copy

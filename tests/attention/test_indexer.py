@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention layers over real gloo ranks against AutoModel's layer at CP size 1."""
 
 import inspect

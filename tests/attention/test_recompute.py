@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing: what is kept, and that no recomputation can deadlock."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every name in AutoModel's modules and classes, to see which of them a plugin replaced."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What AutoModel's source reads of a model, found with ``ast``.
 
 The searches go by the names on which our classes differ from AutoModel's, wherever AutoModel may

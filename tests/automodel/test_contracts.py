@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What we count on in AutoModel, by its signatures: who changed is named, by test and by error."""
 
 import importlib

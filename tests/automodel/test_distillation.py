@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The distillation recipe under CP: batches cut by the model, and what is refused."""
 
 from types import SimpleNamespace

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoModel's patch of FSDP2, on a torch that has not what it patches."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gates that route by token ids route the same in the recomputation of activation checkpointing."""
 
 import pytest

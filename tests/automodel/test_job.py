@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The number of CP ranks, as AutoModel's own builder hands it to a model."""
 
 import copy

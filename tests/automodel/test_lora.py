@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA changes what it can train, leaves the frozen indexer out, and refuses grouped linears."""
 
 import logging

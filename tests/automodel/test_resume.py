@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dataloaders and random numbers of a checkpoint that is resumed on other ranks."""
 
 import itertools

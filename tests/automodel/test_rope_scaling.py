@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """YaRN is read however it is spelled, and what AutoModel's V4 would drop is refused."""
 
 import pytest

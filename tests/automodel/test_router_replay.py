@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routes recorded at cp_size 1 are those of cp_size 2, in models with hash layers too."""
 
 import pytest

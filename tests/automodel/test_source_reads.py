@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads of a model are found in AutoModel's source however they are written."""
 
 import textwrap

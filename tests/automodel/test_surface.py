@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our model answers AutoModel's recipes and components as AutoModel's own does.
 
 They look at a model in many places: signatures, attributes, class names, predicates. Each test

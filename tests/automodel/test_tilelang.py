@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What AutoModel's TileLang kernels are handed, and where they are refused."""
 
 from unittest import mock

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoModel's token verbs over real ranks, in the coordinates of the batch as the caller has it."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between releases of torch, by the names that this one has."""
 
 import subprocess

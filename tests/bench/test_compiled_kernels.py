@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kernel at the published sizes, compiled for GPUs that nobody has here."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What computing hides of slowed collectives, on a clock that only moves when it is told to."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 from nemo_dsv4_cp.bench.timing import describe_machine, time_gloo_ranks
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that disagree, over real gloo ranks: all refuse, and the error says about what."""
 
 import dataclasses

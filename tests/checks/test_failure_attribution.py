@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose fault it was that ranks fail, as each of them finds out."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers that are not finite: nothing swallows them, and check_finite tells where they began."""
 
 import pytest

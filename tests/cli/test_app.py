@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands through their installed entry point, as a user runs them."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``compose`` through its installed entry point."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``doctor`` through its installed entry point, and on environments that cannot train."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every transport must answer, over real gloo ranks."""
 
 import pytest

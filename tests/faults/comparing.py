@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of a resumed run beside those of one that was never harmed."""
 
 from pathlib import Path

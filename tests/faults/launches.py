@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny recipe through AutoModel's own CLI, in processes that a test may harm."""
 
 import json

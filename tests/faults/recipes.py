@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny recipe with a fault in it; recipes name it and say which one under ``fault``."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank dies, stops or raises: all end, the error says who and why, and no step is lost."""
 
 import os

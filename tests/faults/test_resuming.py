@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint goes on at another cp_size with the losses of the run that wrote it."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks of rows, queries, and index choices that they make, drawn."""
 
 import torch

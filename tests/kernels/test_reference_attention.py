@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The torch path against AutoModel's plain reference of the same index contract."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two trainings of one recipe, compared: losses, gradient norms and every parameter's gradient."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches of AutoModel's CLI on forked processes: importing AutoModel takes longer than two steps.
 
 One server process imports AutoModel and the plugin. For each launch it forks a process per rank,

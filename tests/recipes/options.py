@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recipe options that are combined, and the combinations that are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imports what launches import, so that forked ranks find it."""
 
 from importlib import import_module

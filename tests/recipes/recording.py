@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A recipe that records losses, gradient norms and every parameter's gradient of each step.
 
 Each rank writes ``record_RANK.pt`` to the checkpoint directory when training ends.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects what the tests found of each recipe option: ``pytest --recipes FILE`` writes it."""
 
 from __future__ import annotations

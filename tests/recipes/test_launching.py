@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The launcher ends what fails or hangs, and says why."""
 
 import os

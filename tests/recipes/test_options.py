@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each recipe option alone, and some pairs; ``make test-recipes`` runs every pair."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of recipe options: what was found of each pair, and all of them."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trainings of combined options: at cp_size 2 as at cp_size 1, or refused before the first step."""
 
 from __future__ import annotations

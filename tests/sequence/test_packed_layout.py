@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Closed-form arithmetic of packed rows against counting by hand."""
 
 from itertools import pairwise

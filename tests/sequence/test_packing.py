@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What packed batches say of their documents, and what they may not say."""
 
 import pytest

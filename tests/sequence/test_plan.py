@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sight against looking at every pair of query and key."""
 
 import torch

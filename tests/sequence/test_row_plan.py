@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row plans against counting by hand: every rank's part together, without ranks."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rank computes which queries: every query once, equal rows, and balanced work."""
 
 import random

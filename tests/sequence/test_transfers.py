@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows on their way between ranks, against moving each token by hand."""
 
 from hypothesis import given

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches of drawn kinds and lengths out of one recipe, which AutoModel would not mix."""
 
 import random

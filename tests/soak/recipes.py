@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tiny recipe that counts what its process holds, every so many steps."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hundreds of steps of drawn lengths, packed and not, and two trainings in one process."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two trainings one after the other in each rank's process, and what is left of each.
 
 Run it with torchrun and a recipe: each training writes to a folder of its own beside it.

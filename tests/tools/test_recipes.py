@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe of the Hydra tree: what AutoModel makes of it, and whether its sizes fit."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a recipe is run with the shrunk model, and what is named as left out."""
 
 import pytest

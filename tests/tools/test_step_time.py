@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds by hand, and what hides what, in the order that the layer itself runs in."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``verify`` allows for rounding, that it passes right recipes, and which faults it finds."""
 
 from unittest.mock import patch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiply-adds against queries and tokens counted one by one."""
 
 import dataclasses

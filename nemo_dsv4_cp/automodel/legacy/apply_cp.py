@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts beside CP, where AutoModel takes every attention for Transformer Engine's (0.5).
 
 With ``ep_size`` > 1 its ``apply_cp`` sets a CP group on each ``attn_module``, which V4's attention

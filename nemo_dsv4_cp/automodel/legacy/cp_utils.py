@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``make_cp_batch_and_ctx`` of AutoModel 0.5's ``cp_utils``, on every release.
 
 Training loops written for it keep working: a function found in the batch under

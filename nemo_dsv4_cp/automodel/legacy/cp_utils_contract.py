@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of releases whose recipes cut batches with ``cp_utils`` (0.5), and ask no model.
 
 Neither do they ask an attention whether it brings its own CP; both are patched for our models.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our batch function inside ``cp_utils.make_cp_batch_and_ctx``, where recipes call that (0.5).
 
 AutoModel's function cuts every model's batch alike, for torch's ring attention, and is told no

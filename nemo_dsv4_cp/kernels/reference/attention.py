@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a sliding window and compressed entries, addressed by position, with a sink.
 
 Query i sees raw keys i-W+1 .. i and, of the entries that are complete, all (HCA) or the indexer's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which past entries each query attends to: scores, and the best of each row.
 
 Scores are computed for a few rows at a time, so memory never grows with L * P.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Norm and rotary of per-head tensors, without float32 copies of them.
 
 AutoModel's two steps leave temporaries of 2 GiB each at L = 16,384 (V4-Flash). Here rows go in

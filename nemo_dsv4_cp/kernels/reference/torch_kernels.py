@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The torch path as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`."""
 
 # B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of projected queries as one operation, forward and backward.
 
 Forward norms and rotates the queries into the memory of the output, attends there and rotates

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward of attention for a chunk of queries, from log Z; bound by matrix products.
 
 With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:

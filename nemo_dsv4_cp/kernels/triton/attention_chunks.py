@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How backward of attention cuts the queries: into chunks whose stored numbers fit.
 
 Stored are, of each query and head of a chunk, the turned output gradient, and p and ds of its keys

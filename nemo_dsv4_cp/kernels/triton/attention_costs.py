@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the attention operations cost: floating-point operations, launches and bytes.
 
 A kernel is counted as reading and writing each of its tensors once, or of a chunk what that chunk

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of a query's heads over its window and its entries; bound by matrix products.
 
     s_j = scale q . k_j,   Z = exp(sink) + sum_j exp(s_j),   o = sum_j exp(s_j) / Z k_j

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The index choice as one operation: rotary, then scores and the best of them by chunks of rows."""
 
 # B batch rows   L queries   I index heads   F index width   P entries   K chosen entries

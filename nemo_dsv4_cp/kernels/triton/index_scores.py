@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scores of index queries against index keys, ready to be ranked; bound by matrix products.
 
     score_p = sum_i weight_i relu(q_i . k_p)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Norm and rotary of per-head rows, one launch each way; bound by bytes.
 
 With s = rsqrt(mean(x^2) + eps), y = s x, and R the rotation of the last r dims (pairs 2k, 2k + 1):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary of keys and entries as one operation: a copy, turned in place; bound by bytes."""
 
 # B batch rows   L tokens   D head_dim   r rotary dims

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block sizes, warps and stages of every kernel, by architecture: the one table.
 
 Shared memory of a block is 163 KiB on sm_80 and 227 KiB on sm_90 and sm_100. At head dim 512 one

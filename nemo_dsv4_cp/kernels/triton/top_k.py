@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The best scores of each row, exactly, ties by place; bound by latency, and reads little.
 
 Scores are uint32 in the order of the floats (``index_scores``), 0 below all of them. One program a

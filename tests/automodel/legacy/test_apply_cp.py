@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoModel's ``apply_cp`` leaves out models with a CP attention of their own, and no others."""
 
 import types

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The batch function of earlier training loops, over AutoModel's sharder."""
 
 import contextlib

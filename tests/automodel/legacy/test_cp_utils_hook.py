@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our batch function inside AutoModel's of 0.5, which stands here as modules of the same names."""
 
 import sys

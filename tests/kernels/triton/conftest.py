@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """These tests launch kernels: on a GPU, or with TRITON_INTERPRET=1 in a process of their own.
 
 Triton reads that variable when it is imported first, which AutoModel does too. HYPOTHESIS_PROFILE

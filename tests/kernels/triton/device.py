@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where kernels run here: on a GPU, or interpreted on the CPU."""
 
 import os

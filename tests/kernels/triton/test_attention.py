@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention kernels against the torch path, every gradient, sizes drawn."""
 
 import pytest

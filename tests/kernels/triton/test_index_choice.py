@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The index choice against the torch path: the same entries, sizes drawn."""
 
 import pytest

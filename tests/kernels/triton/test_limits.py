@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernels do not take goes through torch, and one line of the log says so."""
 
 import logging

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 import pytest
 
 pytest.importorskip("nemo_automodel", reason="the kernels run where AutoModel is not installed")

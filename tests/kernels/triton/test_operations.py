@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels as operations of torch: what counts, saves, fakes and compiles them sees them."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole model through the Triton kernels against AutoModel's own at one rank."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every two recipe options together, but for what ``test_options.py`` trains."""
 
 import pytest
