@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``context_parallel`` block of a model config, checked once when it is made."""
+"""The ``context_parallel`` block of a model config, validated once when it is created."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ _PLUGGED = {
 
 @dataclass(frozen=True)
 class ContextParallelOptions:
-    """The ``context_parallel`` block of a model config, checked when it is made.
+    """The ``context_parallel`` block of a model config, validated when it is created.
 
-    The number of CP ranks is not here: AutoModel's ``distributed.cp_size`` is its one source.
+    The number of CP ranks is not an option: AutoModel's ``distributed.cp_size`` sets it.
 
     Attributes:
-        enabled: False gives AutoModel's own model, untouched.
-        transport: How a rank sees other ranks' keys; a name in ``nemo_dsv4_cp.transports``.
-        kernels: What computes index choice, attention, norms and rotary: a name in
-            ``nemo_dsv4_cp.kernels``, or ``"auto"`` for what AutoModel's ``backend.attn`` asks for,
-            its TileLang kernels or torch.
-        balance: Whether queries of compressing layers are computed where ranks would else wait:
-            ``"on"``, ``"off"``, or ``"auto"``, which weighs what is spared against what moves.
-            YAML's on and off are true and false, and mean the same.
-        overlap: Whether collectives go on behind what is computed until their output is read.
-        pad_multiple: What a shard's length is a multiple of: ``"auto"`` for the LCM that the
-            compress ratios need, or a multiple of that LCM.
-        pad_documents: Pad every document of packed rows to a multiple of ``pad_multiple``, as the
-            AutoModel does; else documents lie end to end and only the row's end is padded.
-        compare_ranks: When the ranks of a CP group compare the tokens and documents of their
-            batches, and hear of a batch that one of them refuses: ``"first"`` step, ``"every"``
-            step or ``"never"``.
-        batch_fn: How a batch is cut; a name in ``nemo_dsv4_cp.batch_fns``.
-        workspace_mib: How much a chunk of scores or of float32 rows may take, in MiB: less is
-            slower. Memory beside it is linear in the shard and the entries.
-        keep_index_choice: Hand the indexer's choice to the recomputation of activation
-            checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice.
-        check_finite: Look at every module's output, and raise on all CP ranks with the first layer,
-            rank and tensor that holds a NaN or an infinity. Waits for the device once a forward.
+        enabled: False builds AutoModel's own model, unchanged.
+        transport: How a rank gets the keys of other ranks; a name in ``nemo_dsv4_cp.transports``.
+        kernels: The backend of top-k selection, attention, norms and rotary: a name in
+            ``nemo_dsv4_cp.kernels``, or ``"auto"`` for AutoModel's TileLang kernels where
+            ``backend.attn`` names them, otherwise torch.
+        balance: Load-balance the queries of compressed layers across CP ranks: ``"on"``,
+            ``"off"``, or ``"auto"``, which does so where the time saved exceeds the cost of the
+            transfer. YAML parses on and off as true and false, which mean the same.
+        overlap: Overlap collectives with compute; False waits for each collective at once.
+        pad_multiple: A shard's length is padded to a multiple of this: ``"auto"`` for the LCM that
+            the compress ratios need, or a multiple of that LCM.
+        pad_documents: True pads every document of packed rows to a multiple of ``pad_multiple``,
+            as AutoModel does; False pads only the end of the row.
+        compare_ranks: On which steps the ranks of a CP group compare the tokens and documents of
+            their batches, and all raise if one rank refuses its batch: ``"first"``, ``"every"``
+            or ``"never"``.
+        batch_fn: The function that shards a batch; a name in ``nemo_dsv4_cp.batch_fns``.
+        workspace_mib: Memory limit of one chunk of scores or of float32 rows, in MiB; smaller is
+            slower. All other memory is linear in the shard and in the compressed KV entries.
+        keep_index_choice: Under activation checkpointing, keep the indexer's top-k indices
+            ([L, index_topk] int32 per CSA layer) for the recomputation instead of computing them
+            twice.
+        check_finite: Check every module's output, and raise on all CP ranks with the first layer,
+            rank and tensor that holds a NaN or an infinity. Waits for the device once per forward.
     """
 
     enabled: bool = True
@@ -71,16 +72,16 @@ class ContextParallelOptions:
 
     @classmethod
     def of(cls, config: Any) -> ContextParallelOptions:
-        """Return a model config's options, the defaults for one without a block."""
+        """Return the options of a model config; the defaults if it has no block."""
         options: ContextParallelOptions | None = getattr(config, "context_parallel", None)
         return options or cls()
 
     @classmethod
     def from_block(cls, block: ContextParallelOptions | Mapping[str, Any] | None) -> Any:
-        """Make options of a YAML block (a mapping, OmegaConf's included); None gives the defaults.
+        """Create options from a YAML block, which may be any mapping; None gives the defaults.
 
         Raises:
-            ValueError: For an unknown key or a value of the wrong type, naming both and the fix.
+            ValueError: For an unknown key or a value of the wrong type, with a fix.
         """
         if isinstance(block, cls):
             return block
@@ -145,13 +146,14 @@ class ContextParallelOptions:
             )
 
     def resolve_pad_multiple(self, compress_ratios: Sequence[int] | None) -> int:
-        """Return the shard-length multiple that these options mean for a model.
+        """Return the number that a model's shard lengths must be a multiple of.
 
         Args:
-            compress_ratios: The model's ratios, one a layer.
+            compress_ratios: The model's ratios, one per layer.
 
         Raises:
-            ValueError: If ``pad_multiple`` breaks the LCM rule, or the ratios are none.
+            ValueError: If ``pad_multiple`` breaks the LCM rule, or ``compress_ratios`` is not a list
+                of integers of 0 or more.
         """
         told = compress_ratios or ()
         if not isinstance(told, Sequence) or any(type(n) is not int or n < 0 for n in told):
