@@ -20,7 +20,7 @@ from nemo_automodel.components.models.deepseek_v4.model import (
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
-from nemo_dsv4_cp.automodel import fsdp, lora, resume, router_replay
+from nemo_dsv4_cp.automodel import lora, router_replay
 from nemo_dsv4_cp.automodel.contracts import batch_contract
 from nemo_dsv4_cp.automodel.deepseek_v4 import (
     reset_uninitialised_norms,
@@ -34,7 +34,6 @@ from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
-from nemo_dsv4_cp.checks import failure_attribution
 from nemo_dsv4_cp.checks.batch import padding_of
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
@@ -62,6 +61,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     _owns_cp_attention = True
     _owns_packed_attention = True
+    _resumes_on_other_ranks = True
     # Set here, not by the constructor alone: AutoModel's tools make models without calling it.
     _finite: FiniteCheck | None = None
     _batch_fn = staticmethod(contiguous_shard)
@@ -72,7 +72,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     _logged = False
     _padding = padding_of_shard(None, None, 1)
     _settings_are_one = False  # the ranks of the CP group compare them on the first step
-    supports_thd = True  # AutoModel then asks for our sharder at CP size 1 too, for packed rows
+    supports_thd = True  # AutoModel then calls our sharder at CP size 1 too, for packed rows
     # AutoModel keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
 
@@ -90,10 +90,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         with router_replay.own_gates_only(self):
             super().__init__(config, moe_config, backend, **kwargs)
         keep_ids_for_recomputation(self)
-        batch_contract().install(self)
-        fsdp.install()
-        resume.install(type(self))
-        failure_attribution.install()
+        batch_contract().adopt(self)
         options = ContextParallelOptions.of(config)
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)

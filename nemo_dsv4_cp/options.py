@@ -53,6 +53,8 @@ class ContextParallelOptions:
             checkpointing ([L, index_topk] int32 a CSA layer) instead of computing it twice.
         check_finite: Look at every module's output, and raise on all CP ranks with the first layer,
             rank and tensor that holds a NaN or an infinity. Waits for the device once a forward.
+        failure_attribution: When ranks fail, print first which rank failed first, and of what.
+            Replaces ``sys.excepthook`` of the process.
     """
 
     enabled: bool = True
@@ -67,6 +69,7 @@ class ContextParallelOptions:
     workspace_mib: int = 512
     keep_index_choice: bool = True
     check_finite: bool = False
+    failure_attribution: bool = False
 
     @classmethod
     def of(cls, config: Any) -> ContextParallelOptions:

@@ -77,13 +77,16 @@ class Signature:
 
 
 class BatchContract(Protocol):
-    """How a release's recipes come to cut batches as a model of ours asks."""
+    """How a release's recipes come to cut batches with our model's own sharder."""
 
     NAME: str
     SIGNATURES: tuple[Signature, ...]
 
-    def install(self, model: Any) -> None:
-        """Make recipes cut the batches of ``model`` as it asks; again changes nothing."""
+    def install(self) -> None:
+        """Patch what recipes need for it, process-wide; calling it again changes nothing."""
+
+    def adopt(self, model: Any) -> None:
+        """Note a new model of ours, where recipes do not call the model by themselves."""
 
 
 _CP_UTILS = "nemo_automodel.components.distributed.cp_utils"
