@@ -21,6 +21,56 @@ def test_automodel_takes_what_we_pass(signature):
     signature.check()
 
 
+@pytest.mark.parametrize("body", contracts.RESTATED, ids=lambda body: body.name)
+def test_automodels_body_is_one_that_we_restate(body):
+    body.check()
+
+
+def test_a_body_that_changed_is_refused_with_its_name_when_the_config_is_named(monkeypatch):
+    model = importlib.import_module("nemo_automodel.components.models.deepseek_v4.model")
+
+    def forward(self, input_ids=None, **kwargs):
+        return self.embed_tokens(input_ids)
+
+    monkeypatch.setattr(model.DeepseekV4Model, "forward", forward)
+    contracts.check.cache_clear()  # it was found good before
+    with pytest.raises(
+        UnsupportedAutoModel,
+        match=rf"model\.DeepseekV4Model\.forward differs .*automodel\.backbone restates.*{TESTED}",
+    ):
+        DeepseekV4ContextParallelConfig()
+    DeepseekV4ContextParallelConfig(context_parallel={"enabled": False})
+
+
+class Written:
+    """One method, and others that differ from it or do not."""
+
+    class Here:
+        def add(self, x, y=1):
+            return x + y
+
+    class Annotated:
+        def add(self, x: int, y: int = 1) -> int:
+            """Add."""
+            # Laid out otherwise.
+            return (x) + y  # fmt: skip
+
+    class OtherDefault:
+        def add(self, x, y=2):
+            return x + y
+
+    class OtherStatement:
+        def add(self, x, y=1):
+            return x - y
+
+
+def test_a_fingerprint_holds_arguments_and_statements_alone():
+    here = contracts.fingerprint(Written.Here.add)
+    assert contracts.fingerprint(Written.Annotated.add) == here
+    assert contracts.fingerprint(Written.OtherDefault.add) != here
+    assert contracts.fingerprint(Written.OtherStatement.add) != here
+
+
 def test_the_adapter_is_that_of_the_contract_which_automodel_has():
     sharder = find_spec("nemo_automodel.components.distributed.context_parallel")
     expected = "ContextParallelSharder" if sharder else "cp_utils.make_cp_batch_and_ctx"
