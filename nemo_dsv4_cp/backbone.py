@@ -14,7 +14,8 @@ from nemo_automodel.components.moe.layers import MoE
 
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.automodel.auxiliary_loss import refuse_unscaled
-from nemo_dsv4_cp.automodel.deepseek_v4 import shows_images, with_keywords
+from nemo_dsv4_cp.automodel.backbone import embed, run_blocks, update_gate_biases
+from nemo_dsv4_cp.automodel.deepseek_v4 import shows_images
 from nemo_dsv4_cp.checks.batch import padding_of, refuse_left_padding
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
@@ -184,67 +185,37 @@ class ContextParallelModel(DeepseekV4Model):
             refuse_left_padding(padded)
             padding_mask = padded if padding_mask is None else padding_mask
 
-        if self.embed_tokens is None:  # a later pipeline stage
-            streams_BLME = input_ids if input_ids is not None else inputs_embeds
-            routed_ids = None
-        else:
-            routed_ids = input_ids
-            if inputs_embeds is None and input_ids is not None:
-                inputs_embeds = self.embed_tokens(input_ids)
-            streams_BLME = (
-                None
-                if inputs_embeds is None
-                else inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
-            )
-        if streams_BLME is None:
-            raise ValueError("the model needs input_ids or inputs_embeds")
-
-        like_BLE = streams_BLME[:, :, 0]
-        batch, length = like_BLE.shape[:2]
+        streams_BLME, routed_ids = embed(self, input_ids, inputs_embeds)
+        rows, length = streams_BLME.shape[:2]
+        device = streams_BLME.device
         options = ContextParallelOptions.of(self.config)
-        step, padding_mask = step_of(attn_kwargs, batch, length, options, padding_mask)
+        step, padding_mask = step_of(attn_kwargs, rows, length, options, padding_mask)
         if position_ids is None:
-            position_ids = step.layout.document_positions(like_BLE.device)
-        position_ids = torch.atleast_2d(position_ids).expand(batch, -1)
-        rope = self.rotary_emb(like_BLE, position_ids)
-        rope_compress = self.rotary_emb_compress(like_BLE, position_ids)
-        rotary_compress = with_keywords(self.rotary_emb_compress, attn_kwargs)
-        blocks = [block for block in self.layers.values() if block is not None]
-        for block in blocks:  # plans stand before the first block, which may be compiled
-            step.plan(block.self_attn.kind, like_BLE.device)
-        for block in blocks:
-            streams_BLME = block(
-                x=streams_BLME,
-                position_embeddings=rope,
-                position_ids=position_ids,
-                position_embeddings_compress=rope_compress,
-                rotary_compress=rotary_compress,
-                padding_mask=padding_mask,
-                input_ids=routed_ids,
-                **attn_kwargs,
-            )
-        hidden = streams_BLME
-        if self.hc_head is not None:
-            hidden = self.hc_head(hidden)
-        if self.norm is not None:
-            hidden = self.norm(hidden)
-        return (hidden, streams_BLME) if return_hc_hidden else hidden
+            position_ids = step.layout.document_positions(device)
+        for block in self.layers.values():  # before the first block, which may be compiled
+            if block is not None:
+                step.plan(block.self_attn.kind, device)
+        return run_blocks(
+            self,
+            streams_BLME,
+            position_ids=position_ids,
+            padding_mask=padding_mask,
+            routed_ids=routed_ids,
+            return_hc_hidden=return_hc_hidden,
+            attn_kwargs=attn_kwargs,
+        )
 
     def update_moe_gate_bias(self) -> None:
         """Balance the experts by the tokens of the whole batch, not of this rank's shard.
 
         AutoModel sums expert loads over the mesh that shards the bias. With ep_size 1 none does,
-        and each rank would come to route by a bias of its own. AutoModel also updates no gate whose
-        MoE stands in a checkpoint wrapper, as at ep_size 1 with activation checkpointing.
+        and each rank would come to route by a bias of its own.
         """
-        for block in self.layers.values():
-            gate: Any = getattr(getattr(block, "mlp", None), "gate", None)
-            if getattr(gate, "bias_update_factor", 0) <= 0:  # off, or routed by token ids alone
-                continue
-            load = gate._cumulative_expert_load
-            if load is not None and not sharding_groups(gate.e_score_correction_bias):
-                # FSDP2's mesh, which shards the weight, spans data and CP ranks.
-                groups = sharding_groups(gate.weight) or [self._cp_group]
-                gate._cumulative_expert_load = all_reduce_sum(load, groups)
-            with torch.no_grad():
-                gate.update_bias()
+
+        def whole_load(gate: Any, load: torch.Tensor) -> torch.Tensor:
+            if sharding_groups(gate.e_score_correction_bias):
+                return load
+            # FSDP2's mesh, which shards the weight, spans data and CP ranks.
+            return all_reduce_sum(load, sharding_groups(gate.weight) or [self._cp_group])
+
+        update_gate_biases(self, whole_load)

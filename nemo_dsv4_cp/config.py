@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
 
 from nemo_dsv4_cp.automodel import contracts, registration
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
+from nemo_dsv4_cp.checks import failure_attribution
 from nemo_dsv4_cp.options import ContextParallelOptions
 
 AUTOMODEL_ARCHITECTURE = "DeepseekV4ForCausalLM"
@@ -18,7 +20,7 @@ ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
 
 
 def _refuse_misspelt_block(fields: Mapping[str, Any]) -> None:
-    # transformers drops unknown fields without a word, and the block with them.
+    # transformers silently drops unknown fields, and the block with them.
     others = [str(key) for key in fields if key != "context_parallel"]
     near = difflib.get_close_matches("context_parallel", others, 1, 0.85)
     if near:
@@ -47,8 +49,8 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
 
     Raises:
         ValueError: For options that cannot work, before any model is built.
-        ImportError: If the installed AutoModel lacks what we build on; ``enabled: false`` asks for
-            nothing.
+        ImportError: If the installed AutoModel lacks what we build on; ``enabled: false`` checks
+            nothing and patches nothing.
     """
 
     def __init__(
@@ -77,25 +79,44 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         self.architectures = [ARCHITECTURE if options.enabled else AUTOMODEL_ARCHITECTURE]
         if options.enabled:
             contracts.check()
-            registration.register(ARCHITECTURE)
+            attribute = failure_attribution.install if options.failure_attribution else None
+            registration.register(ARCHITECTURE, attribute_failures=attribute)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config of a dictionary and overrides, AutoModel's way.
 
         The block is applied last: it is checked against compress_ratios, which may be overridden
-        beside it.
+        beside it. Until then the config is disabled, so that one that stays so patches nothing.
         """
         _refuse_misspelt_block(kwargs)
         block = kwargs.pop("context_parallel", config_dict.get("context_parallel"))
-        loaded = super().from_dict(config_dict, **kwargs)
+        disabled = config_dict | {"context_parallel": {"enabled": False}}
+        loaded = super().from_dict(disabled, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.context_parallel = block
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain V4 config that any AutoModel can load."""
-        fields: dict[str, Any] = super().to_dict()
-        fields.pop("_context_parallel", None)
-        fields["architectures"] = [AUTOMODEL_ARCHITECTURE]
+        fields: dict[str, Any] = self._as_automodels().to_dict()
         return fields
+
+    # For the next two, transformers makes a config of the same class with defaults to compare with,
+    # and one of ours is enabled by default.
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the plain V4 config that any AutoModel can load."""
+        self._as_automodels().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the plain V4 config without AutoModel's defaults, as it is stored and printed."""
+        fields: dict[str, Any] = self._as_automodels().to_diff_dict()
+        return fields
+
+    def _as_automodels(self) -> Any:
+        plain: Any = copy.copy(self)
+        plain.__dict__.pop("_context_parallel", None)
+        plain.__class__ = DeepseekV4Config
+        plain.architectures = [AUTOMODEL_ARCHITECTURE]
+        return plain

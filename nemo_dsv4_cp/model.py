@@ -15,13 +15,12 @@ from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attent
 from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4CausalLMOutput,
     DeepseekV4ForCausalLM,
-    compute_lm_head_logits,
 )
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
-from nemo_dsv4_cp.automodel import fsdp, lora, resume, router_replay
+from nemo_dsv4_cp.automodel import lora, router_replay
 from nemo_dsv4_cp.automodel.contracts import batch_contract
 from nemo_dsv4_cp.automodel.deepseek_v4 import (
     reset_uninitialised_norms,
@@ -30,12 +29,12 @@ from nemo_dsv4_cp.automodel.deepseek_v4 import (
 )
 from nemo_dsv4_cp.automodel.hash_routing import keep_ids_for_recomputation
 from nemo_dsv4_cp.automodel.job import cp_size_of
+from nemo_dsv4_cp.automodel.mtp import forward_with_mtp
 from nemo_dsv4_cp.automodel.mtp_contract import shifted_inputs
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
-from nemo_dsv4_cp.checks import failure_attribution
 from nemo_dsv4_cp.checks.batch import padding_of
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
@@ -63,6 +62,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     _owns_cp_attention = True
     _owns_packed_attention = True
+    _resumes_on_other_ranks = True
     # Set here, not by the constructor alone: AutoModel's tools make models without calling it.
     _finite: FiniteCheck | None = None
     _batch_fn = staticmethod(contiguous_shard)
@@ -73,7 +73,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     _logged = False
     _padding = padding_of_shard(None, None, 1)
     _settings_are_one = False  # the ranks of the CP group compare them on the first step
-    supports_thd = True  # AutoModel then asks for our sharder at CP size 1 too, for packed rows
+    supports_thd = True  # AutoModel then calls our sharder at CP size 1 too, for packed rows
     # AutoModel keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
 
@@ -91,10 +91,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         with router_replay.own_gates_only(self):
             super().__init__(config, moe_config, backend, **kwargs)
         keep_ids_for_recomputation(self)
-        batch_contract().install(self)
-        fsdp.install()
-        resume.install(type(self))
-        failure_attribution.install()
+        batch_contract().adopt(self)
         options = ContextParallelOptions.of(config)
         self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
@@ -287,7 +284,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         output_hidden_states: bool | None = None,
         **attn_kwargs: Any,
     ) -> DeepseekV4CausalLMOutput:
-        """Do what AutoModel's forward does with MTP, without its dense [L, S] mask."""
+        """Prepare what MTP needs of this step, and run the model with it."""
         step: StepContext = attn_kwargs[STEP_KEY]
         depths = range(1, self.mtp_config.num_layers + 1)
         if shifted_ids is None and cp_enabled(attn_kwargs.get(CP_GROUP_KEY)):
@@ -300,36 +297,21 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             layout = step.layout
             documents = layout.first_keys(layout.positions(input_ids.device))
             shifted_ids = [tokens_ahead(input_ids, depth, documents) for depth in depths]
-        hidden, streams = self.model(
-            input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            padding_mask=padding_mask,
-            return_hc_hidden=True,
-            **attn_kwargs,
-        )
-        logits = compute_lm_head_logits(
-            self.lm_head, hidden, logits_to_keep, fp32_lm_head=True
-        ).logits
         if position_ids is None:
             position_ids = step.layout.document_positions(input_ids.device)
             position_ids = position_ids.expand(len(input_ids), -1)
         if attention_mask is not None and padding_mask is None:
             padding_mask = padding_of(attention_mask)
-        predicted = self.mtp(
-            streams,
-            embed_inputs=[self.model.embed_tokens(ids) for ids in shifted_ids],
+        return forward_with_mtp(
+            self,
+            input_ids,
+            shifted_ids,
             position_ids=position_ids,
+            attention_mask=attention_mask,
             padding_mask=padding_mask,
-            **attn_kwargs,
-        )
-        if output_hidden_states is None:
-            output_hidden_states = getattr(self.config, "output_hidden_states", False)
-        return DeepseekV4CausalLMOutput(
-            logits=logits,
-            hidden_states=hidden if output_hidden_states else None,
-            mtp_per_depth_h=predicted,
-            mtp_loss_scaling_factor=self.mtp_config.loss_scaling_factor,
+            logits_to_keep=logits_to_keep,
+            output_hidden_states=output_hidden_states,
+            attn_kwargs=attn_kwargs,
         )
 
     @torch.no_grad()

@@ -55,6 +55,8 @@ class ContextParallelOptions:
             twice.
         check_finite: Check every module's output, and raise on all CP ranks with the first layer,
             rank and tensor that holds a NaN or an infinity. Waits for the device once per forward.
+        failure_attribution: When ranks fail, print first which rank failed first, and its error.
+            Replaces ``sys.excepthook`` of the process.
     """
 
     enabled: bool = True
@@ -69,6 +71,7 @@ class ContextParallelOptions:
     workspace_mib: int = 512
     keep_index_choice: bool = True
     check_finite: bool = False
+    failure_attribution: bool = False
 
     @classmethod
     def of(cls, config: Any) -> ContextParallelOptions:

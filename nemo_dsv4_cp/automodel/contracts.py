@@ -6,9 +6,12 @@ The adapter is chosen by what is there, not by the release.
 
 from __future__ import annotations
 
+import ast
 import functools
+import hashlib
 import importlib
 import inspect
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -56,15 +59,7 @@ class Signature:
 
     def check(self) -> None:
         """Raise :class:`UnsupportedAutoModel` if the function is gone or takes other arguments."""
-        try:
-            found = importlib.import_module(self.module)
-            for part in self.name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError) as error:
-            raise UnsupportedAutoModel(
-                f"there is no {self.module}.{self.name} ({error})"
-            ) from error
-        known = inspect.signature(found).parameters  # type: ignore[arg-type]
+        known = inspect.signature(_find(self.module, self.name)).parameters
         if missing := [name for name in self.arguments if name not in known]:
             raise UnsupportedAutoModel(
                 f"{self.module}.{self.name} takes ({', '.join(known)}), without "
@@ -77,14 +72,80 @@ class Signature:
             )
 
 
+@dataclass(frozen=True)
+class Body:
+    """A function of AutoModel whose body we restate.
+
+    Attributes:
+        module: Where it is.
+        name: Its name there, a method's with its class.
+        restated_in: Our module that must follow a change of it.
+        fingerprints: Of the body in each tested release.
+    """
+
+    module: str
+    name: str
+    restated_in: str
+    fingerprints: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raise :class:`UnsupportedAutoModel` if no tested release has this body.
+
+        Whatever the release: as with signatures, one that differs is not trained with.
+        """
+        found = fingerprint(_find(self.module, self.name))
+        if found not in self.fingerprints:
+            raise UnsupportedAutoModel(
+                f"{self.module}.{self.name} differs from that of every tested release (fingerprint "
+                f"{found}), and {self.restated_in} restates it"
+            )
+
+
+def fingerprint(function: Any) -> str:
+    """Return a digest of a function's arguments and statements.
+
+    Annotations, docstrings, comments and layout do not count.
+    """
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    if ast.get_docstring(node) is not None:  # type: ignore[arg-type]
+        del node.body[0]  # type: ignore[attr-defined]
+    return hashlib.sha256(repr(_statements(node)).encode()).hexdigest()[:16]
+
+
+def _statements(node: Any) -> Any:
+    # Not ast.dump, which writes the same code differently in Python 3.13.
+    if isinstance(node, list):
+        return [_statements(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return node
+    fields = [(k, _statements(v)) for k, v in ast.iter_fields(node) if k not in _NO_CODE]
+    return [type(node).__name__, *(field for field in fields if field[1] not in (None, []))]
+
+
+_NO_CODE = ("annotation", "returns", "type_comment", "kind")
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedAutoModel(f"there is no {module}.{name} ({error})") from error
+    return found
+
+
 class BatchContract(Protocol):
-    """How a release's recipes come to cut batches as a model of ours asks."""
+    """How a release's recipes come to cut batches with our model's own sharder."""
 
     NAME: str
     SIGNATURES: tuple[Signature, ...]
 
-    def install(self, model: Any) -> None:
-        """Make recipes cut the batches of ``model`` as it asks; again changes nothing."""
+    def install(self) -> None:
+        """Patch what recipes need for it, process-wide; calling it again changes nothing."""
+
+    def adopt(self, model: Any) -> None:
+        """Note a new model of ours, where recipes do not call the model by themselves."""
 
 
 _CP_UTILS = "nemo_automodel.components.distributed.cp_utils"
@@ -96,7 +157,7 @@ def batch_contract() -> BatchContract:
     Raises:
         UnsupportedAutoModel: If it has none that we know.
     """
-    adapter = "sharder_contract" if sharding.HAS_SHARDER else "cp_utils_contract"
+    adapter = "sharder_contract" if sharding.HAS_SHARDER else "legacy.cp_utils_contract"
     if not sharding.HAS_SHARDER and find_spec(_CP_UTILS) is None:
         raise UnsupportedAutoModel(f"it cuts batches in neither {sharding.PLACE} nor {_CP_UTILS}")
     found: Any = importlib.import_module(f"nemo_dsv4_cp.automodel.{adapter}")
@@ -121,12 +182,14 @@ def check_v4() -> None:
 
 @functools.cache
 def check() -> None:
-    """Raise :class:`UnsupportedAutoModel` for the first signature that AutoModel has not.
+    """Raise :class:`UnsupportedAutoModel` for the first signature or body that is not as we know.
 
-    A release that was found to have all is not looked at again.
+    A release that was found to have all is not checked again.
     """
     for signature in signatures():
         signature.check()
+    for body in RESTATED:
+        body.check()
 
 
 _ALWAYS = (
@@ -195,3 +258,25 @@ _ALWAYS = (
         in_order=True,
     ),
 )
+
+RESTATED = (
+    Body(
+        f"{_V4}.model",
+        "DeepseekV4Model.forward",
+        "nemo_dsv4_cp.automodel.backbone",
+        ("849b0eda48aaa3f0", "38e8affa73564c62", "64147be32cc7d3dc"),
+    ),
+    Body(
+        f"{_V4}.model",
+        "DeepseekV4Model.update_moe_gate_bias",
+        "nemo_dsv4_cp.automodel.backbone",
+        ("dbf752cb7565ac8e", "6fa87f1a46434992"),
+    ),
+    Body(
+        f"{_V4}.model",
+        "DeepseekV4ForCausalLM.forward",
+        "nemo_dsv4_cp.automodel.mtp",
+        ("d086d7018e3ed6c7", "b14c88b6f5b58ef6", "131265d70cf72ce0"),
+    ),
+)
+"""Bodies of AutoModel that we restate; fingerprints of 0.7.0, 0.6.0 and 0.5.0 in this order."""

@@ -5,13 +5,14 @@ AutoModel stores the state of dataloaders and of random numbers once a rank: the
 data-parallel rank d are those of the ranks d * cp_size to d * cp_size + cp_size - 1. All of these
 load the same samples, but another cp_size looks for files that are not there, or are another
 rank's. And a state counts the samples of its own data-parallel rank, so with another number of
-these the next samples would be ones already seen, or would leave some out, without a word.
+these the next samples would silently repeat some, or leave some out.
 """
 
 from __future__ import annotations
 
 import functools
 import glob
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -26,20 +27,16 @@ from nemo_dsv4_cp.automodel import patches
 RECIPE = "nemo_automodel.recipes.base_recipe"
 KEY = "data_ranks"
 """The recipe's attribute that holds :class:`DataRanks`, and the name of its file."""
+RESUMES = "_resumes_on_other_ranks"
+"""The attribute by which a class of models has its recipes resume on other ranks."""
 _TRACKED = "__state_tracked"
-_ours: set[type] = set()
 
 
-def install(model: type) -> None:
-    """Let recipes that train this class of model resume on other ranks; again changes nothing.
-
-    A process without a recipe of AutoModel is left as it is.
-    """
-    _ours.add(model)
-    automodel: Any = sys.modules.get(RECIPE)
-    if automodel is None or patches.is_replaced(automodel.BaseRecipe, "load_checkpoint"):
+def install() -> None:
+    """Let recipes that train our models resume on other ranks; calling it again changes nothing."""
+    recipe: Any = importlib.import_module(RECIPE).BaseRecipe
+    if patches.is_replaced(recipe, "load_checkpoint"):
         return
-    recipe = automodel.BaseRecipe
     patches.replace(recipe, "load_checkpoint", _noting_ranks(recipe.load_checkpoint))
     name = "_load_checkpoint_tracked_state"
     patches.replace(recipe, name, _minding_ranks(getattr(recipe, name)))
@@ -100,7 +97,7 @@ def _noting_ranks(original: Any) -> Any:
 
 def _trains_ours(recipe: Any) -> bool:
     parts = getattr(recipe, "model_parts", None) or []
-    return any(isinstance(getattr(part, "module", part), tuple(_ours)) for part in parts)
+    return any(getattr(getattr(part, "module", part), RESUMES, False) for part in parts)
 
 
 def _minding_ranks(original: Any) -> Any:

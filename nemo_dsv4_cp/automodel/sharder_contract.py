@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of releases with ``ContextParallelSharder`` (since 0.6): recipes ask the model.
+"""The contract of releases with ``ContextParallelSharder`` (since 0.6): recipes call the model.
 
 Only what that contract leaves out is patched: token verbs for re-laid rows, and the distillation
 recipe.
@@ -36,14 +36,15 @@ SIGNATURES: tuple[Signature, ...] = (
 )
 
 
-def install(model: Any) -> None:
-    """Patch what the contract leaves out; again changes nothing.
-
-    Args:
-        model: Not used: recipes ask the model themselves.
+def install() -> None:
+    """Patch what the contract leaves out; calling it again changes nothing.
 
     Raises:
         UnsupportedAutoModel: If the distillation recipe runs and is not as we know it.
     """
     token_verbs.install()
     distillation.install()
+
+
+def adopt(model: Any) -> None:
+    """Need nothing of a model: recipes of these releases call it by themselves."""

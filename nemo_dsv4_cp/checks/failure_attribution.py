@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a rank fails: whose fault it was, in the first line that is printed.
+"""Failure attribution: when ranks fail, the first line that each prints names the culprit.
 
-A rank that is killed, stops or raises leaves the others waiting in a collective. These fail of it
-too, maybe first, with "connection closed" or a timeout that names no rank. So every rank tells the
-store of the job that it fails, and of what. One that failed in a collective looks there who raised,
-or who did not answer, before its traceback is printed.
+A rank that is killed, stops or raises leaves the others waiting in a collective. These then fail
+too, maybe first, with "connection closed" or a timeout that names no rank. So every failing rank
+writes its error to the store of the job. One that failed in a collective reads there which rank
+raised, or which did not answer, before its traceback is printed.
+
+Off by default (``context_parallel.failure_attribution``): it replaces ``sys.excepthook``.
 """
 
 from __future__ import annotations
@@ -19,20 +21,20 @@ from nemo_dsv4_cp.automodel import patches
 from nemo_dsv4_cp.exchange.collectives import Store, failed_in_a_collective, store_of_the_job
 
 ANSWER_SECONDS = 10.0
-"""How long the others have to tell that they fail too; they wait for the same rank as long."""
+"""How long a rank waits for the others to report that they fail too, before it names them."""
 
 _RAISED = "nemo_dsv4_cp/raised"
 _WAITED = "nemo_dsv4_cp/waited"
 
 
 def install() -> None:
-    """Have errors that end this process looked at before they are printed; again does nothing."""
+    """Attribute errors that end this process before they are printed; again changes nothing."""
     # torch puts its own on top with every first process group, and calls ours from there.
     if not patches.was_replaced(sys, "excepthook"):
-        patches.replace(sys, "excepthook", _calling_the_roll(sys.excepthook))
+        patches.replace(sys, "excepthook", _attributing(sys.excepthook))
 
 
-def _calling_the_roll(print_traceback: Any) -> Any:
+def _attributing(print_traceback: Any) -> Any:
     def excepthook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
@@ -40,17 +42,17 @@ def _calling_the_roll(print_traceback: Any) -> Any:
         if job is not None and isinstance(error, Exception):
             store, rank, size = job
             try:
-                said = whose_fault(error, store, rank=rank, size=size)
+                cause = first_failure(error, store, rank=rank, size=size)
             except RuntimeError as lost:  # with the machine that held it
-                said = f"the store of the job does not answer ({lost}); its machine may be down"
-            if said is not None:
-                print(f"[rank{rank}]: {said}", file=sys.stderr, flush=True)
+                cause = f"the store of the job does not answer ({lost}); its machine may be down"
+            if cause is not None:
+                print(f"[rank{rank}]: {cause}", file=sys.stderr, flush=True)
         print_traceback(kind, error, trace)
 
     return excepthook
 
 
-def whose_fault(
+def first_failure(
     error: BaseException,
     store: Store,
     *,
@@ -58,10 +60,10 @@ def whose_fault(
     size: int,
     answer_seconds: float = ANSWER_SECONDS,
 ) -> str | None:
-    """Tell the others that this rank fails, and find out which rank failed first.
+    """Report to the others that this rank fails, and find out which rank failed first.
 
     Args:
-        error: What this rank fails of.
+        error: The error of this rank.
         store: Shared by all ranks.
         rank: This rank.
         size: How many ranks there are.
@@ -78,9 +80,9 @@ def whose_fault(
     store.append(_WAITED, f"{rank} ")
     end = time.monotonic() + answer_seconds
     while True:
-        if raised := _told(store, _RAISED):
+        if raised := _read(store, _RAISED):
             return f"{raised.splitlines()[0]}, and this rank waited for it in a collective"
-        silent = set(range(size)) - {int(told) for told in _told(store, _WAITED).split()}
+        silent = set(range(size)) - {int(waited) for waited in _read(store, _WAITED).split()}
         if not silent:
             return None
         if time.monotonic() > end:
@@ -92,5 +94,5 @@ def whose_fault(
         time.sleep(0.1)
 
 
-def _told(store: Store, key: str) -> str:
+def _read(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""

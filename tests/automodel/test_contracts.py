@@ -22,6 +22,56 @@ def test_automodel_takes_what_we_pass(signature):
     signature.check()
 
 
+@pytest.mark.parametrize("body", contracts.RESTATED, ids=lambda body: body.name)
+def test_automodels_body_is_one_that_we_restate(body):
+    body.check()
+
+
+def test_a_body_that_changed_is_refused_with_its_name_when_the_config_is_named(monkeypatch):
+    model = importlib.import_module("nemo_automodel.components.models.deepseek_v4.model")
+
+    def forward(self, input_ids=None, **kwargs):
+        return self.embed_tokens(input_ids)
+
+    monkeypatch.setattr(model.DeepseekV4Model, "forward", forward)
+    contracts.check.cache_clear()  # it was found good before
+    with pytest.raises(
+        UnsupportedAutoModel,
+        match=rf"model\.DeepseekV4Model\.forward differs .*automodel\.backbone restates.*{TESTED}",
+    ):
+        DeepseekV4ContextParallelConfig()
+    DeepseekV4ContextParallelConfig(context_parallel={"enabled": False})
+
+
+class Written:
+    """One method, and others that differ from it or do not."""
+
+    class Here:
+        def add(self, x, y=1):
+            return x + y
+
+    class Annotated:
+        def add(self, x: int, y: int = 1) -> int:
+            """Add."""
+            # Laid out otherwise.
+            return (x) + y  # fmt: skip
+
+    class OtherDefault:
+        def add(self, x, y=2):
+            return x + y
+
+    class OtherStatement:
+        def add(self, x, y=1):
+            return x - y
+
+
+def test_a_fingerprint_holds_arguments_and_statements_alone():
+    here = contracts.fingerprint(Written.Here.add)
+    assert contracts.fingerprint(Written.Annotated.add) == here
+    assert contracts.fingerprint(Written.OtherDefault.add) != here
+    assert contracts.fingerprint(Written.OtherStatement.add) != here
+
+
 def test_the_adapter_is_that_of_the_contract_which_automodel_has():
     sharder = find_spec("nemo_automodel.components.distributed.context_parallel")
     expected = "ContextParallelSharder" if sharder else "cp_utils.make_cp_batch_and_ctx"
@@ -78,9 +128,10 @@ def test_a_release_without_deepseek_v4_is_refused(monkeypatch):
         contracts.check_v4()
 
 
-# Every name in AutoModel's modules and classes, before and after a config and a model are made.
+# Every name in AutoModel's modules and classes, and the process's excepthook: before a config is
+# made, after, and after a model is. A config is also saved, loaded and printed.
 PATCHED = textwrap.dedent("""
-    import json, sys
+    import json, sys, tempfile
     import torch
     from nemo_automodel.components.models.deepseek_v4 import model as automodel
     from nemo_automodel.recipes.llm import kd, train_ft
@@ -90,23 +141,41 @@ PATCHED = textwrap.dedent("""
     from tests.automodel.names import changed, names
     from tests.parity import cpu_backend, tiny_config
 
-    enabled = sys.argv[1] == "enabled"
-    before = names()
-    config = tiny_config([4], context_parallel={"enabled": enabled})
+    block = json.loads(sys.argv[1])
+    before, hook = names(), sys.excepthook
+    config = tiny_config([4], context_parallel=block)
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        config = type(config).from_pretrained(folder, context_parallel=block)
+    print(config)
+    registered = changed(before)
+    enabled = config.context_parallel.enabled
     ours = DeepseekV4ContextParallelForCausalLM if enabled else automodel.DeepseekV4ForCausalLM
     ours(config, backend=cpu_backend())
-    installed = changed(before)
+    constructed = changed(before)
+    hooked = sys.excepthook is not hook
     patches.undo()
-    print(json.dumps([installed, changed(before)]))
+    left = changed(before) + ["sys.excepthook"] * (sys.excepthook is not hook)
+    print(json.dumps([registered, constructed, hooked, left]))
 """)
 
 
-@pytest.mark.parametrize("switch", ["enabled", "disabled"])
-def test_nothing_is_patched_when_disabled_and_all_is_given_back(switch):
-    done = subprocess.run(
-        [sys.executable, "-c", PATCHED, switch], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("block", "patches", "hooks"),
+    [
+        ({}, True, False),
+        ({"failure_attribution": True}, True, True),
+        ({"enabled": False, "failure_attribution": True}, False, False),
+    ],
+)
+def test_the_config_patches_all_and_a_disabled_one_nothing_and_all_is_given_back(
+    block, patches, hooks
+):
+    command = [sys.executable, "-c", PATCHED, json.dumps(block)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    installed, left = json.loads(done.stdout.splitlines()[-1])
-    assert bool(installed) is (switch == "enabled"), installed
+    registered, constructed, hooked, left = json.loads(done.stdout.splitlines()[-1])
+    assert bool(registered) is patches, registered
+    assert constructed == registered
+    assert hooked is hooks
     assert left == []

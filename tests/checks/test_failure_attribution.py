@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose fault it was that ranks fail, as each of them finds out."""
+"""Which rank failed first, as each failing rank finds out."""
 
 import subprocess
 import sys
@@ -9,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from nemo_dsv4_cp.checks.failure_attribution import whose_fault
+from nemo_dsv4_cp.checks.failure_attribution import first_failure
 
 OF_GLOO = RuntimeError("[third_party/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
 OF_NCCL = dist.DistBackendError("NCCL communicator was aborted")
 
 
 def call(errors, *, size, answer_seconds=1.0):
-    """Return what every rank that fails says; the others are silent."""
+    """Return what every failing rank reports; the others are silent."""
     store = dist.HashStore()
 
     def one(rank):
-        return whose_fault(errors[rank], store, rank=rank, size=size, answer_seconds=answer_seconds)
+        return first_failure(
+            errors[rank], store, rank=rank, size=size, answer_seconds=answer_seconds
+        )
 
     with ThreadPoolExecutor(len(errors)) as threads:
         return dict(zip(errors, threads.map(one, errors), strict=True))
@@ -28,17 +30,17 @@ def call(errors, *, size, answer_seconds=1.0):
 
 @pytest.mark.parametrize("of_a_collective", [OF_GLOO, OF_NCCL])
 def test_a_rank_that_raises_is_named_by_those_that_wait_with_what_it_raised(of_a_collective):
-    said = call({2: ValueError("odd\nlayer"), 0: of_a_collective}, size=4, answer_seconds=60)
-    assert said[0] == (
+    found = call({2: ValueError("odd\nlayer"), 0: of_a_collective}, size=4, answer_seconds=60)
+    assert found[0] == (
         "rank 2 raised ValueError: odd layer, and this rank waited for it in a collective"
     )
-    assert said[2] is None  # its own traceback says it
+    assert found[2] is None  # its own traceback names it
 
 
 def test_a_rank_that_gives_no_sign_is_named_by_those_that_wait():
-    said = call({0: OF_GLOO, 2: OF_NCCL, 3: OF_GLOO}, size=4)
+    found = call({0: OF_GLOO, 2: OF_NCCL, 3: OF_GLOO}, size=4)
     for rank in (0, 2, 3):
-        assert said[rank].startswith("rank 1 gave no sign for 1 s: killed, stopped or hanging")
+        assert found[rank].startswith("rank 1 gave no sign for 1 s: killed, stopped or hanging")
 
 
 def test_all_are_named_that_give_no_sign():

@@ -17,7 +17,8 @@ from tests.faults.launches import (
 )
 
 TIMEOUT_MINUTES = 1  # less, and ranks that start apart on a busy machine would not meet
-# Beside the timeout: the roll call (10 s), and torchrun, which gives a stopped process 30 s to end.
+# Beside the timeout: failure attribution (10 s), and torchrun, which waits 30 s for a stopped
+# process to end.
 ALLOWANCE_SECONDS = 180
 RANK = 1
 RESUMED_STEP = FAULT_STEP // STEPS_A_CHECKPOINT * STEPS_A_CHECKPOINT
@@ -33,6 +34,7 @@ def harm(directory: Path, *, place: str = "layer", with_signal: int | None) -> H
         fault=fault,
         dist_env={"timeout_minutes": TIMEOUT_MINUTES},
     )
+    recipe["model"]["config"].setdefault("context_parallel", {})["failure_attribution"] = True
     run = Harmed(directory, recipe, processes=2)
     try:
         run.wait_for_the_fault()

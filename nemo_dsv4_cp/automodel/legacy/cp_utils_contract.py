@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of releases whose recipes cut batches with ``cp_utils`` (0.5), and ask no model.
+"""The contract of releases whose recipes cut every model's batches with ``cp_utils`` (0.5).
 
-Neither do they ask an attention whether it brings its own CP; both are patched for our models.
+They have no sharder of a model's own, and no CP of an attention's own; both are patched in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ SIGNATURES = (
 )
 
 
-def install(model: Any) -> None:
-    """Make recipes cut the batches of ``model`` as it asks; again changes nothing."""
-    cp_utils_hook.install(model)
+def install() -> None:
+    """Patch both functions; calling it again changes nothing."""
+    cp_utils_hook.install()
     apply_cp.install()
+
+
+def adopt(model: Any) -> None:
+    """Note a model, so that loops that are no recipe of AutoModel cut batches with its sharder."""
+    cp_utils_hook.adopt(model)

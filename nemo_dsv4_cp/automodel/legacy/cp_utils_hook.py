@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our batch function inside ``cp_utils.make_cp_batch_and_ctx``, where recipes call that (0.5).
 
-AutoModel's function cuts every model's batch alike, for torch's ring attention, and is told no
-model. Ours stands in for it, looks whose recipe calls, and leaves all other models' batches to it.
+AutoModel's function cuts every model's batch alike, for torch's ring attention, and receives no
+model. Ours replaces it, finds out whose recipe calls, and passes all other models' batches to it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ MODULE = "nemo_automodel.components.distributed.cp_utils"
 _models: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def install(model: Any) -> None:
-    """Let ``model`` cut its own batches, whichever module imported AutoModel's function first."""
+def adopt(model: Any) -> None:
+    """Note a model that cuts its own batches, for as long as it lives."""
     _models.add(model)
+
+
+def install() -> None:
+    """Let our models cut their batches, whichever module imported AutoModel's function first."""
     patches.wrap(importlib.import_module(MODULE), FUNCTION, _standing_in_for, everywhere=True)
 
 

@@ -63,6 +63,7 @@ def automodel(monkeypatch):
     module.make_cp_batch_and_ctx = recipe.make_cp_batch_and_ctx = make_cp_batch_and_ctx
     monkeypatch.setitem(sys.modules, NAME, module)
     monkeypatch.setitem(sys.modules, "recipe", recipe)
+    cp_utils_hook.install()
     yield recipe
     patches.undo()
 
@@ -72,7 +73,7 @@ LABELS = {"labels": "some"}
 
 def test_our_models_batches_are_ours_whichever_module_imported_the_name_first(automodel):
     model = Model()
-    cp_utils_hook.install(model)
+    cp_utils_hook.adopt(model)
     cut = Recipe(automodel.make_cp_batch_and_ctx, model).cut(dict(LABELS))
     assert cut == {"cut by": "ours", "meshes": (2, 2), "padding": 7}
     assert sys.modules[NAME].make_cp_batch_and_ctx is automodel.make_cp_batch_and_ctx
@@ -80,21 +81,21 @@ def test_our_models_batches_are_ours_whichever_module_imported_the_name_first(au
 
 def test_any_other_models_batches_are_automodels_though_ours_lives_beside_it(automodel):
     ours, other = Model(), object()
-    cp_utils_hook.install(ours)
+    cp_utils_hook.adopt(ours)
     assert Recipe(automodel.make_cp_batch_and_ctx, other).cut({})["cut by"] == "AutoModel"
     assert Recipe(automodel.make_cp_batch_and_ctx, ours).cut(dict(LABELS))["cut by"] == "ours"
 
 
 def test_a_model_inside_a_data_parallel_wrapper_is_found(automodel):
     ours = Model()
-    cp_utils_hook.install(ours)
+    cp_utils_hook.adopt(ours)
     wrapped = types.SimpleNamespace(module=ours)
     assert Recipe(automodel.make_cp_batch_and_ctx, wrapped).cut(dict(LABELS))["cut by"] == "ours"
 
 
 def test_a_loop_without_a_recipe_trains_the_model_of_ours_that_lives(automodel):
     model = Model()
-    cp_utils_hook.install(model)
+    cp_utils_hook.adopt(model)
     assert automodel.make_cp_batch_and_ctx(Mesh(), dict(LABELS))[1]["cut by"] == "ours"
     del model
     assert automodel.make_cp_batch_and_ctx(Mesh(), {}, None, False, 0, 4)[1]["chunks"] == 4
@@ -102,7 +103,7 @@ def test_a_loop_without_a_recipe_trains_the_model_of_ours_that_lives(automodel):
 
 def test_a_recipe_that_keeps_its_labels_to_itself_is_refused_under_cp(automodel):
     ours = Model()
-    cp_utils_hook.install(ours)
+    cp_utils_hook.adopt(ours)
     recipe = Recipe(automodel.make_cp_batch_and_ctx, ours)
     with pytest.raises(NotImplementedError, match=r"without labels.*cp_size: 1"):
         recipe.cut({})
@@ -111,7 +112,7 @@ def test_a_recipe_that_keeps_its_labels_to_itself_is_refused_under_cp(automodel)
 
 def test_a_function_in_the_batch_comes_first(automodel):
     model = Model()
-    cp_utils_hook.install(model)
+    cp_utils_hook.adopt(model)
 
     def mine(cp_mesh, tp_mesh, batch, *, loss_mask, padding_token_id):
         return None, {"cut by": "the batch's", "mask": loss_mask}
@@ -121,11 +122,11 @@ def test_a_function_in_the_batch_comes_first(automodel):
 
 
 def test_installing_again_changes_nothing_and_undoing_gives_automodels_back(automodel):
-    original, models = automodel.make_cp_batch_and_ctx, [Model(), Model()]
-    for model in models:
-        cp_utils_hook.install(model)
     wrapped = automodel.make_cp_batch_and_ctx
-    assert wrapped.__wrapped__ is original
+    original = wrapped.__wrapped__
+    cp_utils_hook.install()
+    assert automodel.make_cp_batch_and_ctx is wrapped
+    assert not hasattr(original, "__wrapped__")
     late = types.ModuleType("late")
     late.make_cp_batch_and_ctx = sys.modules[NAME].make_cp_batch_and_ctx
     sys.modules["late"] = late
