@@ -18,12 +18,12 @@ START, END = "<!-- hostile input -->\n", "<!-- end of hostile input -->\n"
 
 
 def code(text: str) -> str:
-    """Return text as inline code, whatever backticks are in it."""
+    """Return text as inline code; it may contain backticks."""
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def together(kinds: Sequence[Kind]) -> str:
-    """Return the names of kinds that end alike, what they begin with once."""
+    """Return the names of kinds with one outcome, their common prefix once."""
     about = kinds[0].what.partition(": ")[0]
     if len(kinds) > 1 and all(kind.what.startswith(f"{about}: ") for kind in kinds):
         return f"{about}: {', '.join(kind.what.removeprefix(f'{about}: ') for kind in kinds)}"
@@ -31,7 +31,7 @@ def together(kinds: Sequence[Kind]) -> str:
 
 
 def rows(kinds: Sequence[Kind]) -> list[str]:
-    """Return the rows of a table; neighbours that end alike share one."""
+    """Return the rows of a table; neighbors with one outcome share a row."""
     if kinds[0].error is None:
         return [f"| {kind.what} |" for kind in kinds]
     found = []
@@ -54,7 +54,7 @@ def tables(kinds: Sequence[Kind]) -> str:
 
 
 def written(page: str, kinds: Sequence[Kind]) -> str:
-    """Return the page with its tables made anew."""
+    """Return the page with newly generated tables."""
     start, end = page.index(START) + len(START), page.index(END)
     return f"{page[:start]}\n{tables(kinds)}\n{page[end:]}"
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/support.md's matrix from what the tests showed.
+"""Writes docs/support.md's matrix from test results.
 
 ``make test-automodels`` and ``make test-torch`` run it. Its arguments are the files of ``pytest
 --matrix``, one for each release of AutoModel and of torch.
@@ -16,7 +16,7 @@ START, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
 
 
 def matrix(results: list[dict[str, dict[str, str]]]) -> str:
-    """Return a table of capabilities by release, and below it what a cell has no room for."""
+    """Return a table of capabilities by release, and below it the notes that its cells refer to."""
     notes: list[str] = []
 
     def cell(outcome: str) -> str:

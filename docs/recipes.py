@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/support.md's table of combined recipe options from what the tests found.
+"""Writes docs/support.md's table of combined recipe options from test results.
 
 ``make test-recipes`` runs it. Its argument is the file of ``pytest --recipes``.
 """
@@ -20,7 +20,7 @@ SIGNS = {"equal": "=", "refused": "R", "fails": "fails"}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Return a triangular table of pairs, what its rows mean, and what is refused."""
+    """Return a triangular table of pairs, the meaning of its rows, and the refused pairs."""
     outcomes = {frozenset(result["options"]): result["outcome"] for result in results}
     numbered = list(enumerate(OPTIONS, 1))
     lines = [f"| | {' | '.join(str(number) for number, _ in numbered)} |"]

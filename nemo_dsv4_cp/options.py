@@ -155,8 +155,8 @@ class ContextParallelOptions:
             compress_ratios: The model's ratios, one per layer.
 
         Raises:
-            ValueError: If ``pad_multiple`` breaks the LCM rule, or ``compress_ratios`` is not a list
-                of integers of 0 or more.
+            ValueError: If ``pad_multiple`` breaks the LCM rule, or ``compress_ratios`` is not a
+                list of integers of 0 or more.
         """
         told = compress_ratios or ()
         if not isinstance(told, Sequence) or any(type(n) is not int or n < 0 for n in told):

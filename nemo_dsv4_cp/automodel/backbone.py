@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``DeepseekV4Model.forward`` and ``update_moe_gate_bias`` do, without the dense [L, S] mask.
 
 Restated from AutoModel: :data:`nemo_dsv4_cp.automodel.contracts.RESTATED` holds the fingerprints of

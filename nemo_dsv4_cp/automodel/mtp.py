@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ``DeepseekV4ForCausalLM.forward`` does with MTP, without its dense [L, S] mask.
 
 Restated from AutoModel: :data:`nemo_dsv4_cp.automodel.contracts.RESTATED` holds the fingerprint of
