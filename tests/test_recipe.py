@@ -5,14 +5,11 @@ What a release of AutoModel cannot do, or we cannot do there, is held to its err
 
 import inspect
 import json
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import yaml
 from nemo_automodel.components.moe import experts
 from nemo_automodel.recipes.llm import kd
 from safetensors.torch import load_file
@@ -23,7 +20,7 @@ from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
-from tests.processes import run_to_log
+from tests.processes import cpu_environment, on_ranks, run_to_log
 from tests.recipes import options
 
 ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
@@ -77,13 +74,8 @@ def launch(tmp_path_factory):
             recipe[section] = (known or {}) | values if isinstance(values, dict) else values
         recipe["checkpoint"]["checkpoint_dir"] = str(directory)
         recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        path = directory / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "-m", "nemo_automodel.cli.app", str(path)]
-        log = directory / "log"
-        root = str(Path(__file__).parents[1])
-        if run_to_log(command, log, cwd=directory, env=os.environ | {"PYTHONPATH": root}):
+        command, log = on_ranks(directory, recipe, processes), directory / "log"
+        if run_to_log(command, log, cwd=directory, env=cpu_environment()):
             raise Failed(log.read_text(errors="replace")[-10_000:])
         steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
         return Training(
