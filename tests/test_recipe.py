@@ -195,12 +195,14 @@ def assert_same_steps(one: Training, other: Training, *, later: float = 1e-5) ->
         assert found[0] == pytest.approx(expected[0], abs=1e-5)
 
 
+@pytest.mark.slow  # tests/recipes trains the option alone
 @pytest.mark.capability("pipeline parallelism")
 def test_two_stages_at_cp_2_log_the_losses_and_norms_of_one(launch, trained):
     both = launch("stages_cp_2", 4, distributed=STAGES, step_scheduler=FEW_STEPS)
     assert_same_steps(both, trained[0])
 
 
+@pytest.mark.slow
 @pytest.mark.capability("pipeline parallelism")
 def test_two_stages_of_packed_rows_and_experts_on_either_rank_do_as_well(launch):
     changes = PACKED | {"step_scheduler": FEW_STEPS | {"max_steps": 2}}
