@@ -11,11 +11,13 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test gpu test-faults test-soak test-recipes test-automodels test-torch refusals lint clean
+.PHONY: help demo test test-all gpu test-faults test-soak test-recipes test-automodels test-torch refusals lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
-	@echo "make test   lint, then all tests, and some with each supported AutoModel"
+	@echo "make test   lint, then all tests but the slow ones, on the same drawn cases every time"
+	@echo "make test-all   make test, then all tests on cases drawn at random, the slow ones too,"
+	@echo "                and some with each other supported AutoModel"
 	@echo "make test-faults   ranks that are killed, stopped or fail, and resuming at other sizes: 20 minutes"
 	@echo "make test-soak   what ranks hold after 500 steps, and two trainings in one process: 20 minutes"
 	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 25 minutes"
@@ -33,10 +35,16 @@ demo: $(INSTALLED)
 # Much of a test is waiting for processes to import AutoModel.
 TWO_FILES_AT_A_TIME := -n 2 --dist loadfile
 
-# First all tests with the release of constraints.txt, then some with every other one.
 test: lint
-	$(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) tests/kernels/triton
+	$(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) -m "not slow" \
+		tests/kernels/triton
+
+# All tests with the release of constraints.txt, then some with every other one.
+test-all: test
+	HYPOTHESIS_PROFILE=random $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME)
+	HYPOTHESIS_PROFILE=random TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) \
+		tests/kernels/triton
 	$(MAKE) $(OTHER_RELEASES:%=test-briefly-%)
 
 # Killing, stopping and resuming whole runs of AutoModel's CLI, one after the other.

@@ -3,12 +3,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.examples import PROFILE
 from tests.ranks import RankPool
 
 pytest_plugins = ["pytester", "tests.capabilities", "tests.recipes.results"]
 
-settings.register_profile("patient", deadline=None)  # a loaded machine is no error
-settings.load_profile("patient")
+# No deadline: a loaded machine is no error. By default every run draws the same examples.
+settings.register_profile("fixed", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None, derandomize=False)
+settings.register_profile("many", deadline=None, derandomize=False)
+settings.load_profile(PROFILE)
 torch.compiler.set_stance("force_eager")  # AutoModel compiles anew for every length
 
 

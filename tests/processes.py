@@ -75,6 +75,10 @@ def on_ranks(directory: Path, recipe: dict[str, Any], processes: int, *program: 
 
 
 def cpu_environment() -> dict[str, str]:
-    """Return the environment of ranks on this machine's CPU that import these tests."""
+    """Return the environment of ranks on this machine's CPU that import these tests.
+
+    One thread per rank: torchrun sets this for several processes only, and one process with all
+    threads trains the tiny model several times slower.
+    """
     root = str(Path(__file__).parents[1])
     return os.environ | {"PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

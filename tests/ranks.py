@@ -9,7 +9,6 @@ waits for others is no error: on a loaded machine they may take minutes.
 
 from __future__ import annotations
 
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -29,7 +28,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     torch.compiler.set_stance("force_eager")  # AutoModel compiles anew for every length
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        store=dist.TCPStore("127.0.0.1", port, timeout=TIMEOUT),
         rank=rank,
         world_size=WORLD,
         timeout=TIMEOUT,
@@ -52,16 +51,18 @@ class RankPool:
     def __init__(self) -> None:
         self._processes: list[mp.Process] = []
         self._pipes: list[Connection] = []
+        self._store: dist.TCPStore | None = None
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # This process keeps the store, on a port that the system picks: nobody can take it between.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["tests.packed_parity"])
         for rank in range(WORLD):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self._store.port, theirs), daemon=True
+            )
             process.start()
             theirs.close()  # so that a worker that dies leaves its pipe at an end
             self._processes.append(process)
@@ -104,4 +105,4 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        self._processes, self._pipes = [], []
+        self._processes, self._pipes, self._store = [], [], None

@@ -97,7 +97,6 @@ def hostile_job(group, rank, what, shape, alone):
 @pytest.mark.parametrize("what", BY_NAME)
 @settings(
     max_examples=60 if MANY else 2,
-    derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

@@ -11,15 +11,16 @@ from torch.distributed.fsdp import fully_shard
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.verification import packed_batch
-from tests.examples import MANY
+from tests.examples import examples
 from tests.packed_parity import packed_attention_job, packed_model_job
 from tests.parity import GroupMesh, assert_parity, cpu_backend, randomise, tiny_config
 
+SLOW = pytest.mark.slow  # other sizes of what the rest shows
 TRANSPORTS = ["all_gather", "boundary"]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_a_layer_keeps_documents_apart(ranks, transport, ratio, size):
     documents = [[1, 300, 3, 130, 4, 129], [513, 54]]
@@ -33,9 +34,8 @@ def window_job(group, rank, ratio, documents, options, recompute, seed, spare, w
 
 
 @settings(
-    max_examples=150 if MANY else 60,
+    max_examples=examples(fixed=30, random=60, many=150),
     deadline=None,
-    derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
@@ -66,7 +66,7 @@ def test_any_documents_stay_apart(
     assert_parity(ranks.run(window_job, size, *arguments))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW)])
 @pytest.mark.parametrize("mtp_layers", [0, 2])
 def test_a_moe_model_keeps_documents_apart(ranks, size, mtp_layers):
     documents = [[70, 5, 140, 1], [216]]

@@ -6,14 +6,11 @@ What a release of AutoModel cannot do, or we cannot do there, is held to its err
 
 import inspect
 import json
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import yaml
 from nemo_automodel.components.moe import experts
 from nemo_automodel.recipes.llm import kd
 from safetensors.torch import load_file
@@ -24,7 +21,7 @@ from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
-from tests.processes import run_to_log
+from tests.processes import cpu_environment, on_ranks, run_to_log
 from tests.recipes import options
 
 ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
@@ -78,13 +75,8 @@ def launch(tmp_path_factory):
             recipe[section] = (known or {}) | values if isinstance(values, dict) else values
         recipe["checkpoint"]["checkpoint_dir"] = str(directory)
         recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        path = directory / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes), "-m", "nemo_automodel.cli.app", str(path)]
-        log = directory / "log"
-        root = str(Path(__file__).parents[1])
-        if run_to_log(command, log, cwd=directory, env=os.environ | {"PYTHONPATH": root}):
+        command, log = on_ranks(directory, recipe, processes), directory / "log"
+        if run_to_log(command, log, cwd=directory, env=cpu_environment()):
             raise Failed(log.read_text(errors="replace")[-10_000:])
         steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
         return Training(
@@ -204,12 +196,14 @@ def assert_same_steps(one: Training, other: Training, *, later: float = 1e-5) ->
         assert found[0] == pytest.approx(expected[0], abs=1e-5)
 
 
+@pytest.mark.slow  # tests/recipes trains the option alone
 @pytest.mark.capability("pipeline parallelism")
 def test_two_stages_at_cp_2_log_the_losses_and_norms_of_one(launch, trained):
     both = launch("stages_cp_2", 4, distributed=STAGES, step_scheduler=FEW_STEPS)
     assert_same_steps(both, trained[0])
 
 
+@pytest.mark.slow
 @pytest.mark.capability("pipeline parallelism")
 def test_two_stages_of_packed_rows_and_experts_on_either_rank_do_as_well(launch):
     changes = PACKED | {"step_scheduler": FEW_STEPS | {"max_steps": 2}}

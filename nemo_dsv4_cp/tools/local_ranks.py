@@ -15,8 +15,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,6 @@ def run(job: Callable[..., Any], ranks: int, *args: Any) -> Any:
     Raises:
         RankFailed: If a rank raised, or ended without a word.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     descriptor, file = tempfile.mkstemp(prefix="nemo-dsv4-cp-", suffix=".log")
     os.close(descriptor)
     log = Path(file)
@@ -81,20 +78,34 @@ def run(job: Callable[..., Any], ranks: int, *args: Any) -> Any:
     name = (job.__module__, job.__qualname__)
     # As bytes: what arguments import, with its warnings, comes after the log is there.
     packed = pickle.dumps(args)
-    started = spawn(_rank, (ranks, port, name, packed, log, answers), nprocs=ranks, join=False)
-    try:
-        result = _collect(started.processes, answers, log)
-    except RankFailed:
-        raise
-    except BaseException:
-        log.unlink()
-        raise
-    finally:
-        for process in started.processes:
-            process.kill()  # it may wait for the one that failed
-            process.join()
+    with _reserved_port() as port:
+        started = spawn(_rank, (ranks, port, name, packed, log, answers), nprocs=ranks, join=False)
+        try:
+            result = _collect(started.processes, answers, log)
+        except RankFailed:
+            raise
+        except BaseException:
+            log.unlink()
+            raise
+        finally:
+            for process in started.processes:
+                process.kill()  # it may wait for the one that failed
+                process.join()
     log.unlink()
     return result
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Bind a port that the system picks, and keep it bound but not listening.
+
+    The system gives a bound port to no other process. Rank 0's store can still listen on it, since
+    both sockets set SO_REUSEADDR and this one does not listen.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
 
 
 def _collect(processes: Sequence[Any], answers: Any, log: Path) -> Any:

@@ -15,7 +15,7 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import HAS_T
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from tests.examples import MANY
+from tests.examples import examples
 from tests.meshes import FakeMesh
 from tests.parity import assert_parity, attention_job, cpu_backend, randomise, tiny_config
 from tests.ranks import RankError
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.capability("attention layers, 1 to 8 ranks")
 ALL_GATHER = {"transport": "all_gather"}
 # AutoModel 0.5 chooses among entries of the future too, and then drops those.
 AUTOMODEL_CHOOSES_AMONG_ALL = "valid_end" not in inspect.getsource(DeepseekV4Indexer.forward)
+SLOW = pytest.mark.slow  # drawn cases cover these sizes, too
 TRANSPORTS = ["all_gather", "boundary"]
 
 
@@ -43,7 +44,7 @@ def tell_the_limit(record_property):
 
 @pytest.mark.usefixtures("tell_the_limit")
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize(("rows", "seq_len"), [(2, 777), (1, 1024)])
 def test_a_layer_equals_automodels_at_one_rank(ranks, transport, ratio, size, rows, seq_len):
@@ -52,7 +53,7 @@ def test_a_layer_equals_automodels_at_one_rank(ranks, transport, ratio, size, ro
 
 
 @pytest.mark.usefixtures("tell_the_limit")
-@pytest.mark.parametrize("size", [3, 5, 8])
+@pytest.mark.parametrize("size", [pytest.param(3, marks=SLOW), pytest.param(5, marks=SLOW), 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_odd_and_many_ranks_equal_automodels_layer(ranks, ratio, size):
     options = {"transport": "boundary", "balance": "on"}
@@ -61,9 +62,8 @@ def test_odd_and_many_ranks_equal_automodels_layer(ranks, ratio, size):
 
 # No shrinking: after a failed case the workers start anew, which takes seconds.
 @settings(
-    max_examples=300 if MANY else 100,
+    max_examples=examples(fixed=50, random=100, many=300),
     deadline=None,
-    derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

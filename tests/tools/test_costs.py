@@ -21,7 +21,11 @@ def last_rank(seq_len, cp_size, batch=1):
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize(
     ("path", "seq_len", "cp_size", "batch"),
-    [("boundary", 8192, 4, 1), ("boundary", 16384, 8, 2), ("all_gather", 16384, 8, 1)],
+    [
+        ("boundary", 8192, 4, 1),
+        pytest.param("boundary", 16384, 8, 2, marks=pytest.mark.slow),
+        ("all_gather", 16384, 8, 1),
+    ],
 )
 def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, ratio):
     weight = weigh(Case(path, ratio, seq_len, cp_size, cp_size - 1, batch, balance="off"))
@@ -34,7 +38,11 @@ def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, rat
 
 @pytest.mark.parametrize(
     ("path", "ratio"),
-    [("boundary", 0), ("boundary", 128), (AUTOMODEL, 4)],
+    [
+        pytest.param("boundary", 0, marks=pytest.mark.slow),
+        ("boundary", 128),
+        (AUTOMODEL, 4),
+    ],
 )
 def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
     weight = weigh(Case(path, ratio, 131072, 8, 4, balance="off"))

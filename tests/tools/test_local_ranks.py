@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from nemo_dsv4_cp.exchange.collectives import barrier, cp_size
+from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.local_ranks import RankFailed
 
@@ -55,3 +56,11 @@ def test_an_error_is_told_in_a_line_and_its_traceback_logged(capfd):
 def test_a_killed_rank_is_named_and_not_the_one_that_missed_it():
     with pytest.raises(RankFailed, match=r"rank 1 failed: its process ended with signal SIGKILL"):
         local_ranks.run(killed, 2)
+
+
+def test_no_other_socket_takes_the_port_before_the_store_listens():
+    with local_ranks._reserved_port() as port, socket.socket() as other:
+        with pytest.raises(OSError, match="Address already in use"):
+            other.bind(("127.0.0.1", port))
+        with process_group("gloo", rank=0, size=1, port=port) as group:
+            assert cp_size(group) == 1

@@ -142,7 +142,7 @@ def errors(run, exact, given):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU sums in an order of its own")
-@pytest.mark.parametrize("width", [64, 512])
+@pytest.mark.parametrize("width", [64, pytest.param(512, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_the_torch_path(dtype, width, bfloat16_products):
     generator = torch.Generator().manual_seed(0)

@@ -19,6 +19,7 @@ OPTIONS = {"kernels": "triton", "balance": "on"}
 RATIOS = [0, 4, 128]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3] if MANY else [2])
 def test_a_moe_model_equals_automodels_at_one_rank(ranks, size):
     arguments = (RATIOS, 1, 128 * size - 5, OPTIONS, False, 0, 24)
