@@ -54,3 +54,9 @@ def test_cached_downloads_depend_on_files_that_exist(workflow):
     assert cached
     for each in cached:
         assert all((ROOT / name).exists() for name in each["cache-dependency-path"].split())
+
+
+@pytest.mark.parametrize("page", [*WORKFLOWS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.stem)
+def test_make_targets_exist(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:run: |`)make ([\w-]+)", page.read_text())) <= set(targets)
