@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -131,6 +131,11 @@ class SequenceLayout:
         """Return the position of each local token in its document, int64 [B or 1, L]."""
         return self.positions(device)[None]
 
+    @property
+    def shard_starts(self) -> range:
+        """Positions of the ranks' first tokens."""
+        return range(0, self.seq_len, self.local_len)
+
     def shard(self, rank: int, *, before: int = 0) -> range:
         """Return the positions of ``rank``'s tokens, and of as many before them.
 
@@ -210,19 +215,39 @@ class SequenceLayout:
         """How many rows of the batch it tells apart; 1 where all are alike."""
         return 1
 
+    def entries_before(self, cuts: Sequence[int], ratio: int) -> list[int]:
+        """Return how many entries the queries before each of the ascending ``cuts`` see.
+
+        Query by query, in all ``rows``.
+        """
+        return entries_before(cuts, ratio)
+
     def entries_seen(self, span: range, ratio: int) -> int:
         """Return how many entries the queries at ``span`` see, query by query, in all ``rows``."""
-        return entries_seen(span, ratio)
+        before, after = self.entries_before((span.start, span.stop), ratio)
+        return after - before
 
 
 def entries_seen(span: range, ratio: int) -> int:
     """Return the sum of (i + 1) // ratio over the document positions i in ``span``."""
+    before, after = entries_before((span.start, span.stop), ratio)
+    return after - before
 
-    def before(end: int) -> int:
-        full, rest = divmod(end, ratio)
-        return ratio * full * (full - 1) // 2 + full * (rest + 1)
 
-    return before(span.stop) - before(span.start)
+def entries_before(ends: Iterable[int], ratio: int, begin: int = 0) -> list[int]:
+    """Return the sum of (i + 1) // ratio over the positions i of a document before each end.
+
+    With f = end // ratio, each w < f is seen by end - (w + 1) * ratio + 1 queries.
+
+    Args:
+        ends: Positions in the row.
+        ratio: Compress ratio.
+        begin: Where the document begins.
+    """
+    return [
+        (full := (end - begin) // ratio) * (2 * (end - begin) + 2 - ratio * (full + 1)) // 2
+        for end in ends
+    ]
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -12,12 +12,13 @@ shard length alone, which keeps shapes static; slots without a window hold one t
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
-from nemo_dsv4_cp.sequence.layout import SequenceLayout, Windows, entries_seen
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, Windows, entries_before
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,14 +126,23 @@ class PackedLayout(SequenceLayout):
         """How many rows of the batch it tells apart."""
         return len(self.bounds)
 
-    def entries_seen(self, span: range, ratio: int) -> int:
-        """Return how many entries the queries at ``span`` see, query by query, in all ``rows``."""
-        seen = 0
-        for bounds in self.bounds:
-            for place in range(bisect_right(bounds, span.start) - 1, len(bounds) - 1):
-                begin, end = bounds[place], bounds[place + 1]
-                if begin >= span.stop:
-                    break
-                inside = range(max(span.start, begin) - begin, min(span.stop, end) - begin)
-                seen += entries_seen(inside, ratio) if inside else 0
-        return seen
+    def entries_before(self, cuts: Sequence[int], ratio: int) -> list[int]:
+        """Return how many entries the queries before each of the ascending ``cuts`` see.
+
+        Query by query, in all ``rows``, from the first cut's document on.
+        """
+        rows = [self._entries_before(bounds, cuts, ratio) for bounds in self.bounds]
+        return rows[0] if len(rows) == 1 else list(map(sum, zip(*rows, strict=True)))
+
+    def _entries_before(self, bounds: Sequence[int], cuts: Sequence[int], ratio: int) -> list[int]:
+        """Return what the queries of one row see, document by document."""
+        before: list[int] = []
+        seen, place = 0, bisect_right(bounds, cuts[0], hi=len(bounds) - 1) - 1
+        for begin, end in pairwise(bounds[place:]):
+            ends = (*cuts[len(before) : bisect_right(cuts, end, lo=len(before))], end)
+            *inside, whole = entries_before(ends, ratio, begin)
+            before += [seen + count for count in inside]
+            seen += whole
+            if len(before) == len(cuts):
+                break
+        return before

@@ -17,9 +17,11 @@ Pure arithmetic on what every rank knows, so all ranks come to the same schedule
 
 from __future__ import annotations
 
-from bisect import insort
+import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, once_a_layout
@@ -169,35 +171,33 @@ def schedule_of(
 
 def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list[int]:
     """Return how many entries each rank's queries see, query by query."""
-    return [
-        sum(layout.entries_seen(run, ratio) for run in (*kept, *taken))
-        for kept, taken in zip(schedule.kept, schedule.taken, strict=True)
-    ]
+    ranks = [(*kept, *taken) for kept, taken in zip(schedule.kept, schedule.taken, strict=True)]
+    cuts = sorted({cut for runs in ranks for run in runs for cut in (run.start, run.stop)})
+    before = dict(zip(cuts, layout.entries_before(cuts, ratio), strict=True))
+    return [sum(before[run.stop] - before[run.start] for run in runs) for runs in ranks]
 
 
 def _by_blocks(layout: PackedLayout, ratio: int) -> Schedule:
     """Exchange blocks of equal length between ranks that see much and ranks that see little."""
-    ranks, length = range(layout.cp_size), layout.local_len
+    length = layout.local_len
     block = max(length // BLOCKS, 1)
-    own = [
-        [
-            range(begin, begin + block)
-            for begin in range(layout.shard(rank).start, layout.shard(rank).stop - block + 1, block)
-        ]
-        for rank in ranks
-    ]
-    # What does not fill a block stays.
-    rests = [range(own[rank][-1].stop, layout.shard(rank).stop) for rank in ranks]
+    count = length // block
+    # Where each shard's blocks begin and the last one ends; what follows it stays.
+    begins = [begin + block * i for begin in layout.shard_starts for i in range(count + 1)]
+    seen = layout.entries_before([*begins, layout.seq_len], ratio)
+    costs = [after - before for before, after in pairwise(seen)]
+    of_shard = [slice(k * (count + 1), (k + 1) * (count + 1)) for k in range(layout.cp_size)]
     holds = _spread(
-        [[(layout.entries_seen(run, ratio), run.start) for run in own[rank]] for rank in ranks],
-        [layout.entries_seen(rest, ratio) for rest in rests],
+        [list(zip(costs[part], begins[part], strict=True))[:-1] for part in of_shard],
+        [costs[part][-1] for part in of_shard],
     )
     kept, taken = [], []
-    for rank in ranks:
-        shard = layout.shard(rank)
-        mine = [range(begin, begin + block) for begin in sorted(holds[rank])]
-        kept.append(_joined([*(run for run in mine if run.start in shard), rests[rank]]))
-        taken.append(_joined([run for run in mine if run.start not in shard]))
+    for shard, mine in zip(layout.shard_starts, holds, strict=True):
+        mine.sort()
+        first, after = bisect_left(mine, shard), bisect_left(mine, shard + length)
+        rest = range(shard + count * block, shard + length)
+        kept.append(_runs(mine[first:after], block, rest))
+        taken.append(_runs(mine[:first] + mine[after:], block))
     return Schedule(tuple(kept), tuple(taken))
 
 
@@ -223,7 +223,7 @@ def _spread(blocks: Sequence[list[tuple[int, int]]], fixed: Sequence[int]) -> li
         given = _exchange(holds[heavy], holds[light], wanted)
         if not given:
             break
-        order = [each for each in order if each[1] not in (light, heavy)]
+        order = order[1:-1]
         insort(order, (least + given, light))
         insort(order, (most - given, heavy))
     return [[name for _, name in of_rank] for of_rank in holds]
@@ -239,14 +239,17 @@ def _exchange(heavy: list[tuple[int, int]], light: list[tuple[int, int]], wanted
     """
     given, dear, cheap = 0, len(heavy) - 1, 0
     exchanged: list[tuple[int, int]] = []
-    while dear >= 0 and cheap < len(light):
-        gain = heavy[dear][0] - light[cheap][0]
-        if gain <= 0:
+    # The first exchange may go beyond what is wanted, to less than twice as much.
+    most = math.ceil(2 * wanted) - 1
+    while cheap < len(light):
+        least, _ = light[cheap]
+        dear = min(dear, bisect_left(heavy, (least + most - given + 1,)) - 1)
+        if dear < 0 or heavy[dear][0] <= least:
             break
-        if given + gain <= wanted or (not given and gain < 2 * wanted):
-            exchanged.append((dear, cheap))
-            given, cheap = given + gain, cheap + 1
-        dear -= 1
+        exchanged.append((dear, cheap))
+        given += heavy[dear][0] - least
+        most = math.floor(wanted)
+        dear, cheap = dear - 1, cheap + 1
     for dear, cheap in exchanged:
         heavy[dear], light[cheap] = light[cheap], heavy[dear]
     heavy.sort()
@@ -254,12 +257,11 @@ def _exchange(heavy: list[tuple[int, int]], light: list[tuple[int, int]], wanted
     return given
 
 
-def _joined(runs: Sequence[range]) -> Runs:
-    """Return ascending runs with those that touch made one."""
-    joined: list[range] = []
-    for run in runs:
-        if joined and joined[-1].stop == run.start:
-            joined[-1] = range(joined[-1].start, run.stop)
-        elif run:
-            joined.append(run)
-    return tuple(joined)
+def _runs(begins: Sequence[int], block: int, rest: range = range(0)) -> Runs:
+    """Return ascending blocks, and what follows them, with those that touch made one run."""
+    starts = [*begins, rest.start] if rest else begins
+    if not starts:
+        return ()
+    cuts = [(a + block, b) for a, b in pairwise(starts) if a + block != b]
+    end = rest.stop if rest else starts[-1] + block
+    return tuple(map(range, [starts[0], *(b for _, b in cuts)], [*(a for a, _ in cuts), end]))

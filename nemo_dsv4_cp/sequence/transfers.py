@@ -86,19 +86,27 @@ def transfers(
         rank: Whose part.
     """
     senders = _Rows(sent)
-    answers = [
-        tuple(_pieces(asked, _Rows([mine]), senders))
-        for asked, mine in zip(wanted, own, strict=True)
-    ]
+    pieces = tuple(_pieces(wanted[rank], _Rows([own[rank]]), senders))
+    mine = _Rows([sent[rank]])
     asked_of_me = {
-        reader: tuple(piece.rows for piece in answer if piece.source == rank)
-        for reader, answer in enumerate(answers)
+        reader: tuple(
+            piece.rows
+            for piece in _pieces(asked, _Rows([own[reader]]), mine)
+            if piece.source is not None
+        )
+        for reader, runs in enumerate(wanted)
+        if (asked := mine.among(runs))
     }
     return Transfers(
         wanted=wanted[rank],
-        pieces=answers[rank],
+        pieces=pieces,
         sent={reader: parts for reader, parts in asked_of_me.items() if parts},
-        any_moves=any(piece.source is not None for answer in answers for piece in answer),
+        any_moves=any(
+            piece.source is not None
+            # The first rank that lacks a row decides: most often the first or the second.
+            for runs, has in zip(wanted, own, strict=True)
+            for piece in _pieces(runs, _Rows([has]), senders)
+        ),
     )
 
 
@@ -126,6 +134,15 @@ class _Rows:
         """Return the first token beyond a missing one that has a row."""
         place = self._begun_by(token)
         return self._runs[place][0] if place < len(self._runs) else None
+
+    def among(self, runs: Runs) -> Runs:
+        """Return the tokens of ``runs`` that have a row, in their order."""
+        return tuple(
+            range(max(run.start, start), min(run.stop, stop))
+            for run in runs
+            for start, stop, _, _ in self._runs
+            if start < run.stop and run.start < stop
+        )
 
     def _begun_by(self, token: int) -> int:
         """Return how many runs begin at a token or before; no bisect, which no compiler traces."""
