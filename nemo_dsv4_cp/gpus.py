@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
-"""Dense bfloat16 products a second, times 1e12, of GPUs by a word of their name (data sheets)."""
-
 PRODUCT_SHARE = 0.7
 """What matrix products get of a peak: an H200's large bfloat16 ones about 790 of 989 TFLOP/s,
 experts' and other thin ones less."""
@@ -103,10 +100,10 @@ class Gpu:
 
 
 _SXM = (
-    Gpu("a100", 80, PEAK_TFLOPS["A100"], 19.5, kernel_share=0.4, nvlink_gbs=300, network_gbs=25),
-    Gpu("h100", 80, PEAK_TFLOPS["H100"], 67, kernel_share=0.4, nvlink_gbs=450),
-    Gpu("h200", 140, PEAK_TFLOPS["H200"], 67, kernel_share=0.4, nvlink_gbs=450),
-    Gpu("b200", 179, PEAK_TFLOPS["B200"], 75, kernel_share=0.3, nvlink_gbs=900),
+    Gpu("a100", 80, 312, 19.5, kernel_share=0.4, nvlink_gbs=300, network_gbs=25),
+    Gpu("h100", 80, 989, 67, kernel_share=0.4, nvlink_gbs=450),
+    Gpu("h200", 140, 989, 67, kernel_share=0.4, nvlink_gbs=450),
+    Gpu("b200", 179, 2250, 75, kernel_share=0.3, nvlink_gbs=900),
 )
 
 GPUS = {gpu.name: gpu for gpu in _SXM}
@@ -119,9 +116,12 @@ ASSUMED = GPUS["h100"]
 """Whose rates stand in for a GPU that the table lacks, and for a CPU."""
 
 
+def known_gpu() -> Gpu | None:
+    """Return the entry of this process's current CUDA device, None if there is none."""
+    device = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((gpu for name, gpu in GPUS.items() if name in device), None)
+
+
 def gpu_here() -> Gpu:
     """Return the entry of this process's current CUDA device, or :data:`ASSUMED`."""
-    if not torch.cuda.is_available():
-        return ASSUMED
-    words = torch.cuda.get_device_name().lower().replace("-", " ").split()
-    return next((gpu for name, gpu in GPUS.items() if name in words), ASSUMED)
+    return known_gpu() or ASSUMED

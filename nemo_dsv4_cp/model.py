@@ -163,7 +163,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             Ids, positions and targets [B, S] a depth. None crosses from a document into the next.
 
         Raises:
-            NotImplementedError: If AutoModel's recipes do not ask for it (before 0.7).
+            NotImplementedError: Before AutoModel 0.7, whose recipes are the first to call it.
         """
         documents = {"seq_idx": token_documents(batch)} if is_packed(batch) else {}
         return shifted_inputs(

@@ -65,7 +65,7 @@ def on_ranks(directory: Path, recipe: dict[str, Any], processes: int, *program: 
         directory: Receives ``recipe.yaml``.
         recipe: What the program is called with.
         processes: How many ranks.
-        program: What runs on each rank, AutoModel's command line if not told.
+        program: What runs on each rank, AutoModel's command line by default.
     """
     path = directory / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))

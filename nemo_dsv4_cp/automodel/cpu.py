@@ -77,8 +77,8 @@ def lift_cuda_assumptions() -> None:
         cuda=_Overlay(torch.cuda, current_device=lambda: torch.device("cpu")),
     )
     patches.replace(auto_model, "torch", on_cpu)
-    # models/deepseek_v4/model.py initialises on the current CUDA device when it is told no other;
-    # our own class tells it, AutoModel's model (context_parallel.enabled: false) is not told.
+    # models/deepseek_v4/model.py initialises on the current CUDA device unless it gets another;
+    # our class passes one, and AutoModel's model (context_parallel.enabled: false) gets none.
     initialised_on_cpu = _Overlay(
         torch,
         device=lambda *_: torch.device("cpu"),

@@ -34,7 +34,7 @@ _BLOCKS_PASS_KEYWORDS = inspect.getsource(DeepseekV4Block.forward).count("**attn
 _HASH_GATES_ARE_FORGOTTEN = (
     "buffer_device" in inspect.signature(DeepseekV4HashGate.init_weights).parameters
 )
-"""Whether AutoModel initialises no hash gates (0.5, told by the arguments of the time)."""
+"""Whether AutoModel initialises no hash gates (0.5, recognized by its arguments)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_dsv4_cp.gpus import PEAK_TFLOPS
+from nemo_dsv4_cp.gpus import known_gpu
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
@@ -46,8 +46,8 @@ class OperationTime:
 
 def peak_tflops() -> float | None:
     """Return what this GPU could do, None without one that is known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for word, peak in PEAK_TFLOPS.items() if word in name), None)
+    gpu = known_gpu()
+    return None if gpu is None else gpu.tflops
 
 
 def time_operations(

@@ -265,7 +265,7 @@ def weigh(case: Case) -> Weight:
             )
 
 
-# AutoModel's kernels as operations that are weighed and never run. One launch a kernel: that the
+# AutoModel's kernels as operations that are profiled and never run. One launch a kernel: that the
 # AutoModel takes 16 heads at a time, and copies them before and after, is not counted.
 
 

@@ -14,7 +14,7 @@ from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
 
 
 def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
-    """Return where the documents of rows that are not to be changed start, no host sync.
+    """Return where documents start in rows that stay as they are, without waiting for the device.
 
     Padding counts with the document before it, as in AutoModel; what follows the last is a document
     of its own.

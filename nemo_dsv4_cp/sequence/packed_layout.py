@@ -41,7 +41,7 @@ class PackedLayout(SequenceLayout):
     def of_documents(
         cls, document_starts: torch.Tensor, local_len: int, *, cp_rank: int, cp_size: int
     ) -> PackedLayout:
-        """Lay documents out over shards of ``local_len`` tokens; copies the starts to AutoModel."""
+        """Lay documents out over shards of ``local_len`` tokens; copies the starts to the CPU."""
         seq_len = local_len * cp_size
         bounds = tuple((*row, seq_len) for row in document_starts.tolist())
         return cls(local_len, cp_rank, cp_size, document_starts, bounds)

@@ -90,7 +90,7 @@ def named(thing: torch.dtype | torch.layout) -> str:
 
 
 def documents_as_told(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list[Document]]:
-    """Read ``seq_lens`` as AutoModel does, who mends what :func:`documents_of` refuses.
+    """Read ``seq_lens`` as AutoModel does, which corrects what :func:`documents_of` refuses.
 
     Negative lengths count as 0, documents of no token keep their number, a padded length is at
     least the real one, and lengths of rows that the batch lacks are left unread.
@@ -116,7 +116,7 @@ def documents_as_told(batch: Mapping[str, Any], rows: int, seq_len: int) -> list
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a value holds whole numbers that are there to read."""
+    """Whether a value holds integers that are there to read."""
     return (
         isinstance(value, torch.Tensor)
         and not (value.is_nested or value.is_floating_point() or value.is_complex())

@@ -9,6 +9,7 @@ is such a question, and so are the rows of queries that a schedule gave to anoth
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,13 +98,13 @@ def transfers(
         for reader, runs in enumerate(wanted)
         if (asked := mine.among(runs))
     }
+    # Of `any_moves` the first rank that lacks a row decides: most often the first or the second.
     return Transfers(
         wanted=wanted[rank],
         pieces=pieces,
         sent={reader: parts for reader, parts in asked_of_me.items() if parts},
         any_moves=any(
             piece.source is not None
-            # The first rank that lacks a row decides: most often the first or the second.
             for runs, has in zip(wanted, own, strict=True)
             for piece in _pieces(runs, _Rows([has]), senders)
         ),
@@ -145,15 +146,8 @@ class _Rows:
         )
 
     def _begun_by(self, token: int) -> int:
-        """Return how many runs begin at a token or before; no bisect, which no compiler traces."""
-        low, high = 0, len(self._runs)
-        while low < high:
-            middle = (low + high) // 2
-            if self._runs[middle][0] > token:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        """Return how many runs begin at a token or before."""
+        return bisect_right(self._runs, token, key=lambda run: run[0])
 
 
 def _pieces(wanted: Runs, own: _Rows, senders: _Rows) -> Iterator[Piece]:
