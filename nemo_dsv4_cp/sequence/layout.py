@@ -244,10 +244,12 @@ def entries_before(ends: Iterable[int], ratio: int, begin: int = 0) -> list[int]
         ratio: Compress ratio.
         begin: Where the document begins.
     """
-    return [
-        (full := (end - begin) // ratio) * (2 * (end - begin) + 2 - ratio * (full + 1)) // 2
-        for end in ends
-    ]
+
+    def before(end: int) -> int:
+        full = end // ratio
+        return full * (2 * end + 2 - ratio * (full + 1)) // 2
+
+    return [before(end - begin) for end in ends]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
