@@ -58,18 +58,18 @@ def mesh_rank(cp_mesh: Any) -> int:
     return int(getattr(cp_mesh, "get_local_rank", int)())
 
 
-def start_all_gather(every: torch.Tensor, shard: torch.Tensor, group: Group) -> Work:
-    """Begin to fill ``every`` [R, *shape] with the ranks' shards [*shape]."""
-    started: Work = all_gather_single(
-        every.flatten(0, 1), shard.contiguous(), group=group, async_op=True
-    )
-    return started
+def start_all_gather(shard: torch.Tensor, group: Group) -> tuple[Work, torch.Tensor]:
+    """Begin to gather the ranks' shards [*shape]: the work, and what it fills, [R, *shape]."""
+    every = shard.new_empty(dist.get_world_size(group), *shard.shape)
+    work = all_gather_single(every.flatten(0, 1), shard.contiguous(), group=group, async_op=True)
+    return work, every
 
 
-def start_reduce_scatter(own: torch.Tensor, every: torch.Tensor, group: Group) -> Work:
-    """Begin to fill ``own`` [*shape] with the sum over the ranks of their ``every`` [R, *shape]."""
-    started: Work = reduce_scatter_single(own, every.flatten(0, 1), group=group, async_op=True)
-    return started
+def start_reduce_scatter(every: torch.Tensor, group: Group) -> tuple[Work, torch.Tensor]:
+    """Begin to sum the ranks' ``every`` [R, *shape]: the work, and what it fills, [*shape]."""
+    own = torch.empty_like(every[0])
+    work = reduce_scatter_single(own, every.flatten(0, 1), group=group, async_op=True)
+    return work, own
 
 
 def start_all_to_all(
@@ -101,8 +101,8 @@ def all_gather_metadata(tensor: torch.Tensor, *, dim: int, cp_group: Group | Non
     """
     if cp_group is None or not cp_enabled(cp_group):
         return tensor
-    every = tensor.new_empty(dist.get_world_size(cp_group), *tensor.shape)
-    start_all_gather(every, tensor, cp_group).wait()
+    work, every = start_all_gather(tensor, cp_group)
+    work.wait()
     return concatenated(every, dim % tensor.dim())
 
 

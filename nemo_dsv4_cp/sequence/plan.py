@@ -64,8 +64,7 @@ class AttentionPlan:
 
     def _visible_ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
-        first = layout.first_keys(positions)
-        inside = positions[None] if first is None else positions - first
+        inside = positions - layout.documents_at(positions)[0]
         own = concatenated(self._rows_of_own(), device)
         begin = own - inside.clamp(max=self.window - 1)
         if self.ratio:

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, once_a_layout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.queries import Runs
 
 BLOCKS = 32
@@ -113,14 +112,12 @@ class Schedule:
         return any(self.taken)
 
 
-@once_a_layout
 def contiguous(layout: SequenceLayout) -> Schedule:
     """Let every rank compute the queries of its own shard."""
     ranks = range(layout.cp_size)
     return Schedule(tuple((layout.shard(rank),) for rank in ranks), ((),) * layout.cp_size)
 
 
-@once_a_layout
 def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
     """Let every rank's queries see about as many entries.
 
@@ -128,7 +125,7 @@ def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
         layout: Positions; any rank's.
         ratio: Compress ratio of the layer.
     """
-    if isinstance(layout, PackedLayout):
+    if layout.packed:
         return _by_blocks(layout, ratio)
     halves, last = [], layout.cp_size - 1
     for rank in range(layout.cp_size):
@@ -141,7 +138,6 @@ def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
     )
 
 
-@once_a_layout
 def schedule_of(
     layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost, rates: _Rates
 ) -> Schedule:
@@ -177,7 +173,7 @@ def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list
     return [sum(before[run.stop] - before[run.start] for run in runs) for runs in ranks]
 
 
-def _by_blocks(layout: PackedLayout, ratio: int) -> Schedule:
+def _by_blocks(layout: SequenceLayout, ratio: int) -> Schedule:
     """Exchange blocks of equal length between ranks that see much and ranks that see little."""
     length = layout.local_len
     block = max(length // BLOCKS, 1)

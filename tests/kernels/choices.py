@@ -5,7 +5,6 @@ import torch
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.queries import Queries
 
 WORKSPACES = [1, 3_000, 1 << 20]
@@ -21,7 +20,7 @@ def layouts(draw, batch):
     rows = [sorted(draw(st.sets(st.integers(1, total), max_size=3)) | {0}) for _ in range(batch)]
     longest = max(map(len, rows))
     starts = torch.tensor([row + [total] * (longest - len(row)) for row in rows])
-    return PackedLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
+    return SequenceLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
 
 
 def queries_of(draw, batch):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import (
     QueryCost,
     balanced,
@@ -27,7 +26,7 @@ FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 
 
 def packed(starts, local_len, cp_size):
-    return PackedLayout.of_documents(torch.tensor(starts), local_len, cp_rank=0, cp_size=cp_size)
+    return SequenceLayout.of_documents(torch.tensor(starts), local_len, cp_rank=0, cp_size=cp_size)
 
 
 def largest_over_mean(layout, schedule, ratio):
