@@ -20,7 +20,7 @@ from nemo_dsv4_cp.sequence.windows import Windows
 
 
 def window_features(
-    module: Any, hidden_BLE: torch.Tensor, *, name: str, overlaps: bool
+    module: Any, hidden_BLE: torch.Tensor, *, overlaps: bool, name: str = ""
 ) -> dict[str, torch.Tensor]:
     """Project tokens to what pooling needs: values and gate logits, float32.
 
@@ -49,10 +49,11 @@ def pool_windows(
     module: Any,
     rows: Mapping[str, torch.Tensor],
     windows: Windows,
-    name: str,
     rope: Rope,
     dtype: torch.dtype,
     kernels: Kernels,
+    *,
+    name: str = "",
 ) -> torch.Tensor:
     """Pool this rank's windows into entries: softmax-gated sum, RMSNorm, rotary at w * r.
 

@@ -15,7 +15,12 @@ from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attent
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
-from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
+from nemo_dsv4_cp.attention.indexer import (
+    head_weights,
+    index_features,
+    index_queries,
+    pool_index_keys,
+)
 from nemo_dsv4_cp.attention.recompute import KeptIndices, unseen_by_checkpointing
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
 from nemo_dsv4_cp.automodel.deepseek_v4 import (
@@ -174,21 +179,23 @@ class ContextParallelAttention(DeepseekV4Attention):
         index queries, the all-gather of index keys behind the other projection, that of entries
         behind top-k selection.
         """
+        assert plan.windows is not None
         indices = self._indices.recall(rope[0]) if self._indices else None
-        select = self.kind.has_indexer and indices is None
+        select, indexer = self.kind.has_indexer and indices is None, self.compressor.indexer
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         moving = {"keys": keys, **self._features(hidden, index=select)}
         fetched = transport.fetch(moving, plan.moves)
 
         low = self.q_norm(self.wq_a(hidden))
-        weights = self._head_weights(hidden) if select else None
+        weights = head_weights(indexer, hidden) if select else None
         queries = _Queries(plan.local, low, rope, weights)
-        q_index = self._project_index(queries) if select else None
+        q_index = index_queries(indexer, low) if select else None
         rows = fetched.wait()
+        to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
         index_keys = None
         if select:
-            index_keys = transport.gather(self._index_keys(rows, plan, of_windows, hidden.dtype))
-        entries = transport.gather(self._entries(rows, plan, of_windows, hidden.dtype))
+            index_keys = transport.gather(pool_index_keys(indexer, *to_pool))
+        entries = transport.gather(pool_windows(self.compressor, *to_pool))
 
         q = self._project(queries)
         if index_keys is not None:
@@ -212,12 +219,12 @@ class ContextParallelAttention(DeepseekV4Attention):
         local queries, the all-gather of index keys behind those of remote ones, that of entries
         behind top-k selection, and the return of remote outputs behind local attention.
         """
-        assert plan.remote is not None
+        assert plan.remote is not None and plan.windows is not None
         indices = self._indices.recall(rope[0]) if self._indices else None
-        select = self.kind.has_indexer and indices is None
+        select, indexer = self.kind.has_indexer and indices is None, self.compressor.indexer
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         low, (cos, sin) = self.q_norm(self.wq_a(hidden)), rope
-        weights = self._head_weights(hidden) if select else None
+        weights = head_weights(indexer, hidden) if select else None
         moving = {"keys": keys, "remote_low": low, "remote_cos": cos, "remote_sin": sin}
         if weights is not None:
             moving["remote_weights"] = weights
@@ -231,13 +238,14 @@ class ContextParallelAttention(DeepseekV4Attention):
             (take(cos, own), take(sin, own)),
             None if weights is None else take(weights, own),
         )
-        q_index = self._project_index(local) if select else None
+        q_index = index_queries(indexer, local.low_BCA) if select else None
         q = self._project(local)
         rows = fetched.wait()
+        to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
         index_keys = None
         if select:
-            index_keys = transport.gather(self._index_keys(rows, plan, of_windows, hidden.dtype))
-        entries = transport.gather(self._entries(rows, plan, of_windows, hidden.dtype))
+            index_keys = transport.gather(pool_index_keys(indexer, *to_pool))
+        entries = transport.gather(pool_windows(self.compressor, *to_pool))
 
         remote = _Queries(
             plan.remote,
@@ -245,7 +253,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             (rows["remote_cos"], rows["remote_sin"]),
             rows.get("remote_weights"),
         )
-        remote_q_index = self._project_index(remote) if select else None
+        remote_q_index = index_queries(indexer, remote.low_BCA) if select else None
         remote_q = self._project(remote)
         if index_keys is not None:
             of_all = plan.in_order(index_keys.wait())
@@ -264,43 +272,17 @@ class ContextParallelAttention(DeepseekV4Attention):
 
     def _features(self, hidden: torch.Tensor, *, index: bool) -> dict[str, torch.Tensor]:
         """Project tokens to what windows pool: for index keys where ``index``, and for entries."""
-        overlaps, features = self.kind.overlaps, {}
+        compressor, overlaps = self.compressor, self.kind.overlaps
+        features = window_features(compressor, hidden, overlaps=overlaps)
         if index:
-            with torch.no_grad(), unseen_by_checkpointing():
-                indexer = self.compressor.indexer
-                features = window_features(indexer, hidden, name="index_", overlaps=overlaps)
-        return features | window_features(self.compressor, hidden, name="", overlaps=overlaps)
-
-    def _entries(
-        self, rows: dict[str, torch.Tensor], plan: LayerPlan, rope: Rope, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Pool this rank's entries, [B, n, D]."""
-        assert plan.windows is not None
-        args = rows, plan.windows, "", rope, dtype, self._kernels
-        return pool_windows(self.compressor, *args)
-
-    def _index_keys(
-        self, rows: dict[str, torch.Tensor], plan: LayerPlan, rope: Rope, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Pool this rank's index keys, [B, n, F]: without gradient, for indices come of them."""
-        assert plan.windows is not None
-        args = rows, plan.windows, "index_", rope, dtype, self._kernels
-        with torch.no_grad(), unseen_by_checkpointing():
-            return pool_windows(self.compressor.indexer, *args)
-
-    def _head_weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), unseen_by_checkpointing():
-            return head_weights(self.compressor.indexer, hidden)
+            features |= index_features(compressor.indexer, hidden, overlaps=overlaps)
+        return features
 
     def _project(self, queries: _Queries) -> torch.Tensor:
         """Return queries [B, C, N, D] before norm and rotary."""
         q = self.wq_b(queries.low_BCA)
         heads: torch.Tensor = q.unflatten(-1, (self.num_heads, self.head_dim))
         return heads
-
-    def _project_index(self, queries: _Queries) -> torch.Tensor:
-        with torch.no_grad(), unseen_by_checkpointing():
-            return index_queries(self.compressor.indexer, queries.low_BCA)
 
     def _select(
         self, queries: _Queries, q_index: torch.Tensor | None, index_keys: torch.Tensor
