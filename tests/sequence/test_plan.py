@@ -13,9 +13,8 @@ CPU = torch.device("cpu")
 
 def documents_of(layout, batch):
     """Return the number of each token's document, [B, S]."""
-    bounds = getattr(layout, "bounds", ((0, layout.seq_len),) * batch)
-    ends = torch.tensor(bounds)[:, 1:]
-    return torch.searchsorted(ends, torch.arange(layout.seq_len).expand(batch, -1), right=True)
+    ends = torch.tensor(layout.bounds)[:, 1:].expand(batch, -1).contiguous()
+    return torch.searchsorted(ends, torch.arange(layout.seq_len).repeat(batch, 1), right=True)
 
 
 @settings(max_examples=150)
