@@ -25,7 +25,6 @@ from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries, Runs
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
 from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, contiguous, schedule_of
-from nemo_dsv4_cp.sequence.transfers import transfers
 from nemo_dsv4_cp.sequence.windows import WindowRows
 
 STEP_KEY = "cp_step"
@@ -154,7 +153,7 @@ class StepContext:
         shards = tuple((layout.shard(r),) for r in range(ranks))
 
         def fetched(wanted: tuple[Runs, ...]) -> RowPlan:
-            return RowPlan.of(transfers(wanted, shards, shards, rank=rank), ranks, device)
+            return RowPlan.of(wanted, shards, rank=rank, device=device)
 
         def keys(runs: Runs) -> Runs:
             return raw_tokens(runs, kind.window)
@@ -165,11 +164,11 @@ class StepContext:
         def queries(runs: Runs) -> AttentionPlan:
             plan = AttentionPlan(Queries(layout, runs), kind.window, kind.ratio)
             if runs:
-                plan.sight(device)  # kept with it, for every layer
+                plan.visible_ranges(device)  # kept with it, for every layer
             return plan
 
-        of_remote = [keys(runs) for runs in schedule.taken]
-        of_local = [keys(runs) for runs in schedule.kept]
+        of_remote = [keys(runs) for runs in schedule.remote]
+        of_local = [keys(runs) for runs in schedule.local]
         moves = {"keys": fetched(tuple(a + b for a, b in zip(of_remote, of_local, strict=True)))}
         windows = entry_order = remote = returned = None
         if kind.ratio:
@@ -180,12 +179,11 @@ class StepContext:
             if kind.overlaps:
                 moves["overlap"] = moves["index_overlap"] = before(kind.ratio + straddling)
         if schedule.moves:
-            remote = QueryRows(queries(schedule.taken[rank]))
+            remote = QueryRows(queries(schedule.remote[rank]))
             of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
-            moves |= dict.fromkeys(of_queries, fetched(schedule.taken))
-            back = transfers(shards, schedule.kept, schedule.taken, rank=rank)
-            returned = RowPlan.of(back, ranks, device)
-        kept = schedule.kept[rank]
-        local = QueryRows(queries(kept), rows_of(kept, layout.start, device))
+            moves |= dict.fromkeys(of_queries, fetched(schedule.remote))
+            returned = RowPlan.of(shards, schedule.local, schedule.remote, rank=rank, device=device)
+        runs = schedule.local[rank]
+        local = QueryRows(queries(runs), rows_of(runs, layout.start, device))
         n_keys = tuple(sum(map(len, runs)) for runs in (of_remote[rank], of_local[rank]))
         return LayerPlan(local, remote, moves, n_keys, returned, windows, entry_order)
