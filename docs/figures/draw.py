@@ -88,7 +88,7 @@ def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
     first, stop = layout.visible_entries(positions, 4)
     seen = (stop - first)[0]
     for rank, colour in enumerate(RANKS):
-        for run in (*schedule.kept[rank], *schedule.taken[rank]):
+        for run in (*schedule.local[rank], *schedule.remote[rank]):
             inside = (positions >= run.start) & (positions < run.stop)
             x = [*positions[inside].tolist(), run.stop]
             y = [*seen[inside].tolist(), seen[inside][-1].item()]

@@ -26,7 +26,6 @@ from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries, Runs
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
 from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, contiguous, schedule_of
-from nemo_dsv4_cp.sequence.transfers import transfers
 from nemo_dsv4_cp.sequence.windows import Windows, straddling
 
 STEP_KEY = "cp_step"
@@ -165,7 +164,7 @@ class StepContext:
         shards = tuple((layout.shard(r),) for r in range(ranks))
 
         def fetched(wanted: tuple[Runs, ...]) -> RowPlan:
-            return RowPlan.of(transfers(wanted, shards, shards, rank=rank), ranks, device)
+            return RowPlan.of(wanted, shards, rank=rank, device=device)
 
         def keys(runs: Runs) -> Runs:
             return raw_tokens(runs, kind.window)
@@ -176,11 +175,11 @@ class StepContext:
         def queries(runs: Runs) -> AttentionPlan:
             plan = AttentionPlan(Queries(layout, runs), kind.window, kind.ratio)
             if runs:
-                plan.sight(device)  # stays with it, for every layer
+                plan.visible_ranges(device)  # stays with it, for every layer
             return plan
 
-        of_remote = [keys(runs) for runs in schedule.taken]
-        of_local = [keys(runs) for runs in schedule.kept]
+        of_remote = [keys(runs) for runs in schedule.remote]
+        of_local = [keys(runs) for runs in schedule.local]
         moves = {"keys": fetched(tuple(a + b for a, b in zip(of_remote, of_local, strict=True)))}
         windows = entry_order = remote = None
         if kind.ratio:
@@ -191,17 +190,17 @@ class StepContext:
             if kind.overlaps:
                 moves["overlap"] = moves["index_overlap"] = before(kind.ratio + inside)
         if schedule.moves:
-            remote = queries(schedule.taken[rank])
+            remote = queries(schedule.remote[rank])
             of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
-            moves |= dict.fromkeys(of_queries, fetched(schedule.taken))
-        back = transfers(shards, schedule.kept, schedule.taken, rank=rank)
+            moves |= dict.fromkeys(of_queries, fetched(schedule.remote))
+        own = schedule.local[rank]
         return LayerPlan(
-            local=queries(schedule.kept[rank]),
-            local_rows=rows_of(schedule.kept[rank], layout.start, device),
+            local=queries(own),
+            local_rows=rows_of(own, layout.start, device),
             remote=remote,
             moves=moves,
             n_keys=tuple(sum(map(len, runs)) for runs in (of_remote[rank], of_local[rank])),
-            returned=RowPlan.of(back, ranks, device),
+            returned=RowPlan.of(shards, schedule.local, schedule.remote, rank=rank, device=device),
             windows=windows,
             entry_order=entry_order,
         )

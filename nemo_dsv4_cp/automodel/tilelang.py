@@ -125,7 +125,7 @@ def key_indices(
         number of entries that the queries see between them.
     """
     (batch, raw_count), device = raw_BTD.shape[:2], raw_BTD.device
-    sight = plan.sight(device)
+    sight = plan.visible_ranges(device)
     raw_first, raw_last, entry_first, entry_stop = sight[..., None, :].unbind(-1)
     window = raw_last - torch.arange(plan.window - 1, -1, -1, device=device)
     raw = torch.where(window < raw_first, NOTHING, window)

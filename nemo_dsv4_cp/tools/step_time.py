@@ -179,7 +179,7 @@ def layer_time(
     shard = shard_work(sizes, ratio, shape.layout.local_len)
     queries = [
         (query_work(sizes, ratio, kept), query_work(sizes, ratio, taken))
-        for kept, taken in zip(schedule.kept, schedule.taken, strict=True)
+        for kept, taken in zip(schedule.local, schedule.remote, strict=True)
     ]
     communicating = own = 0.0
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank

@@ -201,8 +201,8 @@ def layer_work(
         tokens: L, tokens in its shard.
     """
     return LayerWork(
-        kept=query_work(sizes, ratio, schedule.kept[rank]),
-        taken=query_work(sizes, ratio, schedule.taken[rank]),
+        kept=query_work(sizes, ratio, schedule.local[rank]),
+        taken=query_work(sizes, ratio, schedule.remote[rank]),
         shard=shard_work(sizes, ratio, tokens),
     )
 
@@ -223,5 +223,5 @@ def work_of_ranks(sizes: ModelSizes, schedules: Mapping[int, Schedule], tokens: 
             n * layer_work(sizes, ratio, schedules[ratio], rank, tokens).total
             for ratio, n in layers.items()
         )
-        for rank in range(len(next(iter(schedules.values())).kept))
+        for rank in range(len(next(iter(schedules.values())).local))
     ]

@@ -64,8 +64,8 @@ def test_queries_are_counted_where_they_are_computed(ratio, shared):
     schedule = balanced(LAYOUT, ratio) if shared else contiguous(LAYOUT)
     for rank in range(4):
         counted = work.layer_work(ODD, ratio, schedule, rank, 256)
-        kept = [i for run in schedule.kept[rank] for i in run]
-        taken = [i for run in schedule.taken[rank] for i in run]
+        kept = [i for run in schedule.local[rank] for i in run]
+        taken = [i for run in schedule.remote[rank] for i in run]
         assert counted.kept == by_hand(ratio, kept)
         assert counted.taken == by_hand(ratio, taken)
         assert len(taken) == (128 if shared else 0)

@@ -123,7 +123,7 @@ class _SparseAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        sight = plan.sight(q.device)
+        sight = plan.visible_ranges(q.device)
         for chunk in _chunks(plan, q, chosen, workspace_bytes):
             keys = _ChunkKeys(plan, chunk, sight, raw, entries, chosen)
             scores = keys.scores(q[:, chunk], scale)

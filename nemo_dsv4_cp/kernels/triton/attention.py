@@ -70,7 +70,7 @@ def attend_op(
         chosen: Int32 [B, L, K], -1 in unused slots, which come last; None for all past entries.
         cos: [B, L, r].
         sin: [B, L, r].
-        sight: Int32 [B or 1, L, 4] of :meth:`AttentionPlan.sight`.
+        sight: Int32 [B or 1, L, 4] of :meth:`AttentionPlan.visible_ranges`.
         chunks: Of :func:`backward_chunks`.
         window: W.
         scale: Score multiplier.
@@ -298,7 +298,7 @@ def attend(
         None if chosen_BLK is None else chosen_BLK.contiguous(),
         cos,
         sin,
-        plan.sight(q_BLND.device),
+        plan.visible_ranges(q_BLND.device),
         chunks,
         plan.window,
         scale,
