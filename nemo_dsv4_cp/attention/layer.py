@@ -26,7 +26,14 @@ from nemo_dsv4_cp.automodel.deepseek_v4 import (
     make_norms_uniform,
 )
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
-from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Kernels,
+    Rope,
+)
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.row_plan import take
 
@@ -337,13 +344,9 @@ class ContextParallelAttention(DeepseekV4Attention):
         if not len(queries.rows):
             return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
         assert q_index is not None and queries.weights_BCI is not None
-        return self._kernels.choose_entries(
-            q_index,
-            queries.weights_BCI,
+        return self._kernels.select_entries(
+            IndexQueries(q_index, queries.weights_BCI, queries.rope, queries.rows.attention),
             index_keys,
-            queries.rope,
-            queries=queries.rows.attention.queries,
-            ratio=self.kind.ratio,
             topk=self.compressor.indexer.index_topk,
         )
 
@@ -360,16 +363,9 @@ class ContextParallelAttention(DeepseekV4Attention):
         if len(queries.rows):
             # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
             grouped = self._kernels.attend(
-                q,
-                raw_keys,
-                entries,
-                self.sinks_param(q),
-                chosen,
-                queries.rope,
-                plan=queries.rows.attention,
-                scale=self.scaling,
-                eps=self.config.rms_norm_eps,
-                groups=groups,
+                AttentionQueries(q, queries.rope, queries.rows.attention, chosen),
+                AttentionKeys(raw_keys, entries, self.sinks_param(q)),
+                AttentionConstants(self.scaling, self.config.rms_norm_eps, groups),
             )
         else:  # other ranks have them all, and wait for gradients, be they of nothing
             grouped = (q + raw_keys[:, :0, None]).flatten(2).unflatten(2, (groups, -1))

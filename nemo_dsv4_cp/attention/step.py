@@ -165,7 +165,7 @@ class StepContext:
         def queries(runs: Runs) -> AttentionPlan:
             plan = AttentionPlan(Queries(layout, runs), kind.window, kind.ratio)
             if runs:
-                plan.sight(device)  # kept with it, for every layer
+                plan.visible_ranges(device)  # kept with it, for every layer
             return plan
 
         of_remote = [keys(runs) for runs in schedule.taken]

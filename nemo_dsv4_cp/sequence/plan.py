@@ -52,7 +52,7 @@ class AttentionPlan:
         """Return how many entries the queries in ``rows`` of a batch see, query by query."""
         return self.queries.entries_seen(rows, self.ratio, batch=batch) if self.ratio else 0
 
-    def sight(self, device: torch.device) -> torch.Tensor:
+    def visible_ranges(self, device: torch.device) -> torch.Tensor:
         """Return each query's keys as rows of both storages; computed once.
 
         Returns:
@@ -60,9 +60,9 @@ class AttentionPlan:
             is its own; the first entry that it may see and the one after the last.
         """
         key = ("visible ranges", self.window, self.ratio, device)
-        return self.queries.once(key, lambda: self._visible_ranges(device))
+        return self.queries.once(key, lambda: self._ranges(device))
 
-    def _visible_ranges(self, device: torch.device) -> torch.Tensor:
+    def _ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
         first = layout.first_keys(positions)
         inside = positions[None] if first is None else positions - first
