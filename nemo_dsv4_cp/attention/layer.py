@@ -29,7 +29,14 @@ from nemo_dsv4_cp.automodel.deepseek_v4 import (
 )
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
 from nemo_dsv4_cp.exchange.transport import Transport
-from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Kernels,
+    Rope,
+)
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.row_plan import take
@@ -292,13 +299,9 @@ class ContextParallelAttention(DeepseekV4Attention):
         if not q_index.shape[1]:
             return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
         with torch.no_grad(), unseen_by_checkpointing():
-            return self._kernels.choose_entries(
-                q_index,
-                queries.weights_BCI,
+            return self._kernels.select_entries(
+                IndexQueries(q_index, queries.weights_BCI, queries.rope, queries.plan),
                 index_keys,
-                queries.rope,
-                queries=queries.plan.queries,
-                ratio=self.kind.ratio,
                 topk=self.compressor.indexer.index_topk,
             )
 
@@ -315,16 +318,9 @@ class ContextParallelAttention(DeepseekV4Attention):
         if q.shape[1]:
             # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
             grouped = self._kernels.attend(
-                q,
-                raw_keys,
-                entries,
-                self.sinks_param(q),
-                indices,
-                queries.rope,
-                plan=queries.plan,
-                scale=self.scaling,
-                eps=self.config.rms_norm_eps,
-                groups=groups,
+                AttentionQueries(q, queries.rope, queries.plan, indices),
+                AttentionKeys(raw_keys, entries, self.sinks_param(q)),
+                AttentionConstants(self.scaling, self.config.rms_norm_eps, groups),
             )
         else:  # other ranks have them all and wait for this rank's gradients, even if empty
             grouped = (q + raw_keys[:, :0, None]).flatten(2).unflatten(2, (groups, -1))

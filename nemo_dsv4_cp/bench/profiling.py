@@ -25,7 +25,7 @@ from nemo_dsv4_cp.automodel import tilelang
 from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.exchange.collectives import process_group
-from nemo_dsv4_cp.kernels import costs
+from nemo_dsv4_cp.kernels.costs import Cost, cost_of, register_cost
 from nemo_dsv4_cp.tools.paths import AUTOMODEL
 
 _LARGEST = 5
@@ -134,7 +134,7 @@ class _Scale(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        told = costs.of(func, args, kwargs)
+        told = cost_of(func, args, kwargs)
         self._launch(func, args, kwargs, out, told)
         if func.namespace == "c10d":
             self.received += self._brought(func.overloadpacket.__name__, args)
@@ -145,7 +145,7 @@ class _Scale(TorchDispatchMode):
             self._note_peak(self.live + told.scratch_bytes)
         return out
 
-    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, told: costs.Cost | None) -> None:
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, told: Cost | None) -> None:
         if told is not None:
             new = Launches(told.launches, told.read_bytes, told.written_bytes)
         elif _only_a_view(func) or func.overloadpacket.__name__ in _NO_LAUNCH:
@@ -281,10 +281,10 @@ def _(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@costs.tell("dsv4_cp::automodel_attention")
-def _(q: torch.Tensor, *keys: torch.Tensor) -> costs.Cost:
+@register_cost("dsv4_cp::automodel_attention")
+def _(q: torch.Tensor, *keys: torch.Tensor) -> Cost:
     log_sums = q.numel() // q.shape[-1] * 4
-    return costs.Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
+    return Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
 
 
 @torch.library.custom_op("dsv4_cp::automodel_attention_backward", mutates_args=())
@@ -307,7 +307,7 @@ def _(
     return torch.empty_like(q), torch.empty_like(kv), torch.empty_like(sinks)
 
 
-@costs.tell("dsv4_cp::automodel_attention_backward")
+@register_cost("dsv4_cp::automodel_attention_backward")
 def _(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -316,10 +316,10 @@ def _(
     indices: torch.Tensor,
     out: torch.Tensor,
     log_sums: torch.Tensor,
-) -> costs.Cost:
+) -> Cost:
     # Sums of out * grad; the gradients, the keys' in float32; those rounded.
     summed = kv.numel() * 4
-    return costs.Cost(
+    return Cost(
         3,
         _bytes((out, grad)) + _bytes((q, kv, grad, sinks, indices, log_sums, log_sums)) + summed,
         _bytes(log_sums) + _bytes((q, sinks)) + summed + _bytes(kv),
@@ -339,10 +339,10 @@ def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
 
 
-@costs.tell("dsv4_cp::automodel_index_scores")
-def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> costs.Cost:
+@register_cost("dsv4_cp::automodel_index_scores")
+def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> Cost:
     scores = q.shape[0] * q.shape[1] * keys.shape[1] * 4
-    return costs.Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
+    return Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
 
 
 class _AutoModelAttention(torch.autograd.Function):

@@ -12,12 +12,14 @@ import torch
 
 from nemo_dsv4_cp.exchange.collectives import (
     Group,
+    InFlight,
+    Pending,
     concatenated,
     cp_enabled,
     start_all_gather,
     start_reduce_scatter,
+    uncompiled,
 )
-from nemo_dsv4_cp.exchange.in_flight import InFlight, Pending, uncompiled
 
 # forward:   y   = concat_k x_k                    (all-gather)
 # backward:  dx_r = sum_k (dy_k)[slice of rank r]  (reduce-scatter)

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group, start_all_to_all
-from nemo_dsv4_cp.exchange.in_flight import InFlight, uncompiled
+from nemo_dsv4_cp.exchange.collectives import Group, InFlight, start_all_to_all, uncompiled
 from nemo_dsv4_cp.sequence.row_plan import RowPlan
 
 _ALIGNED = 16
@@ -46,7 +45,7 @@ def start_rows(
     Returns:
         A function that waits for the rows that arrive: [B, m, ...] of each tensor, by source.
     """
-    flight, learns = InFlight(overlap), [rows.requires_grad for rows in leaving]
+    flight, learns = InFlight(overlap), list(map(attrgetter("requires_grad"), leaving))
     started = _start(plans, learns, flight, group, *leaving)
     return partial(_wait, started, plans, learns, flight, group)
 
@@ -149,22 +148,21 @@ def _buffer(
         The memory, how many bytes of it are each rank's, and views of it [B, rows, ...]: tensor by
         tensor a block for each rank that has rows.
     """
-    places: list[list[tuple[int, int]]] = [[] for _ in like]
+    places: list[tuple[int, int, int]] = []
     sizes, end = [], 0
     for rank in range(len(counts[0])):
         begin = end
-        for tensor, of_ranks, of_tensor in zip(like, counts, places, strict=True):
+        for i, of_ranks in enumerate(counts):
             if of_ranks[rank]:
-                of_tensor.append((end, of_ranks[rank]))
-                size = of_ranks[rank] * _row_bytes(tensor)
+                places.append((i, end, of_ranks[rank]))
+                size = of_ranks[rank] * _row_bytes(like[i])
                 end += -(-size // _ALIGNED) * _ALIGNED
         sizes.append(end - begin)
     memory = torch.empty(end, dtype=torch.uint8, device=like[0].device)
     blocks = []
-    for tensor, of_tensor in zip(like, places, strict=True):
-        for at, rows in of_tensor:
-            block = memory[at : at + rows * _row_bytes(tensor)].view(tensor.dtype)
-            blocks.append(block.view(tensor.shape[0], rows, *tensor.shape[2:]))
+    for i, at, rows in sorted(places):
+        block = memory[at : at + rows * _row_bytes(like[i])].view(like[i].dtype)
+        blocks.append(block.view(like[i].shape[0], rows, *like[i].shape[2:]))
     return memory, sizes, blocks
 
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled
+from nemo_dsv4_cp.exchange.collectives import Group, Pending, cp_enabled
 from nemo_dsv4_cp.exchange.gather import start_gather
-from nemo_dsv4_cp.exchange.in_flight import Pending
 from nemo_dsv4_cp.exchange.rows import start_rows
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
 

@@ -60,9 +60,9 @@ class AttentionPlan:
             is the query's own; the first entry that it may see and the one after the last.
         """
         key = ("visible ranges", self.window, self.ratio, device)
-        return self.queries.once(key, lambda: self._visible_ranges(device))
+        return self.queries.once(key, lambda: self._ranges(device))
 
-    def _visible_ranges(self, device: torch.device) -> torch.Tensor:
+    def _ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
         inside = positions - layout.documents_at(positions)[0]
         own = concatenated(self._rows_of_own(), device)

@@ -26,14 +26,14 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False, balance="o
     layer._cp_group = group
     saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
     made = 0
-    original = layer._kernels.choose_entries
+    original = layer._kernels.select_entries
 
     def counting(*args, **kwargs):
         nonlocal made
         made += 1
         return original(*args, **kwargs)
 
-    layer._kernels.choose_entries = counting
+    layer._kernels.select_entries = counting
     try:
         gradients = {}
         for recompute in (False, True):
@@ -67,7 +67,7 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False, balance="o
             ]
             again = (made - counted) // parts
     finally:
-        layer._kernels.choose_entries = original
+        layer._kernels.select_entries = original
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients.values(), strict=True))
     return same, again
 

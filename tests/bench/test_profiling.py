@@ -5,7 +5,7 @@ import torch
 from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.profiling import Launches, weigh
 from nemo_dsv4_cp.bench.profiling import _Scale as Scale
-from nemo_dsv4_cp.kernels import costs
+from nemo_dsv4_cp.kernels.costs import Cost, register_cost
 
 GIB = 1 << 30
 AT_128K = {"seq_len": 131072, "cp_size": 8, "rank": 4}
@@ -111,14 +111,14 @@ def test_views_and_allocations_launch_nothing():
     assert launched(lambda: torch.empty(0, 4) + 1) == Launches()
 
 
-@torch.library.custom_op("dsv4_cp_tests::tells", mutates_args=())
-def tells(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("dsv4_cp_tests::costly", mutates_args=())
+def costly(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-def test_what_an_operation_tells_is_counted_and_its_scratch_is_in_the_peak():
-    costs.tell("dsv4_cp_tests::tells")(lambda x: costs.Cost(7, 11, 13, scratch_bytes=1000))
+def test_the_registered_cost_of_an_operation_is_counted_and_its_scratch_is_in_the_peak():
+    register_cost("dsv4_cp_tests::costly")(lambda x: Cost(7, 11, 13, scratch_bytes=1000))
     with Scale(Case("automodel", 0, 256, 2, 0)) as scale:
-        kept = tells(torch.zeros(8, 4))
+        kept = costly(torch.zeros(8, 4))
     assert scale.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
     assert scale.peak == 128 + kept.nbytes + 1000

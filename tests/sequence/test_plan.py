@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
-from tests.kernels.choices import queries_of
+from tests.kernels.cases import queries_of
 
 CPU = torch.device("cpu")
 
@@ -25,13 +25,13 @@ def test_visible_ranges_and_spans_hold_what_a_query_may_see_and_no_more(data):
     window, ratio = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1, 3]))
     plan, layout = AttentionPlan(queries, window, ratio), queries.layout
     documents = documents_of(layout, batch)
-    visible = plan.visible_ranges(CPU).expand(batch, -1, -1)
-    assert (visible.diff(dim=1) >= 0).all()  # kernels search them
+    ranges = plan.visible_ranges(CPU).expand(batch, -1, -1)
+    assert (ranges.diff(dim=1) >= 0).all()  # kernels search them
 
     keys = [token for run in raw_tokens(queries.runs, window) for token in run]
     for row in range(batch):
         for query, position in enumerate(queries.positions().tolist()):
-            first, last, entry_first, entry_stop = visible[row, query].tolist()
+            first, last, entry_first, entry_stop = ranges[row, query].tolist()
             seen = [
                 token
                 for token in range(max(position - window + 1, 0), position + 1)

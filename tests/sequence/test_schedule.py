@@ -20,7 +20,7 @@ from nemo_dsv4_cp.sequence.schedule import (
     schedule_of,
 )
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
-from tests.kernels.choices import layouts
+from tests.kernels.cases import layouts
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 

@@ -10,8 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.bench.profiling import let_fake_tensors_through_collectives
-from nemo_dsv4_cp.exchange.collectives import process_group
-from nemo_dsv4_cp.exchange.in_flight import InFlight
+from nemo_dsv4_cp.exchange.collectives import InFlight, process_group
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
