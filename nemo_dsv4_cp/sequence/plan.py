@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -65,20 +66,14 @@ class AttentionPlan:
     def _ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
         inside = positions - layout.documents_at(positions)[0]
-        own = concatenated(self._rows_of_own(), device)
-        begin = own - inside.clamp(max=self.window - 1)
+        runs, before = self.queries.runs, self.window - 1
+        ends = accumulate(len(run) + before for run in runs)
+        rows = [range(end - len(run), end) for run, end in zip(runs, ends, strict=True)]
+        own = concatenated(tuple(rows), device)  # raw keys of the queries themselves
+        begin = own - inside.clamp(max=before)
         if self.ratio:
             entries = self.queries.visible_entries(self.ratio, device)
         else:
             entries = (torch.zeros_like(begin),) * 2
-        rows = (begin, own.expand_as(begin), *entries)
-        return torch.stack(rows, dim=-1).to(torch.int32)
-
-    def _rows_of_own(self) -> Runs:
-        """Return which rows of the raw keys are the queries' own."""
-        rows, end = [], 0
-        for run in self.queries.runs:
-            begin = end + self.window - 1
-            end = begin + len(run)
-            rows.append(range(begin, end))
-        return tuple(rows)
+        ranges = (begin, own.expand_as(begin), *entries)
+        return torch.stack(ranges, dim=-1).to(torch.int32)

@@ -57,23 +57,23 @@ class RowPlan:
 
         Args:
             wanted: Of each rank, the tokens of its answer, in order; negative before the first.
-            own: Of each rank, the tokens that it has rows of.
-            sent: Of each rank, the tokens of the tensor that it sends rows of, to itself too,
-                ascending; by default it sends the rows of ``own``, to other ranks. Every token is
-                sent by one rank, or wanted by none but its owner.
+            own: Of each rank, the tokens that it has rows of, ascending.
+            sent: Of each rank, the tokens that it sends rows of, ascending, of another tensor and
+                to itself too; by default those of ``own``, to other ranks. Each token is sent by
+                one rank, or is wanted by its owner alone.
             rank: Whose part.
             device: Where indices live.
         """
         ranks = len(wanted)
-        stays = rank if sent is None else None  # where rows do not leave to
+        itself = rank if sent is None else None  # to which it sends nothing
         sent = own if sent is None else sent
         answer = _placed(wanted[rank])
-        # Who has which tokens, in the order (missing, arriving by rank, own).
+        # Who has which tokens: nobody (-1), the ranks that send, and this rank itself (R).
         holders = [(min((start for start, _, _ in answer), default=0), 0, -1, 0)]
         holders += [
             (run.start, run.stop, sender, 0)
             for sender, runs in enumerate(sent)
-            if sender != stays
+            if sender != itself
             for run in runs
         ]
         holders += [(start, stop, ranks, shift) for start, stop, shift in _placed(own[rank])]
@@ -97,7 +97,7 @@ class RowPlan:
         leaving = [
             (reader, range(max(run.start, c) + shift, min(run.stop, d) + shift))
             for reader, runs in enumerate(wanted)
-            if reader != stays
+            if reader != itself
             for run in runs
             for c, d, shift in mine
             if run.start < d and c < run.stop

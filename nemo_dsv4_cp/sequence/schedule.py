@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank computes which queries of a compressing layer.
+"""Which rank computes which queries of a compressed layer.
 
-Contiguous shards make the last rank compute the most: a query sees the entries of all tokens before
-it. Tokens stay with their shard; queries move, inside the layer, so that every rank computes as
-many of them as it owns and all see about as many entries.
+A query sees the entries of all tokens before it, so with contiguous shards the last rank computes
+the most. Tokens stay with their shard; inside the layer queries move, so that every rank computes
+as many as it owns and all see about as many entries.
 
 Rows of one document: rank k of R computes the first half of its own shard and the second half of
 rank R - 1 - k's. Entries grow with the position, so every rank sees (2k) + (2R - 1 - 2k) halves'.
-Packed rows: blocks of queries change places between the rank that sees the most and the one that
-sees the least, until all are near the mean.
+Packed rows: blocks of queries are exchanged between the rank that sees the most entries and the one
+that sees the fewest, until all are near the mean.
 
-Pure arithmetic on what every rank knows, so all ranks come to the same schedule without a word.
+All ranks compute the same schedule from what they all know, without communication.
 """
 
 # S global tokens   L local tokens   R CP ranks
@@ -21,17 +21,17 @@ import math
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.queries import Runs
 
 BLOCKS = 32
-"""Blocks that a packed shard's queries move in: of 16,384 tokens 512 each. More balance better, and
-each brings W - 1 raw keys of its own."""
+"""Blocks in a packed shard, the units that move: 512 of 16,384 tokens each. More blocks balance
+better, and each needs W - 1 raw keys of its own."""
 
 LAUNCH_SECONDS = 200e-6
-"""What the launches of two more exchanges take: some forty each way."""
+"""What the launches of two more exchanges take, about forty each way."""
 
 
 class _Rates(Protocol):
@@ -42,34 +42,14 @@ class _Rates(Protocol):
     def exchange_seconds(self, received: float, ranks: int) -> float: ...
 
 
-class _Sizes(Protocol):
-    """The fields of a ``DeepseekV4Config`` that a query's cost depends on."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def qk_rope_head_dim(self) -> int: ...
-    @property
-    def q_lora_rank(self) -> int: ...
-    @property
-    def index_n_heads(self) -> int: ...
-    @property
-    def index_head_dim(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class QueryCost:
     """What a layer's queries cost, forward and backward.
 
     Attributes:
-        flops_per_entry: Floating-point operations a query and visible entry.
-        sent_forward: Bytes that cross in forward for a query computed elsewhere, activations in
-            bfloat16: low-rank query, raw key, angles and index weights there, the layer's output
-            back.
+        flops_per_entry: Floating-point operations per query and visible entry.
+        sent_forward: Bytes that cross in forward for a remote query, activations in bfloat16:
+            low-rank query, raw key, angles and index weights, and the layer's output back.
         sent_backward: Bytes of their gradients.
     """
 
@@ -78,10 +58,10 @@ class QueryCost:
     sent_backward: int
 
     @classmethod
-    def of(cls, sizes: _Sizes, ratio: int) -> QueryCost:
-        """Return the cost in a layer of a model.
+    def of(cls, sizes: Any, ratio: int) -> QueryCost:
+        """Return the cost in a layer of a model, from its ``DeepseekV4Config``.
 
-        At ratio 4 it is the indexer's scores that grow with the visible entries, in forward alone;
+        What grows with the visible entries is, at ratio 4, the indexer's scores, in forward alone;
         else the two products of attention, and five in backward.
         """
         differentiable = 2 * (sizes.q_lora_rank + sizes.head_dim + sizes.hidden_size)
@@ -95,7 +75,7 @@ class QueryCost:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """Which queries each rank computes, all as many.
+    """Which queries each rank computes: as many on every rank.
 
     Attributes:
         local: Of each rank, those of its own shard, ascending runs.
@@ -118,35 +98,27 @@ def contiguous(layout: SequenceLayout) -> Schedule:
 
 
 def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
-    """Let every rank's queries see about as many entries.
-
-    Args:
-        layout: Positions; any rank's.
-        ratio: Compress ratio of the layer.
-    """
+    """Let every rank's queries see about as many entries of a compress ratio."""
     if layout.packed:
         return _by_blocks(layout, ratio)
-    halves, last = [], layout.cp_size - 1
-    for rank in range(layout.cp_size):
-        shard = layout.shard(rank)
-        middle = shard.start + (len(shard) + 1) // 2
-        halves.append((range(shard.start, middle), range(middle, shard.stop)))
+    shards = [layout.shard(rank) for rank in range(layout.cp_size)]
+    half = (layout.local_len + 1) // 2
     return Schedule(
-        tuple((first,) for first, _ in halves),
-        tuple((halves[last - rank][1],) for rank in range(layout.cp_size)),
+        tuple((shard[:half],) for shard in shards),
+        tuple((shard[half:],) for shard in reversed(shards)),
     )
 
 
 def schedule_of(
     layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost, rates: _Rates
 ) -> Schedule:
-    """Return the schedule that an option asks for.
+    """Return the schedule that an option selects.
 
     Args:
-        layout: Positions.
+        layout: Positions; any rank's.
         ratio: Compress ratio of the layer.
-        balance: ``"on"``, ``"off"``, or ``"auto"`` for whichever ends sooner: the time that the
-            busiest rank is spared against what its exchanges take, as if they hid behind nothing.
+        balance: ``"on"``, ``"off"``, or ``"auto"``: on if the time that the busiest rank saves is
+            longer than its exchanges take without overlap.
         cost: What the layer's queries cost.
         rates: Of the GPU that ``"auto"`` decides for.
     """
@@ -173,7 +145,7 @@ def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list
 
 
 def _by_blocks(layout: SequenceLayout, ratio: int) -> Schedule:
-    """Exchange blocks of equal length between ranks that see much and ranks that see little."""
+    """Exchange blocks of equal length between ranks that see many entries and few."""
     length, seq_len, shards = layout.local_len, layout.seq_len, layout.shard_starts
     block = max(length // BLOCKS, 1)
     count = length // block
@@ -221,12 +193,10 @@ def _spread(held: list[list[int]], loads: list[int], unit: int) -> None:
 
 
 def _exchange(heavy: list[int], light: list[int], wanted: float, unit: int) -> int:
-    """Give a rank's dearest blocks for another's cheapest, until ``wanted`` has moved.
-
-    Both are ascending, are changed in place and stay ascending.
+    """Exchange a rank's dearest blocks for another's cheapest, until ``wanted`` has moved.
 
     Returns:
-        By how much the one's cost fell and the other's rose.
+        By how much the cost of ``heavy`` fell and that of ``light`` rose.
     """
     given, dear = 0, len(heavy)
     # The first exchange may go beyond what is wanted, to less than twice as much.
