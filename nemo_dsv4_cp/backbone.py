@@ -16,7 +16,7 @@ from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.automodel.auxiliary_loss import refuse_unscaled
 from nemo_dsv4_cp.automodel.backbone import embed, run_blocks, update_gate_biases
 from nemo_dsv4_cp.automodel.deepseek_v4 import shows_images
-from nemo_dsv4_cp.checks.batch import padding_of, refuse_left_padding
+from nemo_dsv4_cp.checks.batch_rules import padding_of, refuse_left_padding
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,

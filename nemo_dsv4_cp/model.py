@@ -35,7 +35,7 @@ from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
-from nemo_dsv4_cp.checks.batch import padding_of
+from nemo_dsv4_cp.checks.batch_rules import padding_of
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.exchange.collectives import (

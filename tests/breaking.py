@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch or recipe is broken with, and what is to come of it; `hostile.py` lists the ways."""
+"""What a batch or recipe is broken with, and what is to come of it; `hostile/` lists the ways."""
 
 # B batch rows   S tokens a row   D documents of the fullest row
 
@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from nemo_dsv4_cp import ContextParallelOptions
-from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
+from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT
 from nemo_dsv4_cp.tools.verification import packed_batch
 
 VOCAB = 97
@@ -136,6 +136,10 @@ def as_meant(
     before: Change = lambda case: None,
 ) -> Kind:
     return Kind(what, change, None, fits=fits, before=before)
+
+
+def section(name: str, *kinds: Kind) -> tuple[Kind, ...]:
+    return tuple(dataclasses.replace(kind, section=name) for kind in kinds)
 
 
 def plain(shape: Shape) -> bool:

@@ -34,7 +34,7 @@ def test_positions_that_do_not_count_along_the_row_are_refused(positions):
         "labels": torch.ones(1, 4).long(),
         "position_ids": torch.tensor([positions]),
     }
-    with pytest.raises(ValueError, match="tell the documents' lengths with seq_lens"):
+    with pytest.raises(ValueError, match="give the documents' lengths as seq_lens"):
         contiguous_shard(FakeMesh(2), None, batch)
 
 

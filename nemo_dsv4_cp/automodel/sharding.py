@@ -45,7 +45,7 @@ class PackedShardLayout(ShardLayout):
     """The layout of rows whose documents were laid out anew.
 
     Only ``padded_seq_len`` and ``input_token_stream_positions``
-    (:attr:`nemo_dsv4_cp.sequence.packing.Repacked.target`) are set.
+    (:attr:`nemo_dsv4_cp.sequence.repacking.Repacked.target`) are set.
     """
 
 

@@ -16,7 +16,7 @@ import torch
 
 from nemo_dsv4_cp.automodel import patches
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder, PackedShardLayout
-from nemo_dsv4_cp.sequence.packing import place_tokens
+from nemo_dsv4_cp.sequence.repacking import inverse_places, place_tokens
 
 _automodel_shard = ContextParallelSharder.shard_token_tensor
 _automodel_gather = ContextParallelSharder.gather_token_tensor
@@ -44,7 +44,7 @@ def _shard_token_tensor(
                 "a tensor in the batch's own coordinates needs `fill`, the value of padding, once "
                 "packed documents were laid out anew"
             )
-        source = _reversed(target, _padded_len(layout))
+        source = inverse_places(target, _padded_len(layout))
         tensor = place_tokens(tensor, source, tuple(target.shape), seq_dim, fill)
     elif length != layout.padded_seq_len:
         raise ValueError(
@@ -85,11 +85,3 @@ def _target(layout: PackedShardLayout, tensor: torch.Tensor) -> torch.Tensor:
 def _padded_len(layout: PackedShardLayout) -> int:
     length: int = layout.padded_seq_len
     return length
-
-
-def _reversed(target: torch.Tensor, padded_len: int) -> torch.Tensor:
-    """Return for each new place which old token it holds, -1 for none."""
-    source = target.new_full((target.shape[0], padded_len + 1), -1)
-    old = torch.arange(target.shape[1], device=target.device).expand_as(target)
-    # Tokens that were left out all write to the extra place, which is cut off.
-    return source.scatter(1, target.where(target >= 0, padded_len), old)[:, :-1]

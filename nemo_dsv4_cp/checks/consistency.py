@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from nemo_dsv4_cp.exchange.collectives import Group, texts_if_different
 from nemo_dsv4_cp.gpus import gpu_here
 from nemo_dsv4_cp.options import ContextParallelOptions
-from nemo_dsv4_cp.sequence.packing import Document
+from nemo_dsv4_cp.sequence.packing import Rows, on_cpu_together
 
 _OF_A_MACHINE = {
     f"model.config.{name}" for name in ("_name_or_path", "name_or_path", "transformers_version")
@@ -108,9 +108,7 @@ def compare_batches(
     )
 
 
-def facts_of(
-    tensors: Mapping[str, torch.Tensor], documents: Sequence[Sequence[Document]] | None
-) -> dict[str, Any]:
+def facts_of(tensors: Mapping[str, torch.Tensor], documents: Rows | None) -> dict[str, Any]:
     """Return what batches must have in common, as small as numbers.
 
     Args:
@@ -118,21 +116,22 @@ def facts_of(
         documents: Those of each packed row; None for rows of one document each.
     """
     facts: dict[str, Any] = {}
-    for name, tensor in tensors.items():
+    checksums = on_cpu_together([_checksum(tensor) for tensor in tensors.values()])
+    for (name, tensor), checksum in zip(tensors.items(), checksums, strict=True):
         facts[f"the shape of {name}"] = list(tensor.shape)
-        facts[f"the print of {name}"] = _print(tensor)
+        facts[f"the checksum of {name}"] = int(checksum)
     if documents is not None:
         spans = [[(document.start, document.length) for document in row] for row in documents]
         facts["the number of documents"] = sum(map(len, spans))
-        facts["the print of the documents"] = zlib.crc32(repr(spans).encode())
+        facts["the checksum of the documents"] = zlib.crc32(repr(spans).encode())
     return facts
 
 
-def _print(numbers: torch.Tensor) -> int:
+def _checksum(numbers: torch.Tensor) -> torch.Tensor:
     """Return a number that other tensors are unlikely to have; exact, so summed in any order."""
     bits = numbers.detach().to(torch.float64).flatten().view(torch.int64)
     places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: no bit is lost
-    return int((bits ^ (bits >> 32)).mul(places).sum())
+    return (bits ^ (bits >> 32)).mul(places).sum()
 
 
 def _plain(value: Any) -> Any:

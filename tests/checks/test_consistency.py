@@ -205,5 +205,5 @@ def batch_job(group, rank, key, spoil):
 def test_batches_of_other_tokens_are_refused_though_their_sizes_are_equal(ranks, key):
     for refusal in ranks.run(batch_job, 2, key, 3):
         assert refusal.startswith("the ranks of one CP group hold different batches: ")
-        assert f"the print of {key} is " in refusal
+        assert f"the checksum of {key} is " in refusal
         assert "every CP rank must load the same samples" in refusal
