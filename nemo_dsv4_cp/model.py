@@ -29,8 +29,7 @@ from nemo_dsv4_cp.automodel.deepseek_v4 import (
 )
 from nemo_dsv4_cp.automodel.hash_routing import keep_ids_for_recomputation
 from nemo_dsv4_cp.automodel.job import cp_size_of
-from nemo_dsv4_cp.automodel.mtp import forward_with_mtp
-from nemo_dsv4_cp.automodel.mtp_contract import shifted_inputs
+from nemo_dsv4_cp.automodel.mtp import forward_with_mtp, shifted_inputs
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of

@@ -137,7 +137,7 @@ def test_other_data_ranks_are_refused_where_samples_are_not_dealt_in_turn(tmp_pa
     assert "distributed.cp_size=2 leaves 1 data-parallel ranks" in said
     assert "was written by 2 (cp_size=1)" in said
     assert "Keep 2 of them: start 2 * cp_size processes" in said
-    assert "does not tell which samples the others have taken" in said
+    assert "does not hold which samples the others have read" in said
 
 
 def test_worker_processes_run_ahead_so_other_data_ranks_are_refused(tmp_path):
@@ -151,7 +151,7 @@ def test_worker_processes_run_ahead_so_other_data_ranks_are_refused(tmp_path):
 
 def test_other_data_ranks_are_refused_where_what_is_taken_does_not_divide(tmp_path):
     save(tmp_path, 1, 2, takes=[3])
-    assert "the 3 samples taken in this epoch are no multiple of 2" in refusal(tmp_path, 2, 1)
+    assert "the 3 samples read in this epoch are no multiple of 2" in refusal(tmp_path, 2, 1)
 
 
 @pytest.mark.parametrize("cp_size", [4, "${CP}"])
