@@ -25,7 +25,7 @@ from nemo_dsv4_cp.exchange.collectives import cp_size as dsv4_cp_size
 from nemo_dsv4_cp.exchange.gather import all_gather
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 from nemo_dsv4_cp.sequence.lengths import build_packed_seq_ids
-from nemo_dsv4_cp.sequence.masks import causal_padding_mask, packed_causal_padding_mask
+from nemo_dsv4_cp.sequence.masks import causal_padding_mask
 
 __all__ = [
     "_lcm",
@@ -112,8 +112,8 @@ def build_dsv4_cp_causal_padding_mask(
         [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
     """
     return causal_padding_mask(
-        torch.atleast_2d(position_ids).to(device),
-        key_len,
+        torch.atleast_2d(position_ids).to(device=device, dtype=torch.long),
+        torch.arange(key_len, device=device)[None],
         dsv4_cp_all_gather_metadata(padding_mask, dim=1, cp_group=cp_group),
         dtype=dtype,
         sliding_window=sliding_window,
@@ -146,12 +146,11 @@ def build_dsv4_cp_packed_causal_padding_mask(
     """
     positions = torch.atleast_2d(position_ids).to(device=device, dtype=torch.long)
     documents = torch.atleast_2d(packed_seq_ids).to(device=device, dtype=torch.long)
-    return packed_causal_padding_mask(
+    return causal_padding_mask(
         positions,
-        documents,
         all_gather_metadata(positions, dim=1, cp_group=cp_group),
-        all_gather_metadata(documents, dim=1, cp_group=cp_group),
         dsv4_cp_all_gather_metadata(padding_mask, dim=1, cp_group=cp_group),
+        documents=(documents, all_gather_metadata(documents, dim=1, cp_group=cp_group)),
         dtype=dtype,
         sliding_window=sliding_window,
     )

@@ -30,7 +30,7 @@ from nemo_dsv4_cp.checks.batch_rules import (
 from nemo_dsv4_cp.sequence.packing import (
     ROW_METADATA,
     TOKEN_IDS,
-    Rows,
+    Documents,
     described,
     document_places,
     document_tensors,
@@ -78,7 +78,7 @@ class CheckedBatch:
     labels: torch.Tensor
     loss_mask: torch.Tensor | None
     padding: torch.Tensor | None
-    documents: Rows | None
+    documents: Documents | None
     seq_dims: dict[str, int]
 
 
@@ -179,7 +179,7 @@ def check_batch(
     if lengths:
         numbers = dict(zip(lengths, read[len(rules) :], strict=True))
         documents = documents_from(numbers, tokens.shape[1])
-        if not any(documents):
+        if not (documents.lengths > 0).any():
             raise ValueError("the packed rows hold no document: pack one token at least")
     refuse_first(rules, read[: len(rules)])
     weights = batch.get("loss_mask") if weights is None else weights

@@ -21,7 +21,7 @@ import torch
 from nemo_dsv4_cp.exchange.collectives import Group, texts_if_different
 from nemo_dsv4_cp.gpus import gpu_here
 from nemo_dsv4_cp.options import ContextParallelOptions
-from nemo_dsv4_cp.sequence.packing import Rows, on_cpu_together
+from nemo_dsv4_cp.sequence.packing import Documents, on_cpu_together
 
 _OF_A_MACHINE = {
     f"model.config.{name}" for name in ("_name_or_path", "name_or_path", "transformers_version")
@@ -108,7 +108,7 @@ def compare_batches(
     )
 
 
-def facts_of(tensors: Mapping[str, torch.Tensor], documents: Rows | None) -> dict[str, Any]:
+def facts_of(tensors: Mapping[str, torch.Tensor], documents: Documents | None) -> dict[str, Any]:
     """Return what batches must have in common, as small as numbers.
 
     Args:
@@ -121,7 +121,7 @@ def facts_of(tensors: Mapping[str, torch.Tensor], documents: Rows | None) -> dic
         facts[f"the shape of {name}"] = list(tensor.shape)
         facts[f"the checksum of {name}"] = int(checksum)
     if documents is not None:
-        spans = [[(document.start, document.length) for document in row] for row in documents]
+        spans = documents.spans()
         facts["the number of documents"] = sum(map(len, spans))
         facts["the checksum of the documents"] = zlib.crc32(repr(spans).encode())
     return facts

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_dsv4_cp.sequence.lengths import (
     NO_DOCUMENT,
@@ -30,15 +31,25 @@ ROW_METADATA = ("seq_lens", "seq_lens_padded", "cu_seqlens", "cu_seqlens_padded"
 
 
 @dataclass(frozen=True)
-class Document:
-    """The real tokens of one document of a row: ``length`` tokens from ``start`` on."""
+class Documents:
+    """Where the documents of each row lie, in order.
 
-    start: int
-    length: int
+    Attributes:
+        starts: First token of each, int64 [B, D].
+        lengths: Its real tokens, -1000 in unused slots, which come last.
+    """
 
+    starts: torch.Tensor
+    lengths: torch.Tensor
 
-Rows = Sequence[Sequence[Document]]
-"""The documents of each row of a batch."""
+    def to(self, device: torch.device | None) -> Documents:
+        """Return the same on a device."""
+        return Documents(self.starts.to(device), self.lengths.to(device))
+
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """Return start and length of each document of each row."""
+        pairs = zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
+        return [[(s, n) for s, n in zip(*row, strict=True) if n != NO_DOCUMENT] for row in pairs]
 
 
 def is_packed(batch: Mapping[str, Any]) -> bool:
@@ -59,8 +70,8 @@ def on_cpu_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def documents_of(batch: Mapping[str, Any], rows: int, seq_len: int) -> list[list[Document]]:
-    """Read the documents of each row, waiting once for the device.
+def documents_of(batch: Mapping[str, Any], rows: int, seq_len: int) -> Documents:
+    """Read the documents of each row, those of no token left out; waits once for the device.
 
     Args:
         batch: Holds ``seq_lens`` [B, D] or [D], with ``seq_lens_padded`` where documents are
@@ -86,29 +97,25 @@ def document_tensors(batch: Mapping[str, Any], rows: int, seq_len: int) -> dict[
     The arguments and errors are those of :func:`documents_of`.
     """
     found: dict[str, torch.Tensor] = {}
-    for name in ("seq_lens", "cu_seqlens"):
-        if batch.get(name) is None:
+    names = [name for name in ("seq_lens", "cu_seqlens") if batch.get(name) is not None]
+    for key in (key for name in names for key in (name, f"{name}_padded")):
+        if (value := batch.get(key)) is None:
             continue
-        for key in (name, f"{name}_padded"):
-            if (value := batch.get(key)) is None:
-                continue
-            if not (_holds_integers(value) and value.dim() in (1, 2)):
-                raise ValueError(
-                    f"{key} is {described(value)}; use int64 [{rows}, D], D integers for each row"
-                )
-            found[key] = torch.atleast_2d(value)
-            if len(found[key]) != rows:
-                raise ValueError(
-                    f"{key} describes {len(found[key])} rows, and the batch has {rows}"
-                )
+        if not (_holds_integers(value) and value.dim() in (1, 2)):
+            raise ValueError(
+                f"{key} is {described(value)}; use int64 [{rows}, D], D integers for each row"
+            )
+        found[key] = torch.atleast_2d(value)
+        if len(found[key]) != rows:
+            raise ValueError(f"{key} describes {len(found[key])} rows, and the batch has {rows}")
     for key in TOKEN_IDS:
-        if (value := batch.get(key)) is not None:
-            if not (_holds_integers(value) and list(value.shape) == [rows, seq_len]):
-                raise ValueError(
-                    f"{key} is {described(value)}; use int64 [{rows}, {seq_len}], an integer per "
-                    "token"
-                )
-            found[key] = value
+        if (value := batch.get(key)) is None:
+            continue
+        if not (_holds_integers(value) and list(value.shape) == [rows, seq_len]):
+            raise ValueError(
+                f"{key} is {described(value)}; use int64 [{rows}, {seq_len}], an integer per token"
+            )
+        found[key] = value
     if not found:
         raise KeyError(
             "a packed batch (qkv_format: thd) requires `seq_lens`, `cu_seqlens` or "
@@ -140,33 +147,24 @@ def document_places(
     return token_places(*laid_out(lengths, rooms), seq_len)[1:]
 
 
-def documents_from(numbers: Mapping[str, torch.Tensor], seq_len: int) -> list[list[Document]]:
-    """Return the documents that the numbers of :func:`document_tensors` describe.
-
-    Args:
-        numbers: The same tensors on the CPU.
-        seq_len: S.
+def documents_from(numbers: Mapping[str, torch.Tensor], seq_len: int) -> Documents:
+    """Return the documents that the tensors of :func:`document_tensors`, on the CPU, describe.
 
     Raises:
         ValueError: As :func:`documents_of` does.
     """
-    described_by: dict[str, list[list[Document]]] = {}
-    for name, read in (("seq_lens", _lengths), ("cu_seqlens", _steps)):
-        if name not in numbers:
-            continue
-        real = read(numbers[name].tolist(), name)
-        padded = f"{name}_padded"
-        rooms = read(numbers[padded].tolist(), padded) if padded in numbers else real
-        described_by[name] = [
-            _fit(real[row], rooms[row], row, name, seq_len) for row in range(len(real))
-        ]
-    for name in TOKEN_IDS:
+    found: dict[str, Documents] = {}
+    for name in ("seq_lens", "cu_seqlens"):
         if name in numbers:
-            described_by[name] = [_runs(row) for row in numbers[name]]
-    first, *others = described_by
+            lengths = rooms = _checked_lengths(name, numbers[name])
+            if (padded := f"{name}_padded") in numbers:
+                rooms = _checked_lengths(padded, numbers[padded])
+            found[name] = _without_empty(_fit(name, lengths, rooms, seq_len))
+    found |= {name: _runs(numbers[name]) for name in TOKEN_IDS if name in numbers}
+    first, *others = found
     for other in others:
-        _refuse_contradiction(first, other, described_by)
-    return described_by[first]
+        _refuse_contradiction(first, found[first], other, found[other])
+    return found[first]
 
 
 def described(value: Any) -> str:
@@ -184,30 +182,24 @@ def named(thing: torch.dtype | torch.layout) -> str:
     return str(thing).removeprefix("torch.")
 
 
-def documents_as_automodel(batch: Mapping[str, Any], rows: int, seq_len: int) -> Rows:
+def documents_as_automodel(batch: Mapping[str, Any], rows: int, seq_len: int) -> Documents:
     """Read ``seq_lens`` as AutoModel does, which corrects what :func:`documents_of` refuses.
 
     Negative lengths count as 0, documents of no token keep their number, a padded length is at
     least the real one, and lengths of rows that the batch lacks are left unread.
 
-    Args:
-        batch: Holds ``seq_lens`` [B, D] or [D], and ``seq_lens_padded`` likewise or not at all.
-        rows: B.
-        seq_len: S.
-
     Raises:
-        IndexError: If rows have no lengths.
         ValueError: If the documents do not fit their row.
     """
-    real = torch.atleast_2d(batch["seq_lens"]).long().tolist()
-    padded = torch.atleast_2d(batch.get("seq_lens_padded", batch["seq_lens"])).long().tolist()
-    documents = []
-    for row in range(rows):
-        lengths = [max(n, 0) for n in real[row] if n != NO_DOCUMENT]
-        rooms = [n for n in padded[row] if n != NO_DOCUMENT]
-        rooms = [max(pair) for pair in zip(rooms, lengths, strict=False)]
-        documents.append(_laid_out(lengths, rooms, row, "seq_lens", seq_len))
-    return documents
+    lengths, rooms = (
+        used_slots_first("seq_lens", torch.atleast_2d(numbers)[:rows].long().cpu())
+        for numbers in (batch["seq_lens"], batch.get("seq_lens_padded", batch["seq_lens"]))
+    )
+    unused = lengths == NO_DOCUMENT
+    lengths = lengths.clamp(min=0)
+    missing = lengths.shape[1] - rooms.shape[1]  # a padded length that is missing is the real one
+    rooms = pad(rooms, (0, missing)).maximum(lengths).masked_fill(unused, NO_DOCUMENT)
+    return _fit("seq_lens", lengths.masked_fill(unused, NO_DOCUMENT), rooms, seq_len)
 
 
 def _holds_integers(value: Any) -> bool:
@@ -221,95 +213,86 @@ def _holds_integers(value: Any) -> bool:
     )
 
 
-def _lengths(rows: Sequence[Sequence[int]], key: str) -> list[list[int]]:
-    found = [[n for n in numbers if n != NO_DOCUMENT] for numbers in rows]
-    for row, lengths in enumerate(found):
-        if any(n < 0 for n in lengths):
+def _checked_lengths(key: str, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the lengths that are described, int64 [B, D], -1000 in unused slots, the last."""
+    ordered = used_slots_first(key, numbers)
+    if not key.startswith("cu_"):
+        for row, slot in ((ordered < 0) & (ordered != NO_DOCUMENT)).nonzero().tolist():
             raise ValueError(
-                f"{key}: row {row} holds the length {min(lengths)}; lengths are 0 or more, and "
-                f"{NO_DOCUMENT} fills up rows of fewer documents"
+                f"{key}: row {row} holds the length {ordered[row, slot]}; lengths are 0 or more, "
+                f"and {NO_DOCUMENT} fills up rows of fewer documents"
             )
-    return found
+        return ordered
+    used, steps = ordered[:, 1:] >= 0, ordered.diff(dim=1)
+    wrong = (ordered[:, :1] != 0).any(dim=1) | (used & (steps < 0)).any(dim=1)
+    for row in wrong.nonzero().flatten().tolist():
+        raise ValueError(f"{key}: row {row} does not count up from 0: {numbers[row].tolist()}")
+    return steps.where(used, NO_DOCUMENT)
 
 
-def _steps(rows: Sequence[Sequence[int]], key: str) -> list[list[int]]:
-    steps = []
-    for row, offsets in enumerate(rows):
-        known = [n for n in offsets if n >= 0]
-        lengths = [after - before for before, after in pairwise(known)]
-        if known[:1] != [0] or any(n < 0 for n in lengths):
-            raise ValueError(f"{key}: row {row} does not count up from 0: {offsets}")
-        steps.append(lengths)
-    return steps
-
-
-def _fit(
-    lengths: Sequence[int], rooms: Sequence[int], row: int, name: str, seq_len: int
-) -> list[Document]:
-    """Return where documents lie that are followed by padding, those of no token left out."""
-    if len(rooms) != len(lengths):
+def _fit(name: str, lengths: torch.Tensor, rooms: torch.Tensor, seq_len: int) -> Documents:
+    """Return where documents lie that are followed by padding; ``rooms`` count it."""
+    real, padded = ((each != NO_DOCUMENT).sum(dim=1).tolist() for each in (lengths, rooms))
+    for row, counts in enumerate(zip(real, padded, strict=True)):
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{name}: row {row} describes {counts[0]} documents, and {name}_padded "
+                f"{counts[1]}; use as many numbers in both"
+            )
+    width = max(1, *real)
+    lengths, rooms = (
+        pad(each, (0, width - each.shape[1]), value=NO_DOCUMENT) for each in (lengths, rooms)
+    )
+    for row, slot in (lengths > rooms).nonzero().tolist():
         raise ValueError(
-            f"{name}: row {row} describes {len(lengths)} documents, and {name}_padded "
-            f"{len(rooms)}; use as many numbers in both"
+            f"{name}: document {slot} of row {row} has {lengths[row, slot]} tokens, and "
+            f"{name}_padded gives it {rooms[row, slot]}"
         )
-    documents = _laid_out(lengths, rooms, row, name, seq_len)
-    return [document for document in documents if document.length]
+    starts, tokens = laid_out(lengths.clamp(min=0), rooms.clamp(min=0))
+    ends = starts + tokens
+    for row, slot in ((ends > seq_len) & (lengths != NO_DOCUMENT)).nonzero().tolist():
+        raise ValueError(
+            f"{name}: the documents of row {row} overrun it: document {slot} ends at token "
+            f"{ends[row, slot]} of {seq_len}"
+        )
+    return Documents(starts, lengths)
 
 
-def _laid_out(
-    lengths: Sequence[int], rooms: Sequence[int], row: int, name: str, seq_len: int
-) -> list[Document]:
-    documents, start = [], 0
-    for place, length in enumerate(lengths):
-        room = rooms[place] if place < len(rooms) else length
-        if length > room:
-            raise ValueError(
-                f"{name}: document {place} of row {row} has {length} tokens, and {name}_padded "
-                f"gives it {room}"
-            )
-        if start + length > seq_len:
-            raise ValueError(
-                f"{name}: the documents of row {row} overrun it: document {place} ends at token "
-                f"{start + length} of {seq_len}"
-            )
-        documents.append(Document(start, length))
-        start += room
-    return documents
+def _without_empty(documents: Documents) -> Documents:
+    """Leave out documents of no token."""
+    used = documents.lengths > 0
+    width = max(1, int(used.sum(dim=1).max()))
+    order = (~used).byte().argsort(dim=1, stable=True)[:, :width]
+    lengths = documents.lengths.where(used, NO_DOCUMENT)
+    return Documents(documents.starts.gather(1, order), lengths.gather(1, order))
 
 
-def _refuse_contradiction(first: str, other: str, described_by: Mapping[str, Rows]) -> None:
+def _runs(numbers: torch.Tensor) -> Documents:
+    """Return the runs of equal positive numbers [B, S] of each row."""
+    starts, lengths = [], []
+    for row in numbers:
+        values, counts = torch.unique_consecutive(row, return_counts=True)
+        starts.append((counts.cumsum(0) - counts)[values > 0])
+        lengths.append(counts[values > 0])
+    return Documents(
+        pad_sequence(starts, batch_first=True),
+        pad_sequence(lengths, batch_first=True, padding_value=NO_DOCUMENT),
+    )
+
+
+def _refuse_contradiction(first: str, documents: Documents, other: str, others: Documents) -> None:
     """Refuse documents that a batch describes twice and differently.
 
     Document numbers may count the padding that follows a document with it, as AutoModel's do.
     """
-    for row, (mine, its) in enumerate(zip(described_by[first], described_by[other], strict=True)):
-        runs = {document.start: document.length for document in its}
-        within = all(document.length <= runs.get(document.start, 0) for document in mine)
+    for row, (mine, its) in enumerate(zip(documents.spans(), others.spans(), strict=True)):
+        room = dict(its)
+        within = all(length <= room.get(start, 0) for start, length in mine)
         if not (within if other in TOKEN_IDS else mine == its):
             raise ValueError(
                 f"{first} and {other} describe different documents of row {row}; leave one of "
                 "them out"
             )
-
-
-def _runs(numbers: torch.Tensor) -> list[Document]:
-    """Return the runs of equal positive numbers [S] of a row."""
-    _, counts = torch.unique_consecutive(numbers, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    found = zip(starts.tolist(), counts.tolist(), numbers[starts].tolist(), strict=True)
-    return [Document(start, length) for start, length, number in found if number > 0]
-
-
-def document_slots(
-    documents: Rows, device: torch.device | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return starts and lengths, int64 [B, D]; in unused slots 0 and -1000."""
-    most = max(1, *(len(row) for row in documents))
-    starts, lengths = (
-        [[getattr(d, name) for d in row] + [unused] * (most - len(row)) for row in documents]
-        for name, unused in (("start", 0), ("length", NO_DOCUMENT))
-    )
-    return torch.tensor(starts, device=device), torch.tensor(lengths, device=device)
 
 
 def token_documents(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -320,9 +303,9 @@ def token_documents(batch: Mapping[str, Any]) -> torch.Tensor:
     """
     ids = batch["input_ids"]
     rows, seq_len = ids.shape
-    starts, lengths = document_slots(documents_of(batch, rows, seq_len), ids.device)
-    starts = starts.where(lengths > 0, seq_len)  # unused slots come after all tokens
-    slots, _, real = token_places(starts, lengths, seq_len)
+    documents = documents_of(batch, rows, seq_len).to(ids.device)
+    starts = documents.starts.where(documents.lengths > 0, seq_len)
+    slots, _, real = token_places(starts, documents.lengths, seq_len)
     return (slots + 1).where(real, 0)
 
 

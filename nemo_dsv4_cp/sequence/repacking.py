@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT, token_places
-from nemo_dsv4_cp.sequence.packing import Rows, document_slots
+from nemo_dsv4_cp.sequence.packing import Documents
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Repacked:
 
 
 def repack(
-    documents: Rows,
+    documents: Documents,
     *,
     seq_len: int,
     document_multiple: int,
@@ -54,20 +54,19 @@ def repack(
         padded_len: S', tokens of the new rows; at least :func:`packed_len`.
         device: Where the result lives.
     """
-    old_starts, seq_lens = document_slots(documents, device)
-    used = seq_lens != NO_DOCUMENT
-    lengths = seq_lens.clamp(min=0)
+    documents = documents.to(device)
+    used, lengths = documents.lengths != NO_DOCUMENT, documents.lengths.clamp(min=0)
     rooms = round_up(lengths, document_multiple)
     starts = rooms.cumsum(dim=1) - rooms
     slots, places, inside = token_places(starts, rooms, padded_len)
     real = inside & (places < lengths.gather(1, slots))
-    source = (old_starts.gather(1, slots) + places).where(real, -1)
+    source = (documents.starts.gather(1, slots) + places).where(real, -1)
     return Repacked(
         source=source,
         target=inverse_places(source, seq_len),
         position_ids=places.where(inside, 0),
         seq_ids=(slots + 1).where(inside, 0),
-        seq_lens=seq_lens,
+        seq_lens=documents.lengths,
         seq_lens_padded=rooms.where(used, NO_DOCUMENT),
     )
 
@@ -116,10 +115,9 @@ def place_tokens(
     return placed.masked_fill(absent, fill).movedim(1, seq_dim)
 
 
-def packed_len(documents: Rows, document_multiple: int) -> int:
+def packed_len(documents: Documents, document_multiple: int) -> int:
     """Return the tokens of the fullest row once its documents lie end to end."""
-    rooms = [[round_up(d.length, document_multiple) for d in row] for row in documents]
-    return max(map(sum, rooms))
+    return int(round_up(documents.lengths.clamp(min=0), document_multiple).sum(dim=1).max())
 
 
 def round_up(length: Any, multiple: int) -> Any:

@@ -7,7 +7,6 @@ import torch
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.sequence.lengths import packed_padding
 from nemo_dsv4_cp.sequence.packing import (
-    Document,
     documents_as_automodel,
     documents_of,
     token_documents,
@@ -15,7 +14,7 @@ from nemo_dsv4_cp.sequence.packing import (
 from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.meshes import FakeMesh
 
-EXPECTED = [[Document(0, 3), Document(4, 2)], [Document(0, 6)]]
+EXPECTED = [[(0, 3), (4, 2)], [(0, 6)]]
 
 
 def lengths(*rows):
@@ -37,7 +36,7 @@ def lengths(*rows):
     ],
 )
 def test_documents_are_read_from_lengths_offsets_or_numbers(batch):
-    assert documents_of(batch, 2, 8) == EXPECTED
+    assert documents_of(batch, 2, 8).spans() == EXPECTED
     batch["input_ids"] = torch.zeros(2, 8)
     numbers = [[1, 1, 1, 0, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
     assert token_documents(batch).tolist() == numbers
@@ -53,16 +52,16 @@ def test_lengths_are_corrected_as_by_automodel_and_empty_documents_counted():
         "seq_lens": lengths([3, 0, 2, -1000], [-7, 8, -1000, -1000]),
         "seq_lens_padded": lengths([1, 2, -1000, -1000], [-1000, -1000, -1000, -1000]),
     }
-    expected = [[Document(0, 3), Document(3, 0), Document(5, 2)], [Document(0, 0), Document(0, 8)]]
-    assert documents_as_automodel(batch, 2, 8) == expected
-    assert documents_as_automodel(batch, 1, 8) == expected[:1]
+    expected = [[(0, 3), (3, 0), (5, 2)], [(0, 0), (0, 8)]]
+    assert documents_as_automodel(batch, 2, 8).spans() == expected
+    assert documents_as_automodel(batch, 1, 8).spans() == expected[:1]
     with pytest.raises(ValueError, match="row 1 overrun it"):
         documents_as_automodel(batch, 2, 7)
 
 
 def test_documents_of_no_token_are_none():
     batch = {"seq_lens": lengths([3, 0, 2])}
-    assert documents_of(batch, 1, 8) == [[Document(0, 3), Document(3, 2)]]
+    assert documents_of(batch, 1, 8).spans() == [[(0, 3), (3, 2)]]
 
 
 def test_a_packed_batch_that_tells_no_documents_is_refused():
