@@ -20,11 +20,8 @@ from nemo_dsv4_cp.attention.compressor import overlap_half, pool_windows, window
 from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
 from nemo_dsv4_cp.attention.recompute import KeptChoices, unseen_by_checkpointing
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, QueryRows, StepContext
-from nemo_dsv4_cp.automodel.deepseek_v4 import (
-    kernel_backend,
-    keywords_of,
-    make_norms_uniform,
-)
+from nemo_dsv4_cp.automodel.deepseek_v4 import kernel_backend
+from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import keywords_of, make_norms_uniform
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
 from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions

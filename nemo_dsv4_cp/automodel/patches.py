@@ -26,13 +26,9 @@ def replace_everywhere(name: str, original: Any, new: Any) -> None:
 def wrap(
     owner: Any, name: str, wrapping: Callable[[Any], Any], *, everywhere: bool = False
 ) -> None:
-    """Put what ``wrapping`` makes of a function in its place, once.
+    """Replace a function of a module, once, by what ``wrapping`` makes of it.
 
-    Args:
-        owner: Its module.
-        name: Its name there.
-        wrapping: Returns the replacement, given the original.
-        everywhere: In every module that has imported it by its name, too.
+    ``everywhere``: in every module that has imported it by its name, too.
     """
     if is_replaced(owner, name):
         return

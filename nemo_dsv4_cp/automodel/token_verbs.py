@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token verbs for rows whose documents were laid out anew: tensors of any trailing shape.
+"""Token verbs for rows whose documents were laid out again: tensors of any trailing shape.
 
-AutoModel's ``ContextParallelSharder`` moves [B, S] tensors to such rows and back, and no others: it
-refuses the [B, S, V] of a teacher's logits, and its own instances replace those that a model
-returns, so no subclass of ours could answer. Its two verbs are wrapped for our layout only; every
-other goes to AutoModel's.
+AutoModel's ``ContextParallelSharder`` moves only [B, S] tensors to such rows and back: it refuses
+the [B, S, V] of a teacher's logits, and its own instances replace those that a model returns, so
+no subclass of ours could serve. Its two verbs are wrapped for our layout only.
 """
 
 from __future__ import annotations
@@ -44,14 +43,14 @@ def _shard_token_tensor(
                 "a tensor in the batch's own coordinates needs `fill`, the value of padding, once "
                 "packed documents were laid out anew"
             )
-        source = inverse_places(target, _padded_len(layout))
+        source = inverse_places(target, layout.padded_seq_len)
         tensor = place_tokens(tensor, source, tuple(target.shape), seq_dim, fill)
     elif length != layout.padded_seq_len:
         raise ValueError(
             f"a tensor of {length} tokens on dimension {seq_dim} follows neither the batch "
             f"({target.shape[1]}) nor its padded rows ({layout.padded_seq_len})"
         )
-    indices = self._indices(_padded_len(layout), tensor.device)
+    indices = self._indices(layout.padded_seq_len, tensor.device)
     return tensor.index_select(seq_dim, indices)
 
 
@@ -73,15 +72,10 @@ def _gather_token_tensor(
             "to no document, once packed documents were laid out anew"
         )
     full = _automodel_gather(self, tensor, seq_dim)
-    rows = (full.shape[0], _padded_len(layout))
+    rows = (full.shape[0], layout.padded_seq_len)
     return place_tokens(full, _target(layout, full), rows, seq_dim, fill)
 
 
-def _target(layout: PackedShardLayout, tensor: torch.Tensor) -> torch.Tensor:
+def _target(layout: Any, tensor: torch.Tensor) -> torch.Tensor:
     target: torch.Tensor = layout.input_token_stream_positions
     return target.to(tensor.device)
-
-
-def _padded_len(layout: PackedShardLayout) -> int:
-    length: int = layout.padded_seq_len
-    return length

@@ -53,21 +53,18 @@ def make_cp_batch_and_ctx(
     *,
     model: Any = None,
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Cut a batch for this CP rank and return the context that its forward runs in.
+    """Shard a batch for this CP rank; return the context factory of its forward and the shard.
 
     Args:
         device_mesh: The job's mesh, with or without dimensions ``cp`` and ``tp``; None for one
             process.
         batch: The full batch, changed in place.
-        loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is cut too.
-        use_te: Not supported here: AutoModel's sharder looks at the model itself.
+        loss_mask: Optional [B, S]; stands in for missing labels, else is sharded too.
+        use_te: Not supported here: AutoModel's sharder inspects the model itself.
         padding_token_id: Pad value of ``input_ids``.
         num_chunks: Pipeline microbatches.
         seq_lens_padding_value: -1000, what fills up rows of fewer documents.
-        model: The model whose sharder cuts a batch that carries no function.
-
-    Returns:
-        A context factory and the cut batch.
+        model: The model whose sharder serves a batch that carries no function.
 
     Raises:
         ValueError: For ``use_te``, or another ``seq_lens_padding_value``.
