@@ -41,7 +41,7 @@ def _shard_token_tensor(
         if fill is None:
             raise ValueError(
                 "a tensor in the batch's own coordinates needs `fill`, the value of padding, once "
-                "packed documents were laid out anew"
+                "packed documents were laid out again"
             )
         source = inverse_places(target, layout.padded_seq_len)
         tensor = place_tokens(tensor, source, tuple(target.shape), seq_dim, fill)
@@ -69,7 +69,7 @@ def _gather_token_tensor(
     if fill is None:
         raise ValueError(
             "trimming to the batch's own coordinates needs `fill`, the value of tokens that belong "
-            "to no document, once packed documents were laid out anew"
+            "to no document, once packed documents were laid out again"
         )
     full = _automodel_gather(self, tensor, seq_dim)
     rows = (full.shape[0], layout.padded_seq_len)

@@ -135,11 +135,6 @@ def mask_rules(mask: torch.Tensor, padding: torch.Tensor, labels: Any) -> list[R
 
     Attention sees all of its row's past. Of a 4-D mask, the first token's row and column identify
     most that differ: bidirectional ones, prefixes, windows, packed documents.
-
-    Args:
-        mask: [B, S] or [B, 1, S, S], of a valid kind and shape.
-        padding: What :func:`padding_of` it is.
-        labels: [B, S], or None.
     """
     key = "attention_mask"
     if mask.dim() == 2:
@@ -177,11 +172,7 @@ def document_rules(
 ) -> list[Rule]:
     """Refuse packed rows whose positions or labels disagree with their documents.
 
-    Args:
-        positions: [B, S] or [1, S], if the batch has any.
-        labels: [B, S].
-        places: Each token's position in its document, [B, S].
-        real: Whether it belongs to one.
+    ``places`` are the tokens' positions in their documents, ``real`` whether they are in one.
     """
     lost = (labels != IGNORED_LABEL) & ~real
     rules = [Rule("documents' labels", "labels", labels, lost)]
@@ -194,14 +185,7 @@ def document_rules(
 def id_rule(
     key: str, numbers: torch.Tensor, vocab_size: int | None, among: torch.Tensor | None
 ) -> Rule:
-    """Refuse numbers that are no token ids: an embedding or a loss on a GPU dies of them.
-
-    Args:
-        key: ``input_ids``, or ``labels`` of which -100 is valid too.
-        numbers: [B, S].
-        vocab_size: What ids are below; None if that is not known.
-        among: Bool [B, S], which of the numbers count; None for all.
-    """
+    """Refuse numbers, all or ``among`` them, that are no ids: a loss on a GPU dies of them."""
     wrong, valid = numbers < 0, valid_ids(vocab_size)
     if vocab_size is not None:
         wrong = wrong | (numbers >= vocab_size)

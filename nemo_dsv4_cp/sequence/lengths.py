@@ -59,13 +59,7 @@ def _lengths(batch: Mapping[str, Any], *, padded: bool) -> torch.Tensor | None:
 
 
 def document_lengths(key: str, numbers: torch.Tensor) -> torch.Tensor:
-    """Return the lengths, int64 [B, D], that ``seq_lens`` or ``cu_seqlens`` describe.
-
-    Args:
-        key: Of the batch, padded or not.
-        numbers: Int [B, D] or [D]; offsets have D + 1. Unused slots, which follow the others, give
-            lengths of 0.
-    """
+    """Return the lengths, int64 [B, D], of a batch's lengths or offsets; 0 in unused slots."""
     numbers = torch.atleast_2d(numbers).long()
     return (numbers.diff(dim=1) if key.startswith("cu_") else numbers).clamp(min=0)
 
@@ -79,9 +73,7 @@ def used_slots_first(key: str, numbers: torch.Tensor) -> torch.Tensor:
 def laid_out(lengths: torch.Tensor, rooms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the first token and the real tokens of documents, int64 [B, D] each.
 
-    Args:
-        lengths: Real tokens of each document, int64 [B, D].
-        rooms: The same with the padding that follows it; may have another D.
+    ``rooms`` count the padding that follows a document too, and may have another D.
     """
     slots = max(1, lengths.shape[1], rooms.shape[1])
     lengths, rooms = (pad(each, (0, slots - each.shape[1])) for each in (lengths, rooms))
@@ -91,15 +83,9 @@ def laid_out(lengths: torch.Tensor, rooms: torch.Tensor) -> tuple[torch.Tensor, 
 def token_places(
     starts: torch.Tensor, lengths: torch.Tensor, seq_len: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the document of each token.
+    """Return each token's document and its place in it, int64 [B, S], and whether it is real.
 
-    Args:
-        starts: First token of each document, ascending, int64 [B, D].
-        lengths: Its real tokens; 0 in unused slots.
-        seq_len: S.
-
-    Returns:
-        Its slot and the token's place in it, int64 [B, S], and whether it is a real token of it.
+    Documents are ascending first tokens and real tokens, int64 [B, D]; none in unused slots.
     """
     tokens = torch.arange(seq_len, device=starts.device).expand(len(starts), -1).contiguous()
     slots = (torch.searchsorted(starts.contiguous(), tokens, right=True) - 1).clamp(min=0)
@@ -108,11 +94,7 @@ def token_places(
 
 
 def run_places(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's place in its document and whether it has one, from document numbers.
-
-    Args:
-        numbers: Int [B, S], the same for neighboring tokens of one document; 0 for padding.
-    """
+    """Return each token's place in its document and whether it has one, by document numbers."""
     tokens = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
     first = pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
     return tokens - (tokens * first).cummax(dim=1).values, numbers > 0

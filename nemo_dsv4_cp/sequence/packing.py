@@ -129,13 +129,8 @@ def document_places(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each token's place in its document, int64 [B, S], and whether it is in one.
 
-    Computed on the device without waiting for it, before the numbers are known to make sense; from
-    the first tensor, which :func:`documents_from` reads first too.
-
-    Args:
-        tensors: From :func:`document_tensors`.
-        seq_len: S.
-        device: Where the result lives.
+    Computed from :func:`document_tensors` without waiting for them, so before the numbers are known
+    to make sense; of several, the first describes the documents, as in :func:`documents_from`.
     """
     name = next(iter(tensors))
     if name in TOKEN_IDS:
@@ -148,11 +143,7 @@ def document_places(
 
 
 def documents_from(numbers: Mapping[str, torch.Tensor], seq_len: int) -> Documents:
-    """Return the documents that the tensors of :func:`document_tensors`, on the CPU, describe.
-
-    Raises:
-        ValueError: As :func:`documents_of` does.
-    """
+    """Return the documents that :func:`document_tensors`, on the CPU, describe; refuse others."""
     found: dict[str, Documents] = {}
     for name in ("seq_lens", "cu_seqlens"):
         if name in numbers:
@@ -296,11 +287,7 @@ def _refuse_contradiction(first: str, documents: Documents, other: str, others: 
 
 
 def token_documents(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Return the number of each token's document in its row, int64 [B, S] from 1; 0 for padding.
-
-    Args:
-        batch: As for :func:`documents_of`, with ``input_ids`` [B, S].
-    """
+    """Return the number of each token's document in its row, int64 [B, S] from 1; 0 for padding."""
     ids = batch["input_ids"]
     rows, seq_len = ids.shape
     documents = documents_of(batch, rows, seq_len).to(ids.device)
@@ -314,10 +301,7 @@ def tokens_ahead(
 ) -> torch.Tensor:
     """Return the token ``depth`` places ahead of each, 0 where the row or document ends before it.
 
-    Args:
-        ids: Int [B, S], whole rows.
-        depth: 1 or more.
-        documents: Any number per token [B, S] that differs between neighboring documents.
+    ``documents`` are numbers [B, S] that differ between neighboring documents.
     """
     ahead = torch.zeros_like(ids)
     ahead[:, :-depth] = ids[:, depth:]

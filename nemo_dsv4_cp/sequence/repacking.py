@@ -45,15 +45,7 @@ def repack(
     padded_len: int,
     device: torch.device | None = None,
 ) -> Repacked:
-    """Lay the documents end to end.
-
-    Args:
-        documents: From :func:`documents_of`.
-        seq_len: S, tokens of the old rows.
-        document_multiple: Each document is padded to a multiple of this; 1 for no padding.
-        padded_len: S', tokens of the new rows; at least :func:`packed_len`.
-        device: Where the result lives.
-    """
+    """Lay documents end to end, each padded to a multiple, in rows of ``padded_len`` tokens."""
     documents = documents.to(device)
     used, lengths = documents.lengths != NO_DOCUMENT, documents.lengths.clamp(min=0)
     rooms = round_up(lengths, document_multiple)
@@ -72,12 +64,7 @@ def repack(
 
 
 def inverse_places(places: torch.Tensor, length: int) -> torch.Tensor:
-    """Return for each of ``length`` places which token goes there, int64 [B, length]; -1 for none.
-
-    Args:
-        places: Int64 [B, S], where each token goes; -1 for tokens that are left out.
-        length: Places of a row.
-    """
+    """Return for each of ``length`` places which token goes there, -1 for none; int64."""
     inverse = places.new_full((len(places), length + 1), -1)
     tokens = torch.arange(places.shape[1], device=places.device).expand_as(places)
     # Tokens that are left out all write to the extra place, which is cut off.
@@ -93,15 +80,8 @@ def place_tokens(
 ) -> torch.Tensor:
     """Return ``tensor[b, source[b, s]]``, ``fill`` where the source is -1; differentiable.
 
-    Args:
-        tensor: [B, S, ..] of shape ``rows`` in its first dimension and ``seq_dim``.
-        source: Int64 [B, S'].
-        rows: [B, S], what the tensor must have.
-        seq_dim: Where S is.
-        fill: Value of slots without a source.
-
     Raises:
-        ValueError: If the tensor has other rows or tokens.
+        ValueError: If the tensor has not ``rows`` [B, S] in its first dimension and ``seq_dim``.
     """
     tokens = tensor.movedim(seq_dim, 1)
     if tuple(tokens.shape[:2]) != tuple(rows):
