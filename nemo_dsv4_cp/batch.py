@@ -127,7 +127,7 @@ def contiguous_shard(
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
         KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
         NotImplementedError: For images.
-        ValueError: For all else that could not be cut rightly, such as tensors that do not follow
+        ValueError: For all else that cannot be sharded correctly, such as tensors that do not follow
             the tokens, left padding or lengths that do not fit their row, and for ranks whose
             batches differ or of which one refuses.
     """

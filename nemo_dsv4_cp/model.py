@@ -123,7 +123,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         compare = self._compare_ranks != "never"
         if self._compare_ranks == "first":
             self._compare_ranks = "never"
-        cut = self._batch_fn(
+        sharded = self._batch_fn(
             cp_mesh,
             tp_mesh,
             batch,
@@ -134,17 +134,17 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             vocab_size=getattr(self.model.embed_tokens, "num_embeddings", self.config.vocab_size),
             **kwargs,
         )
-        shape = cut[2]
+        shape = sharded[2]
         if cp_mesh is not None and cp_mesh.size() > 1 and shape is not None:
             self._padding = padding_of_shard(
                 shape.original_seq_len, shape.padded_seq_len, self._pad_multiple or 1
             )
-        return cut
+        return sharded
 
     def prepare_mtp_inputs_for_cp(
         self, batch: dict[str, Any], *, ignore_index: int = -100
     ) -> MTPContextParallelInputs:
-        """Shift the full batch for each MTP depth, before it is cut: AutoModel's contract.
+        """Shift the full batch for each MTP depth, before it is sharded: AutoModel's contract.
 
         Args:
             batch: The full batch; not changed but for ``position_ids`` where it has none.

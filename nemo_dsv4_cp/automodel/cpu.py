@@ -97,7 +97,7 @@ def lift_cuda_assumptions() -> None:
         return
     views = list(_views())
     # moe/parallelizer.py, apply_cp: with ep_size > 1 and cp_size > 1 it imports transformer_engine
-    # to tell TE's attention from others, before it looks whether a model brings its own.
+    # to recognize TE's attention, before it looks whether a model brings its own.
     imports = ("from transformer_engine.pytorch.attention import DotProductAttention",)
     for module, assumed, _ in (*views, (parallelizer, imports, None)):
         for code in assumed:

@@ -33,7 +33,7 @@ else:
 
     @dataclass
     class ContextParallelSharder:  # type: ignore[no-redef]
-        """How a batch is cut, for callers of ``prepare_model_inputs_for_cp``."""
+        """How a batch is sharded, for callers of ``prepare_model_inputs_for_cp``."""
 
         shard_batch: Callable[..., Any]
         local_token_global_indices: Callable[..., Any] | None = None

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fast_on_small_tensors")
 
 
 def problems(theirs, ours):
-    """Return what AutoModel's function tells by its signature, or takes, and ours does not."""
+    """Return what AutoModel's signature shows or accepts, and ours does not."""
     of_theirs, of_ours = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
     places = {name: place for place, name in enumerate(of_ours)}
     for place, (name, parameter) in enumerate(of_theirs.items()):

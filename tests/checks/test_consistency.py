@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that disagree, over real gloo ranks: all refuse, and the error says about what."""
+"""Ranks that disagree, over real gloo ranks: all refuse, and the error names what."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def trained_job(group, rank):
     return first_step(model, group)
 
 
-def test_weights_that_one_rank_does_not_train_are_told(ranks):
+def test_weights_that_one_rank_does_not_train_are_named(ranks):
     for refusal in ranks.run(trained_job, 2):
         assert "parameters is " in refusal
 

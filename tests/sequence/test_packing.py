@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What packed batches say of their documents, and what they may not say."""
+"""Which documents packed batches describe, and which descriptions are refused."""
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 """``make_cp_batch_and_ctx`` of AutoModel 0.5's ``cp_utils``, on every release.
 
 Training loops written for it keep working: a function found in the batch under
-``_cp_make_batch_fn`` cuts it, as in the nightlies after 0.5, else the model's own sharder does.
+``_cp_make_batch_fn`` shards it, as in the nightlies after 0.5, else the model's own sharder does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cut_with(
     loss_mask: torch.Tensor | None,
     padding_token_id: int,
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Call a batch function as AutoModel does; return a context factory and the cut batch."""
+    """Call a batch function as AutoModel does; return a context factory and the sharded batch."""
     context, batch, *_ = batch_fn(
         *submeshes(device_mesh), batch, loss_mask=loss_mask, padding_token_id=padding_token_id
     )

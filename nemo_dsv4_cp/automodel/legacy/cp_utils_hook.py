@@ -36,7 +36,7 @@ _models: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def adopt(model: Any) -> None:
-    """Note a model that cuts its own batches, for as long as it lives."""
+    """Note a model that shards its own batches, for as long as it lives."""
     _models.add(model)
 
 
