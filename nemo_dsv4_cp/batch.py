@@ -127,8 +127,8 @@ def contiguous_shard(
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
         KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
         NotImplementedError: For images.
-        ValueError: For all else that cannot be sharded correctly, such as tensors that do not follow
-            the tokens, left padding or lengths that do not fit their row, and for ranks whose
+        ValueError: For all else that cannot be sharded correctly, such as tensors of other shapes
+            than the tokens, left padding or lengths that overrun their row, and for ranks whose
             batches differ or of which one refuses.
     """
     cp_size = 1 if cp_mesh is None else cp_mesh.size()

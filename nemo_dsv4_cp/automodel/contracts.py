@@ -43,19 +43,12 @@ class UnsupportedAutoModel(ImportError):
 
 @dataclass(frozen=True)
 class Signature:
-    """A function of AutoModel, and the arguments that we pass to it or read.
-
-    Attributes:
-        module: Where it is.
-        name: Its name there, a method's with its class.
-        arguments: Those that we rely on, by name.
-        in_order: Whether they must also be its first ones, in this order, since we replace it.
-    """
+    """A function of AutoModel, and the arguments that we pass to it or read."""
 
     module: str
-    name: str
+    name: str  # a method's with its class
     arguments: tuple[str, ...] = ()
-    in_order: bool = False
+    in_order: bool = False  # they are its first ones, in this order, since we replace it
 
     def check(self) -> None:
         """Raise :class:`UnsupportedAutoModel` if the function is gone or takes other arguments."""
@@ -74,19 +67,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class Body:
-    """A function of AutoModel whose body we restate.
-
-    Attributes:
-        module: Where it is.
-        name: Its name there, a method's with its class.
-        restated_in: Our module that must follow a change of it.
-        fingerprints: Of the body in each tested release.
-    """
+    """A function of AutoModel whose body a module of ours restates."""
 
     module: str
     name: str
     restated_in: str
-    fingerprints: tuple[str, ...]
+    fingerprints: tuple[str, ...]  # of the body in each tested release
 
     def check(self) -> None:
         """Raise :class:`UnsupportedAutoModel` if no tested release has this body."""

@@ -175,8 +175,7 @@ def _skip(
 ) -> int | None:
     """Return how many samples of its own each data-parallel rank has to skip.
 
-    Returns:
-        None where there are as many of these ranks as before, whose states hold.
+    None where there are as many of these ranks as before, whose states hold.
 
     Raises:
         ValueError: If samples would be lost or seen twice.

@@ -74,11 +74,7 @@ def parallelize(
 ) -> tuple[Any, DistributedSetup]:
     """Checkpoint and shard a model as AutoModel does with ``ep_size: 1``, in float32.
 
-    Args:
-        model: Ours, with its weights.
-        recipe: Its ``distributed`` section names the activation checkpointing.
-        cp_size: Number of ranks, all of one CP group.
-        device: This rank's device.
+    All ranks are one CP group; the recipe's ``distributed`` section names the checkpointing.
     """
     named = recipe.get("distributed") or {}
     distributed = {key: named[key] for key in _SHARDING_KEYS if named.get(key) is not None}
@@ -106,12 +102,7 @@ def parallelize(
 class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
     """AutoModel's recipe with a model and a loss in place of all that its setup would make.
 
-    Args:
-        model: The model to train; sharded if there is a setup.
-        loss_fn: As :func:`build_loss` returns it.
-        device: This rank's device.
-        setup: How the model is sharded; None for a model that every rank runs alone.
-        packed: Whether rows hold several documents.
+    Without ``setup``, every rank runs the whole model alone.
     """
 
     def __init__(
@@ -149,11 +140,7 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         self._result = StepResult()
 
     def run(self, batches: list[dict[str, Any]]) -> StepResult:
-        """Train on some microbatches and return the results; weights stay, biases move.
-
-        Args:
-            batches: As a dataloader gives them, all tokens on every rank.
-        """
+        """Train on microbatches, whole on every rank; weights stay, biases move."""
         (model,) = self.model_parts
         enable_load_balance_tracking(model)
         hook = model.register_forward_hook(self._keep_output)
@@ -170,7 +157,7 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         return result
 
     def _keep_output(self, model: Any, _: Any, output: Any) -> None:
-        """Keep what a microbatch's forward gave, before backward recomputes any of it."""
+        """Store what a microbatch's forward returned, before backward recomputes any of it."""
         result = self._result
         # A loss that projects hidden states has the model return the last token's logits alone.
         scored = output.hidden_states if takes_hidden_states(self.loss_fn) else output.logits
@@ -260,17 +247,11 @@ class _TorchLinearCrossEntropy(FusedLinearCrossEntropy):
 
 @dataclass(frozen=True)
 class Loss:
-    """A recipe's loss, or one that stands in for it.
-
-    Attributes:
-        function: What is computed.
-        name: The recipe's.
-        reason: Why another one stands in; None if none does.
-    """
+    """A recipe's loss, or one that stands in for it."""
 
     function: Any
-    name: str
-    reason: str | None = None
+    name: str  # of the recipe's
+    reason: str | None = None  # why another one stands in, if one does
 
     def for_model(self, model: Any) -> Loss:
         """Return the loss that AutoModel's recipe trains a model with.
@@ -287,12 +268,7 @@ class Loss:
 
 
 def build_loss(recipe: Mapping[str, Any], device: torch.device) -> Loss:
-    """Return a recipe's loss, or where that does not run the same loss in plain torch.
-
-    Args:
-        recipe: Its ``loss_fn`` section names the loss.
-        device: Where the loss has to run.
-    """
+    """Return a recipe's loss, or where that does not run the same loss in plain torch."""
     named = recipe.get("loss_fn")
     if not named:
         return Loss(MaskedCrossEntropy(), MaskedCrossEntropy.__name__)

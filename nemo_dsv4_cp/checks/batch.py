@@ -124,13 +124,7 @@ def check_batch(
 ) -> CheckedBatch:
     """Refuse what :func:`nemo_dsv4_cp.batch.contiguous_shard` could not shard correctly.
 
-    The arguments are those of that function.
-
-    Raises:
-        AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
-        KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
-        NotImplementedError: For images.
-        ValueError: For all else, with the key, what it holds and what it may hold.
+    The arguments and errors are those of that function.
     """
     if not isinstance(batch, MutableMapping):
         raise ValueError(

@@ -94,14 +94,10 @@ def refuse_first(rules: Sequence[Rule], broken: Sequence[torch.Tensor]) -> None:
 
 
 def padding_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Read either form of attention mask as AutoModel does.
+    """Return what an attention mask marks as padding, bool [B, S], read as AutoModel does.
 
-    Args:
-        attention_mask: [B, S], nonzero = real; or [B, 1, S, S], bool (True = attend) or additive
-            (0 = attend), of which the diagonal counts.
-
-    Returns:
-        Bool [B, S], True = pad.
+    It is [B, S], nonzero = real; or [B, 1, S, S], bool (True = attend) or additive (0 = attend), of
+    which the diagonal counts.
     """
     if attention_mask.dim() == 4:
         diagonal = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
@@ -110,16 +106,10 @@ def padding_of(attention_mask: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_left_padding(padding_mask: torch.Tensor) -> None:
-    """Refuse rows in which a real token follows padding.
+    """Refuse whole rows [B, S] (True = pad) in which a real token follows padding.
 
     Attention goes by position, not by masks: with padding only at the end no real query ever sees
     a pad token, anywhere else it would.
-
-    Args:
-        padding_mask: Bool [B, S], True = pad, of whole rows.
-
-    Raises:
-        ValueError: If a row is not right-padded.
     """
     rules = [_right_padding(padding_mask)]
     refuse_first(rules, read_together(rules))
