@@ -8,7 +8,6 @@ on their being sharded in place.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from typing import Any
@@ -62,21 +61,16 @@ def install() -> None:
             "rows in another order"
         )
     patches.replace(kd, "ContextParallelSharder", DistillationSharder)
-    patches.replace(kd, "_build_teacher_model", _checking_teacher(kd._build_teacher_model))
+    patches.wrap(kd, "_build_teacher_model", _checking_teacher)
 
 
-def _checking_teacher(build: Any) -> Any:
-    @functools.wraps(build)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        teacher = build(*args, **kwargs)
-        cp_size = cp_size_of(teacher)
-        if cp_size > 1 and not getattr(teacher, "_owns_cp_attention", False):
-            raise ValueError(
-                f"the teacher {type(teacher).__name__} would see this rank's shard alone at "
-                f"distributed.cp_size={cp_size}; give teacher_model the config class "
-                "nemo_dsv4_cp.DeepseekV4ContextParallelConfig as well, or set "
-                "distributed.cp_size: 1"
-            )
-        return teacher
-
-    return wrapped
+def _checking_teacher(build: Any, *args: Any, **kwargs: Any) -> Any:
+    teacher = build(*args, **kwargs)
+    cp_size = cp_size_of(teacher)
+    if cp_size > 1 and not getattr(teacher, "_owns_cp_attention", False):
+        raise ValueError(
+            f"the teacher {type(teacher).__name__} would see this rank's shard alone at "
+            f"distributed.cp_size={cp_size}; give teacher_model the config class "
+            "nemo_dsv4_cp.DeepseekV4ContextParallelConfig as well, or set distributed.cp_size: 1"
+        )
+    return teacher

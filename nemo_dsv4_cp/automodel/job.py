@@ -7,7 +7,6 @@ The function that checks a model against the job's mesh, before it is sharded, i
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from nemo_automodel._transformers import capabilities
@@ -28,10 +27,6 @@ def cp_size_of(model: Any) -> int:
     return int(getattr(model, _ATTRIBUTE, 1))
 
 
-def _passing_cp_size(original: Any) -> Any:
-    @functools.wraps(original)
-    def attach_capabilities_and_validate(model: Any, mesh: Any) -> Any:
-        setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
-        return original(model, mesh)
-
-    return attach_capabilities_and_validate
+def _passing_cp_size(original: Any, model: Any, mesh: Any) -> Any:
+    setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
+    return original(model, mesh)

@@ -9,7 +9,6 @@ and the frozen indexer, whose adapters would never train.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from typing import Any
 
@@ -32,16 +31,9 @@ def install() -> None:
     patches.wrap(lora, FUNCTION, _resolving_first, everywhere=True)
 
 
-def _resolving_first(original: Any) -> Any:
-    @functools.wraps(original)
-    def apply_lora_to_linear_modules(
-        model: Any, peft_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        resolve = getattr(model, RESOLVE, None)
-        config = peft_config if resolve is None else resolve(peft_config)
-        return original(model, config, *args, **kwargs)
-
-    return apply_lora_to_linear_modules
+def _resolving_first(original: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+    resolve = getattr(model, RESOLVE, None)
+    return original(model, resolve(peft_config) if resolve else peft_config, *args, **kwargs)
 
 
 def resolve_targets(model: Any, peft_config: Any) -> Any:

@@ -10,7 +10,6 @@ these the next samples would silently repeat some, or leave some out.
 
 from __future__ import annotations
 
-import functools
 import glob
 import importlib
 import os
@@ -35,11 +34,8 @@ _TRACKED = "__state_tracked"
 def install() -> None:
     """Let recipes that train our models resume on other ranks; calling it again changes nothing."""
     recipe: Any = importlib.import_module(RECIPE).BaseRecipe
-    if patches.is_replaced(recipe, "load_checkpoint"):
-        return
-    patches.replace(recipe, "load_checkpoint", _recording_ranks(recipe.load_checkpoint))
-    name = "_load_checkpoint_tracked_state"
-    patches.replace(recipe, name, _checking_ranks(getattr(recipe, name)))
+    patches.wrap(recipe, "load_checkpoint", _recording_ranks)
+    patches.wrap(recipe, "_load_checkpoint_tracked_state", _checking_ranks)
 
 
 class DataRanks:
@@ -85,14 +81,10 @@ class DataRanks:
         )
 
 
-def _recording_ranks(original: Any) -> Any:
-    @functools.wraps(original)
-    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if KEY not in self.__dict__ and _trains_ours(self):
-            setattr(self, KEY, DataRanks(self))
-        return original(self, *args, **kwargs)
-
-    return load_checkpoint
+def _recording_ranks(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if KEY not in self.__dict__ and _trains_ours(self):
+        setattr(self, KEY, DataRanks(self))
+    return original(self, *args, **kwargs)
 
 
 def _trains_ours(recipe: Any) -> bool:
@@ -100,37 +92,33 @@ def _trains_ours(recipe: Any) -> bool:
     return any(getattr(getattr(part, "module", part), RESUMES, False) for part in parts)
 
 
-def _checking_ranks(original: Any) -> Any:
-    @functools.wraps(original)
-    def _load_checkpoint_tracked_state(self: Any, ckpt_dir: str) -> Any:
-        now = self.__dict__.get(KEY)
-        if now is None:
+def _checking_ranks(original: Any, self: Any, ckpt_dir: str) -> Any:
+    now = self.__dict__.get(KEY)
+    if now is None:
+        return original(self, ckpt_dir)
+    loaders = _tracked(self, _loader_type())
+    saved = _saved(ckpt_dir, loaders)
+    if saved is None or (saved["dp_size"], saved["cp_size"]) == (now.dp_size, now.cp_size):
+        with _left_out(self, {KEY}):
             return original(self, ckpt_dir)
-        loaders = _tracked(self, _loader_type())
-        saved = _saved(ckpt_dir, loaders)
-        if saved is None or (saved["dp_size"], saved["cp_size"]) == (now.dp_size, now.cp_size):
-            with _left_out(self, {KEY}):
-                return original(self, ckpt_dir)
-        skips = {key: _skip(ckpt_dir, key, loader, saved, now) for key, loader in loaders.items()}
-        streams = _tracked(self, sys.modules[RECIPE].StatefulRNG)
-        with _left_out(self, {KEY, *loaders, *streams}):
-            loaded = original(self, ckpt_dir)
-        checkpointer = self.checkpointer
-        for key, loader in loaders.items():
-            skip = skips[key]
-            if skip is None:
-                with _as_dp_rank(checkpointer, self._get_dp_rank() * saved["cp_size"]):
-                    checkpointer.load_on_dp_ranks(loader, key, ckpt_dir)
-            else:
-                loader.sampler.load_state_dict({"yielded": skip})
-        # AutoModel 0.5 numbers these as it does dataloaders, later releases by global rank.
-        load = getattr(checkpointer, "load_on_global_ranks", checkpointer.load_on_dp_ranks)
-        for key, stream in streams.items():
-            with suppress(FileNotFoundError):  # of an additional rank: its seed's stream stays
-                load(stream, key, ckpt_dir)
-        return loaded
-
-    return _load_checkpoint_tracked_state
+    skips = {key: _skip(ckpt_dir, key, loader, saved, now) for key, loader in loaders.items()}
+    streams = _tracked(self, sys.modules[RECIPE].StatefulRNG)
+    with _left_out(self, {KEY, *loaders, *streams}):
+        loaded = original(self, ckpt_dir)
+    checkpointer = self.checkpointer
+    for key, loader in loaders.items():
+        skip = skips[key]
+        if skip is None:
+            with _as_dp_rank(checkpointer, self._get_dp_rank() * saved["cp_size"]):
+                checkpointer.load_on_dp_ranks(loader, key, ckpt_dir)
+        else:
+            loader.sampler.load_state_dict({"yielded": skip})
+    # AutoModel 0.5 numbers these as it does dataloaders, later releases by global rank.
+    load = getattr(checkpointer, "load_on_global_ranks", checkpointer.load_on_dp_ranks)
+    for key, stream in streams.items():
+        with suppress(FileNotFoundError):  # of an additional rank: its seed's stream stays
+            load(stream, key, ckpt_dir)
+    return loaded
 
 
 def _loader_type() -> Any:

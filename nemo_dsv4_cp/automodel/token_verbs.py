@@ -8,7 +8,6 @@ no subclass of ours could serve. Its two verbs are wrapped for our layout only.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,24 +16,19 @@ from nemo_dsv4_cp.automodel import patches
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder, PackedShardLayout
 from nemo_dsv4_cp.sequence.repacking import inverse_places, place_tokens
 
-_automodel_shard = ContextParallelSharder.shard_token_tensor
-_automodel_gather = ContextParallelSharder.gather_token_tensor
-
 
 def install() -> None:
     """Wrap AutoModel's verbs; again does nothing."""
-    if not patches.is_replaced(ContextParallelSharder, "shard_token_tensor"):
-        patches.replace(ContextParallelSharder, "shard_token_tensor", _shard_token_tensor)
-        patches.replace(ContextParallelSharder, "gather_token_tensor", _gather_token_tensor)
+    patches.wrap(ContextParallelSharder, "shard_token_tensor", _shard_token_tensor)
+    patches.wrap(ContextParallelSharder, "gather_token_tensor", _gather_token_tensor)
 
 
-@functools.wraps(_automodel_shard)
 def _shard_token_tensor(
-    self: Any, tensor: torch.Tensor, seq_dim: int = 1, fill: float | None = None
+    original: Any, self: Any, tensor: torch.Tensor, seq_dim: int = 1, fill: float | None = None
 ) -> torch.Tensor:
     layout = self.shard_layout
     if not isinstance(layout, PackedShardLayout):
-        sharded: torch.Tensor = _automodel_shard(self, tensor, seq_dim, fill)
+        sharded: torch.Tensor = original(self, tensor, seq_dim, fill)
         return sharded
     target, length = _target(layout, tensor), tensor.shape[seq_dim]
     if length == target.shape[1]:
@@ -54,8 +48,8 @@ def _shard_token_tensor(
     return tensor.index_select(seq_dim, indices)
 
 
-@functools.wraps(_automodel_gather)
 def _gather_token_tensor(
+    original: Any,
     self: Any,
     tensor: torch.Tensor,
     seq_dim: int = 1,
@@ -64,14 +58,14 @@ def _gather_token_tensor(
 ) -> torch.Tensor:
     layout = self.shard_layout
     if not (isinstance(layout, PackedShardLayout) and trim):
-        gathered: torch.Tensor = _automodel_gather(self, tensor, seq_dim, trim, fill)
+        gathered: torch.Tensor = original(self, tensor, seq_dim, trim, fill)
         return gathered
     if fill is None:
         raise ValueError(
             "trimming to the batch's own coordinates needs `fill`, the value of tokens that belong "
             "to no document, once packed documents were laid out again"
         )
-    full = _automodel_gather(self, tensor, seq_dim)
+    full = original(self, tensor, seq_dim)
     rows = (full.shape[0], layout.padded_seq_len)
     return place_tokens(full, _target(layout, full), rows, seq_dim, fill)
 

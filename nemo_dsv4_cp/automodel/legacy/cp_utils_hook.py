@@ -11,7 +11,6 @@ first. Ours leaves out models that own their CP attention, which get their group
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 import weakref
@@ -51,46 +50,37 @@ def leave_out_own_cp_attention() -> None:
     patches.wrap(importlib.import_module(_PARALLELIZER), "apply_cp", _looking_first)
 
 
-def _looking_first(original: Any) -> Any:
-    @functools.wraps(original)
-    def apply_cp(model: Any, cp_mesh: Any, *args: Any, **kwargs: Any) -> None:
-        if not getattr(model, "_owns_cp_attention", False):
-            original(model, cp_mesh, *args, **kwargs)
-
-    return apply_cp
+def _looking_first(original: Any, model: Any, cp_mesh: Any, *args: Any, **kwargs: Any) -> None:
+    if not getattr(model, "_owns_cp_attention", False):
+        original(model, cp_mesh, *args, **kwargs)
 
 
-def _replacing(original: Any) -> Any:
-    @functools.wraps(original)
-    def make_cp_batch_and_ctx(
-        device_mesh: Any,
-        batch: dict[str, Any],
-        loss_mask: Any = None,
-        use_te: bool = False,
-        padding_token_id: int = 0,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        cp_mesh, _ = submeshes(device_mesh)
-        batch_fn = batch.pop(BATCH_FN_KEY, None)
-        model = _trained_by(sys._getframe(1))
-        if batch_fn is None and model is not None and cp_mesh is not None:
-            if cp_mesh.size() > 1 and "labels" not in batch:
-                raise NotImplementedError(
-                    f"this recipe hands {FUNCTION} a batch without labels, and goes on with its "
-                    "own labels of the whole row; under context parallelism, distillation needs "
-                    "nemo_automodel 0.6.0 or later, or distributed.cp_size: 1"
-                )
-            batch_fn = model.prepare_model_inputs_for_cp(batch)["cp_sharder"].shard_batch
-        if batch_fn is None:
-            return original(
-                device_mesh, batch, loss_mask, use_te, padding_token_id, *args, **kwargs
+def _replacing(
+    original: Any,
+    device_mesh: Any,
+    batch: dict[str, Any],
+    loss_mask: Any = None,
+    use_te: bool = False,
+    padding_token_id: int = 0,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    cp_mesh, _ = submeshes(device_mesh)
+    batch_fn = batch.pop(BATCH_FN_KEY, None)
+    model = _trained_by(sys._getframe(2))  # whoever called the wrapper
+    if batch_fn is None and model is not None and cp_mesh is not None:
+        if cp_mesh.size() > 1 and "labels" not in batch:
+            raise NotImplementedError(
+                f"this recipe hands {FUNCTION} a batch without labels, and goes on with its own "
+                "labels of the whole row; under context parallelism, distillation needs "
+                "nemo_automodel 0.6.0 or later, or distributed.cp_size: 1"
             )
-        return cut_with(
-            batch_fn, device_mesh, batch, loss_mask=loss_mask, padding_token_id=padding_token_id
-        )
-
-    return make_cp_batch_and_ctx
+        batch_fn = model.prepare_model_inputs_for_cp(batch)["cp_sharder"].shard_batch
+    if batch_fn is None:
+        return original(device_mesh, batch, loss_mask, use_te, padding_token_id, *args, **kwargs)
+    return cut_with(
+        batch_fn, device_mesh, batch, loss_mask=loss_mask, padding_token_id=padding_token_id
+    )
 
 
 def _trained_by(caller: FrameType) -> Any | None:
