@@ -150,8 +150,9 @@ def documents_from(numbers: Mapping[str, torch.Tensor], seq_len: int) -> Documen
             lengths = rooms = _checked_lengths(name, numbers[name])
             if (padded := f"{name}_padded") in numbers:
                 rooms = _checked_lengths(padded, numbers[padded])
-            found[name] = _without_empty(_fit(name, lengths, rooms, seq_len))
+            found[name] = _fit(name, lengths, rooms, seq_len)
     found |= {name: _runs(numbers[name]) for name in TOKEN_IDS if name in numbers}
+    found = {name: _without_empty(documents) for name, documents in found.items()}
     first, *others = found
     for other in others:
         _refuse_contradiction(first, found[first], other, found[other])
@@ -259,16 +260,13 @@ def _without_empty(documents: Documents) -> Documents:
 
 
 def _runs(numbers: torch.Tensor) -> Documents:
-    """Return the runs of equal positive numbers [B, S] of each row."""
+    """Return the runs of equal numbers [B, S] of each row; those of padding have no token."""
     starts, lengths = [], []
     for row in numbers:
         values, counts = torch.unique_consecutive(row, return_counts=True)
-        starts.append((counts.cumsum(0) - counts)[values > 0])
-        lengths.append(counts[values > 0])
-    return Documents(
-        pad_sequence(starts, batch_first=True),
-        pad_sequence(lengths, batch_first=True, padding_value=NO_DOCUMENT),
-    )
+        starts.append(counts.cumsum(0) - counts)
+        lengths.append(counts.where(values > 0, 0))
+    return Documents(*(pad_sequence(each, batch_first=True) for each in (starts, lengths)))
 
 
 def _refuse_contradiction(first: str, documents: Documents, other: str, others: Documents) -> None:

@@ -59,6 +59,12 @@ def test_lengths_are_corrected_as_by_automodel_and_empty_documents_counted():
         documents_as_automodel(batch, 2, 7)
 
 
+def test_rows_of_padding_alone_have_no_document():
+    batch = {"_packed_seq_ids": torch.zeros(2, 8).long(), "input_ids": torch.zeros(2, 8)}
+    assert documents_of(batch, 2, 8).spans() == [[], []]
+    assert not token_documents(batch).any()
+
+
 def test_documents_of_no_token_are_none():
     batch = {"seq_lens": lengths([3, 0, 2])}
     assert documents_of(batch, 1, 8).spans() == [[(0, 3), (3, 2)]]
