@@ -83,7 +83,7 @@ test-automodel-%: .releases/%/.installed
 	@echo "nemo_automodel $*"
 	.releases/$*/bin/python -m nemo_dsv4_cp.cli.demo
 	$(PYTEST_OF_RELEASE) --matrix .releases/$*/matrix.json tests/automodel/test_contracts.py \
-		tests/automodel/test_surface.py tests/automodel/legacy/test_cp_utils.py tests/exchange tests/test_recipe.py \
+		tests/automodel/test_surface*.py tests/automodel/legacy/test_cp_utils.py tests/exchange tests/test_recipe.py \
 		tests/attention/test_layer.py \
 		--deselect tests/attention/test_layer.py::test_any_layer_equals_automodel
 
@@ -92,7 +92,7 @@ test-automodels: $(RELEASES:%=test-automodel-%)
 
 test-briefly-%: .releases/%/.installed
 	@echo "nemo_automodel $*"
-	$(PYTEST_OF_RELEASE) tests/automodel/test_contracts.py tests/automodel/test_surface.py \
+	$(PYTEST_OF_RELEASE) tests/automodel/test_contracts.py tests/automodel/test_surface*.py \
 		tests/automodel/legacy/test_cp_utils.py \
 		tests/test_recipe.py::test_the_cli_trains_at_cp_2_as_at_cp_1_and_the_loss_falls
 

@@ -35,10 +35,10 @@ def rows(kinds: Sequence[Kind]) -> list[str]:
     if kinds[0].error is None:
         return [f"| {kind.what} |" for kind in kinds]
     found = []
-    for (error, says), alike in groupby(kinds, key=lambda kind: (kind.error, kind.says)):
+    for (error, message), alike in groupby(kinds, key=lambda kind: (kind.error, kind.message)):
         assert error is not None
-        said = code(says.replace("OPTION", "...").strip())
-        found.append(f"| {together(list(alike))} | `{error.__name__}`: {said} |")
+        shown = code(message.replace("OPTION", "...").strip())
+        found.append(f"| {together(list(alike))} | `{error.__name__}`: {shown} |")
     return found
 
 

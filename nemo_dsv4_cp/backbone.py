@@ -13,10 +13,10 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Model
 from nemo_automodel.components.moe.layers import MoE
 
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
-from nemo_dsv4_cp.automodel.auxiliary_loss import refuse_unscaled
 from nemo_dsv4_cp.automodel.backbone import embed, run_blocks, update_gate_biases
 from nemo_dsv4_cp.automodel.deepseek_v4 import shows_images
-from nemo_dsv4_cp.checks.batch import padding_of, refuse_left_padding
+from nemo_dsv4_cp.automodel.legacy.auxiliary_loss import refuse_unscaled
+from nemo_dsv4_cp.checks.batch_rules import padding_of, refuse_left_padding
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,

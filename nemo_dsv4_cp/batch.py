@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The full batch, which every rank has, -> this rank's shard of it.
 
-Checks come first, and while ranks compare their batches no rank raises before all have told
+Checks come first, and while ranks compare their batches no rank raises before all have reported
 whether they will. After that nothing fails.
 
-# B batch rows   S tokens a row   L local tokens (padded S / R)   R CP ranks
+# B batch rows   S tokens per row   L local tokens (padded S / R)   R CP ranks
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.automodel.sharding import PackedShardLayout, ShardLayout
-from nemo_dsv4_cp.checks.batch import (
-    IGNORED_LABEL,
-    ROW_METADATA,
-    CheckedBatch,
-    check_batch,
-    primary_key,
-)
+from nemo_dsv4_cp.checks.batch import CheckedBatch, check_batch, labels_of, primary_key
+from nemo_dsv4_cp.checks.batch_rules import IGNORED_LABEL, padding_of
 from nemo_dsv4_cp.checks.consistency import compare_batches, facts_of
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, max_over_ranks, mesh_rank
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, padded_seq_len
 from nemo_dsv4_cp.sequence.packing import (
+    ROW_METADATA,
     TOKEN_IDS,
-    Document,
+    documents_as_automodel,
     is_packed,
-    packed_len,
-    repack,
     token_documents,
 )
+from nemo_dsv4_cp.sequence.repacking import packed_len, place_tokens, repack, round_up
 
 PAD_VALUES: dict[str, float] = {
     "inputs_embeds": 0,
@@ -67,17 +62,6 @@ def pad_position_ids(position_ids: torch.Tensor, seq_dim: int, pad_len: int) -> 
     return torch.cat((position_ids, last + steps.view(shape)), dim=seq_dim)
 
 
-def pad_tokens(
-    batch: dict[str, Any], seq_dims: Mapping[str, int], fills: Mapping[str, float], pad_len: int
-) -> None:
-    """Append ``pad_len`` slots to each tensor that ``seq_dims`` names; positions keep counting."""
-    for key, seq_dim in seq_dims.items():
-        if key == "position_ids":
-            batch[key] = pad_position_ids(batch[key], seq_dim, pad_len)
-        else:
-            batch[key] = pad_tensor(batch[key], seq_dim, pad_len, fills.get(key, 0))
-
-
 def local_token_indices(
     cp_mesh: Any, padded_len: int, device: torch.device | None = None
 ) -> torch.Tensor:
@@ -89,19 +73,6 @@ def local_token_indices(
         padded_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_mesh.size()
     )
     return layout.positions(device)
-
-
-def _per_token_dims(
-    batch: Mapping[str, Any], rows: tuple[int, int], declared: Mapping[str, int]
-) -> Iterator[tuple[str, int]]:
-    """Yield every per-token tensor of the batch and its sequence dimension."""
-    for key, value in batch.items():
-        if not isinstance(value, torch.Tensor) or key in ROW_METADATA:
-            continue
-        if key in declared:
-            yield key, declared[key]
-        elif tuple(value.shape[:2]) == rows:
-            yield key, 1
 
 
 def contiguous_shard(
@@ -116,10 +87,11 @@ def contiguous_shard(
     compare_ranks: bool = False,
     sync_packed_length: bool = False,
     vocab_size: int | None = None,
+    strict: bool = True,
 ) -> tuple[Callable[..., Any], dict[str, Any], ShardLayout | None]:
-    """Pad the rows and keep this rank's contiguous slice of every per-token tensor.
+    """Pad the rows and slice every per-token tensor to this rank's contiguous shard.
 
-    Packed rows (:func:`nemo_dsv4_cp.sequence.packing.documents_of`) are laid out anew first:
+    Packed rows (:func:`nemo_dsv4_cp.sequence.packing.documents_of`) are laid out again first:
     documents end to end, padding at the row's end. They gain ``packed_seq_ids`` [B, L] (documents
     counted from 1, 0 for padding) and hold ``seq_lens`` and ``seq_lens_padded`` [B, D] of the new
     rows.
@@ -144,64 +116,96 @@ def contiguous_shard(
         sync_packed_length: Give packed rows one length on all ranks of the job, as AutoModel's
             HybridEP dispatcher needs it.
         vocab_size: What token ids and labels are below; None leaves that unchecked.
+        strict: Check the batch. False accepts and slices what AutoModel's function does
+            (:func:`nemo_dsv4_cp.cp.make_dsv4_contiguous_shard_cp_batch_and_ctx`), unchecked.
 
     Returns:
         The forward's context factory (``nullcontext``), the sharded batch with the CP group under
-        ``_dsv4_cp_group``, and the lengths before and after padding (None when nothing was cut).
+        ``_dsv4_cp_group``, and the lengths before and after padding (None without tokens).
 
     Raises:
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
         KeyError: If there are neither labels nor ``loss_mask``, or no documents in a packed batch.
         NotImplementedError: For images.
-        ValueError: For all else that could not be cut rightly, such as tensors that do not follow
-            the tokens, left padding or lengths that do not fit their row, and for ranks whose
+        ValueError: For all else that cannot be sharded correctly, such as tensors of other shapes
+            than the tokens, left padding or lengths that overrun their row, and for ranks whose
             batches differ or of which one refuses.
     """
     cp_size = 1 if cp_mesh is None else cp_mesh.size()
     if cp_size <= 1:
-        return contextlib.nullcontext, _uncut(batch, loss_mask), _uncut_layout(batch)
-    checked = _checked(
-        batch,
-        loss_mask,
-        cp_mesh.get_group() if compare_ranks else None,
-        vocab_size=vocab_size,
-        padding_token_id=padding_token_id,
-        pad_multiple=pad_multiple,
-    )
+        _mark(batch, loss_mask, strict=strict)
+        return contextlib.nullcontext, batch, _unsharded_layout(batch)
+    fills = {"input_ids": padding_token_id or 0} | PAD_VALUES
+    dropped = ["attention_mask"]
+    if strict:
+        checked = _checked(
+            batch,
+            loss_mask,
+            cp_mesh.get_group() if compare_ranks else None,
+            vocab_size=vocab_size,
+            padding_token_id=padding_token_id,
+            pad_multiple=pad_multiple,
+        )
+        fills |= batch.get("_cp_metadata_pad_values", {})
+        dropped += ["vision_token_types", "_cp_metadata_seq_dims", "_cp_metadata_pad_values"]
+    else:
+        checked = _as_automodel(batch, loss_mask)
+    if checked.documents is not None:
+        # Documents define what is padding; a mask beside them can only repeat it.
+        dropped += ["padding_mask", "position_ids"]
+        dropped += [*TOKEN_IDS, *ROW_METADATA] if strict else []
+    for key in dropped:
+        batch.pop(key, None)
     batch["labels"] = checked.labels
-    batch.pop("vision_token_types", None)  # all text, or it was refused
     if checked.loss_mask is not None:
         batch["loss_mask"] = checked.loss_mask
 
-    seq_dims = batch.pop("_cp_metadata_seq_dims", {})
-    fills = {"input_ids": padding_token_id or 0} | PAD_VALUES
-    fills |= batch.pop("_cp_metadata_pad_values", {})
-    multiple = max(pad_multiple or 2, 2)
-    if checked.documents is not None:
-        document_multiple = multiple if pad_documents else 1
-        facts = _lay_out_documents(
-            batch,
-            checked.documents,
-            seq_dims,
-            fills,
-            document_multiple=document_multiple,
-            row_multiple=cp_size * (document_multiple if pad_documents else _PACKED_SHARD_MULTIPLE),
-            sync_length=sync_packed_length,
+    multiple = max(int(pad_multiple or 2), 2)
+    if checked.documents is None:
+        facts = _pad_rows(
+            batch, checked, fills, cp_size=cp_size, pad_multiple=multiple, mark_padding=strict
         )
     else:
-        facts = _pad_rows(
-            batch, checked.padding, seq_dims, fills, cp_size=cp_size, pad_multiple=multiple
+        pad_documents = pad_documents or not strict
+        facts = _lay_out_documents(
+            batch,
+            checked,
+            fills,
+            document_multiple=multiple if pad_documents else 1,
+            row_multiple=cp_size * (multiple if pad_documents else _PACKED_SHARD_MULTIPLE),
+            sync_length=sync_packed_length,
         )
-
-    assert facts.padded_seq_len is not None
-    rows = batch[primary_key(batch)].shape[0]
     layout = SequenceLayout.of_padded(
-        facts.padded_seq_len, cp_rank=mesh_rank(cp_mesh), cp_size=cp_size
+        batch[primary_key(batch)].shape[1], cp_rank=mesh_rank(cp_mesh), cp_size=cp_size
     )
-    for key, seq_dim in list(_per_token_dims(batch, (rows, layout.seq_len), seq_dims)):
-        batch[key] = batch[key].narrow(seq_dim, layout.start, layout.local_len).contiguous()
+    added = {} if checked.documents is None else {"packed_seq_ids": 1}
+    for key, seq_dim in (checked.seq_dims | added).items():
+        if key in batch:
+            shard = (slice(None),) * seq_dim + (slice(layout.start, layout.end),)
+            batch[key] = batch[key][shard].contiguous()
     batch[CP_GROUP_KEY] = cp_mesh.get_group()
     return contextlib.nullcontext, batch, facts
+
+
+def _mark(batch: dict[str, Any], loss_mask: torch.Tensor | None, *, strict: bool) -> None:
+    """Do what AutoModel does at CP size 1; if strict, number the documents of packed tokens too.
+
+    AutoModel's MTP loss reads these: without them its targets cross into the next document.
+    """
+    packed = is_packed(batch) if strict else _automodel_finds_packed(batch)
+    if strict and packed and "input_ids" in batch and "_packed_seq_ids" not in batch:
+        batch["_packed_seq_ids"] = token_documents(batch)
+    if packed:
+        batch["qkv_format"] = "thd"
+    if loss_mask is not None:
+        batch["labels" if "labels" not in batch else "loss_mask"] = loss_mask
+
+
+def _unsharded_layout(batch: Mapping[str, Any]) -> ShardLayout | None:
+    primary = batch.get("input_ids", batch.get("inputs_embeds"))
+    if primary is None or primary.dim() < 2:
+        return None
+    return ShardLayout(original_seq_len=primary.shape[1], padded_seq_len=primary.shape[1])
 
 
 def _checked(
@@ -227,85 +231,106 @@ def _checked(
     return checked
 
 
+def _automodel_finds_packed(batch: Mapping[str, Any]) -> bool:
+    return batch.get("qkv_format") == "thd" or "seq_lens" in batch or "cu_seqlens" in batch
+
+
+def _as_automodel(batch: Mapping[str, Any], loss_mask: torch.Tensor | None) -> CheckedBatch:
+    """Read a batch as AutoModel's function does, unchecked."""
+    packed = _automodel_finds_packed(batch)
+    if packed and "seq_lens" not in batch:
+        if "cu_seqlens" in batch:
+            raise NotImplementedError(
+                "a packed batch with `cu_seqlens` alone is refused here, as in AutoModel; add "
+                "`seq_lens`, or call nemo_dsv4_cp.batch.contiguous_shard, which reads cu_seqlens"
+            )
+        raise KeyError("a packed batch (qkv_format: thd) requires `seq_lens` here, as in AutoModel")
+    key = primary_key(batch)
+    rows, seq_len = batch[key].shape[:2]
+    if packed and batch.get("labels") is None:
+        raise KeyError("a packed batch needs `labels`; here no loss_mask stands in for them")
+    labels, loss_mask = labels_of(batch, loss_mask)
+    seq_dims = dict.fromkeys((key, "labels", "padding_mask", "position_ids"), 1)
+    if loss_mask is not None:
+        seq_dims["loss_mask"] = 1
+    if packed:  # labels and loss mask may be longer or shorter than the row
+        labels = _fit_row(labels, rows, seq_len, PAD_VALUES["labels"])
+        if loss_mask is not None:
+            loss_mask = _fit_row(loss_mask, rows, seq_len, PAD_VALUES["loss_mask"])
+        documents = documents_as_automodel(batch, rows, seq_len)
+        return CheckedBatch(labels, loss_mask, None, documents, seq_dims)
+    positions = batch.get("position_ids")
+    if positions is not None and positions.dim() == 3:
+        seq_dims["position_ids"] = 2
+    padding, mask = batch.get("padding_mask"), batch.get("attention_mask")
+    if mask is not None and "padding_mask" not in batch:
+        padding = padding_of(mask)
+    return CheckedBatch(labels, loss_mask, padding, None, seq_dims)
+
+
+def _fit_row(tensor: torch.Tensor, rows: int, seq_len: int, fill: float) -> torch.Tensor:
+    return pad_tensor(tensor, 1, seq_len - tensor.shape[1], fill)[:rows, :seq_len]
+
+
 def _pad_rows(
     batch: dict[str, Any],
-    padding: torch.Tensor | None,
-    seq_dims: Mapping[str, int],
+    checked: CheckedBatch,
     fills: Mapping[str, float],
     *,
     cp_size: int,
     pad_multiple: int,
+    mark_padding: bool,
 ) -> ShardLayout:
     """Pad rows of one document each at their end."""
-    batch.pop("attention_mask", None)
-    if padding is not None:
-        batch["padding_mask"] = padding
     primary = batch[primary_key(batch)]
     rows, seq_len = primary.shape[:2]
+    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=pad_multiple)
+    if checked.padding is not None:
+        batch["padding_mask"] = checked.padding
+    elif mark_padding and padded_len > seq_len:
+        # Unmarked, the slots added here would count when the MoE routers balance their experts.
+        batch["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool, device=primary.device)
     positions = batch.get("position_ids")
     if positions is None:
         positions = torch.arange(seq_len, device=primary.device)[None]
-    batch["position_ids"] = positions.expand(rows, -1)
-    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=pad_multiple)
-    if padded_len > seq_len and padding is None:
-        # Unmarked, the slots added here would count when the MoE routers balance their experts.
-        batch["padding_mask"] = torch.zeros(rows, seq_len, dtype=torch.bool).to(primary.device)
-    per_token = dict(_per_token_dims(batch, (rows, seq_len), seq_dims))
-    pad_tokens(batch, per_token, fills, padded_len - seq_len)
+    if positions.dim() == 2 and positions.shape[0] == 1:
+        positions = positions.expand(rows, -1)
+    batch["position_ids"] = positions
+    for key, seq_dim in checked.seq_dims.items():
+        if key == "position_ids":
+            batch[key] = pad_position_ids(batch[key], seq_dim, padded_len - seq_len)
+        elif key in batch:
+            fill = fills.get(key, 0)
+            batch[key] = pad_tensor(batch[key], seq_dim, padded_len - seq_len, fill)
     return ShardLayout(original_seq_len=seq_len, padded_seq_len=padded_len)
 
 
 def _lay_out_documents(
     batch: dict[str, Any],
-    documents: Sequence[Sequence[Document]],
-    seq_dims: Mapping[str, int],
+    checked: CheckedBatch,
     fills: Mapping[str, float],
     *,
     document_multiple: int,
     row_multiple: int,
     sync_length: bool,
 ) -> ShardLayout:
-    """Put the documents of packed rows end to end and pad the rows at their end."""
+    """Put the documents of packed rows end to end, and describe in the batch where they lie."""
+    assert checked.documents is not None
     primary = batch[primary_key(batch)]
-    # Documents say what is padding; a mask beside them can only repeat it.
-    for key in ("attention_mask", "padding_mask", "position_ids", *TOKEN_IDS, *ROW_METADATA):
-        batch.pop(key, None)
-    tokens = packed_len(documents, document_multiple)
-    return lay_out(
-        batch,
-        documents,
-        dict(_per_token_dims(batch, (primary.shape[0], primary.shape[1]), seq_dims)),
-        fills,
-        document_multiple=document_multiple,
-        padded_len=row_len(tokens, row_multiple, primary.device if sync_length else None),
-    )
-
-
-def row_len(tokens: int, multiple: int, sync_device: torch.device | None) -> int:
-    """Round the tokens of the fullest row up; to the longest of all ranks, given a device."""
-    padded_len = -(-tokens // multiple) * multiple
-    return padded_len if sync_device is None else max_over_ranks(padded_len, sync_device)
-
-
-def lay_out(
-    batch: dict[str, Any],
-    documents: Sequence[Sequence[Document]],
-    seq_dims: Mapping[str, int],
-    fills: Mapping[str, float],
-    *,
-    document_multiple: int,
-    padded_len: int,
-) -> PackedShardLayout:
-    """Put documents end to end in rows of ``padded_len``, and say in the batch where they lie."""
-    primary = batch[primary_key(batch)]
+    padded_len = round_up(packed_len(checked.documents, document_multiple), row_multiple)
+    if sync_length:
+        padded_len = max_over_ranks(padded_len, primary.device)
     packed = repack(
-        documents,
+        checked.documents,
         seq_len=primary.shape[1],
         document_multiple=document_multiple,
         padded_len=padded_len,
-    ).to(primary.device)
-    for key, seq_dim in seq_dims.items():
-        batch[key] = packed.move(batch[key], seq_dim, fills.get(key, 0))
+        device=primary.device,
+    )
+    rows = tuple(packed.target.shape)
+    for key, seq_dim in checked.seq_dims.items():
+        if key in batch:
+            batch[key] = place_tokens(batch[key], packed.source, rows, seq_dim, fills.get(key, 0))
     batch |= {
         "position_ids": packed.position_ids,
         "padding_mask": packed.source < 0,
@@ -315,30 +340,3 @@ def lay_out(
         "qkv_format": "thd",
     }
     return PackedShardLayout(padded_seq_len=padded_len, input_token_stream_positions=packed.target)
-
-
-def _uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None) -> dict[str, Any]:
-    """What AutoModel does at CP size 1, and the numbers of packed tokens' documents.
-
-    AutoModel's MTP loss reads them: without them its targets cross into the next document.
-    """
-    packed = is_packed(batch)
-    if packed and "input_ids" in batch and "_packed_seq_ids" not in batch:
-        batch["_packed_seq_ids"] = token_documents(batch)
-    return uncut(batch, loss_mask, packed=packed)
-
-
-def uncut(batch: dict[str, Any], loss_mask: torch.Tensor | None, *, packed: bool) -> dict[str, Any]:
-    """Mark packing and keep the tokens: what AutoModel does at CP size 1."""
-    if packed:
-        batch["qkv_format"] = "thd"
-    if loss_mask is not None:
-        batch["labels" if "labels" not in batch else "loss_mask"] = loss_mask
-    return batch
-
-
-def _uncut_layout(batch: Mapping[str, Any]) -> ShardLayout | None:
-    primary = batch.get("input_ids", batch.get("inputs_embeds"))
-    if primary is None or primary.dim() < 2:
-        return None
-    return ShardLayout(original_seq_len=primary.shape[1], padded_seq_len=primary.shape[1])

@@ -31,7 +31,7 @@ def _refuse_window(window: Any) -> None:
     # Of 0 AutoModel's layers make 128 and its mask no window at all.
     if type(window) is not int or window < 1:
         raise ValueError(
-            f"sliding_window={window!r} is not a whole number of 1 or more: a query sees itself "
+            f"sliding_window={window!r} is not an integer of 1 or more: a query sees itself "
             "and those before it; use 128"
         )
 

@@ -9,31 +9,23 @@ in ``batch``, documents, positions and the dense reference masks in ``sequence``
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.batch import PAD_VALUES, lay_out, pad_tokens, row_len, uncut
+from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.batch import pad_position_ids as _pad_position_ids_seq_dim_
 from nemo_dsv4_cp.batch import pad_tensor as _pad_tensor_seq_dim_
-from nemo_dsv4_cp.checks.batch import labels_of, padding_of, primary_key
-from nemo_dsv4_cp.exchange.collectives import (
-    CP_GROUP_KEY,
-    Group,
-    all_gather_metadata,
-    mesh_rank,
-)
+from nemo_dsv4_cp.exchange.collectives import Group, all_gather_metadata
 from nemo_dsv4_cp.exchange.collectives import cp_enabled as dsv4_cp_enabled
 from nemo_dsv4_cp.exchange.collectives import cp_rank as dsv4_cp_rank
 from nemo_dsv4_cp.exchange.collectives import cp_size as dsv4_cp_size
 from nemo_dsv4_cp.exchange.gather import all_gather
-from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 from nemo_dsv4_cp.sequence.lengths import build_packed_seq_ids
-from nemo_dsv4_cp.sequence.masks import causal_padding_mask, packed_causal_padding_mask
-from nemo_dsv4_cp.sequence.packing import documents_as_told, packed_len
+from nemo_dsv4_cp.sequence.masks import causal_padding_mask
 
 __all__ = [
     "_lcm",
@@ -120,8 +112,8 @@ def build_dsv4_cp_causal_padding_mask(
         [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
     """
     return causal_padding_mask(
-        torch.atleast_2d(position_ids).to(device),
-        key_len,
+        torch.atleast_2d(position_ids).to(device=device, dtype=torch.long),
+        torch.arange(key_len, device=device)[None],
         dsv4_cp_all_gather_metadata(padding_mask, dim=1, cp_group=cp_group),
         dtype=dtype,
         sliding_window=sliding_window,
@@ -154,12 +146,11 @@ def build_dsv4_cp_packed_causal_padding_mask(
     """
     positions = torch.atleast_2d(position_ids).to(device=device, dtype=torch.long)
     documents = torch.atleast_2d(packed_seq_ids).to(device=device, dtype=torch.long)
-    return packed_causal_padding_mask(
+    return causal_padding_mask(
         positions,
-        documents,
         all_gather_metadata(positions, dim=1, cp_group=cp_group),
-        all_gather_metadata(documents, dim=1, cp_group=cp_group),
         dsv4_cp_all_gather_metadata(padding_mask, dim=1, cp_group=cp_group),
+        documents=(documents, all_gather_metadata(documents, dim=1, cp_group=cp_group)),
         dtype=dtype,
         sliding_window=sliding_window,
     )
@@ -206,102 +197,16 @@ def make_dsv4_contiguous_shard_cp_batch_and_ctx(
         AssertionError: Unless exactly one of ``input_ids`` and ``inputs_embeds`` is there.
         KeyError: If there are neither labels nor ``loss_mask``, or if a packed batch lacks
             ``labels`` or ``seq_lens``.
-        NotImplementedError: For packed batches that tell ``cu_seqlens`` only.
+        NotImplementedError: For packed batches that hold ``cu_seqlens`` only.
         ValueError: If documents overrun their row.
     """
-    packed = batch.get("qkv_format") == "thd" or "seq_lens" in batch or "cu_seqlens" in batch
-    cp_size = cp_mesh.size()
-    if cp_size <= 1:
-        return contextlib.nullcontext, uncut(batch, loss_mask, packed=packed)
-
-    attention_mask = batch.pop("attention_mask", None)
-    if attention_mask is not None and "padding_mask" not in batch:
-        batch["padding_mask"] = padding_of(attention_mask)
-    fills = {"input_ids": padding_token_id} | PAD_VALUES
-    multiple = max(int(pad_multiple or 2), 2)
-    if packed:
-        seq_dims = _lay_out_documents(
-            batch,
-            loss_mask,
-            fills,
-            document_multiple=multiple,
-            row_multiple=cp_size * multiple,
-            sync_length=sync_packed_length,
-        )
-    else:
-        seq_dims = _pad_rows(batch, loss_mask, fills, cp_size=cp_size, pad_multiple=multiple)
-
-    shard = SequenceLayout.of_padded(
-        batch[primary_key(batch)].shape[1], cp_rank=mesh_rank(cp_mesh), cp_size=cp_size
-    )
-    for key, seq_dim in seq_dims.items():
-        where = (slice(None),) * seq_dim + (slice(shard.start, shard.end),)
-        batch[key] = batch[key][where].contiguous()
-    batch[CP_GROUP_KEY] = cp_mesh.get_group()
-    return contextlib.nullcontext, batch
-
-
-def _pad_rows(
-    batch: dict[str, Any],
-    loss_mask: torch.Tensor | None,
-    fills: Mapping[str, float],
-    *,
-    cp_size: int,
-    pad_multiple: int,
-) -> dict[str, int]:
-    """Pad rows at their end; return the sequence dimension of what is to be cut."""
-    primary = batch[primary_key(batch)]
-    seq_len = primary.shape[1]
-    positions = batch.setdefault("position_ids", torch.arange(seq_len, device=primary.device)[None])
-    if positions.dim() == 2 and positions.shape[0] == 1:
-        batch["position_ids"] = positions.expand(primary.shape[0], -1)
-    batch["labels"], loss_mask = labels_of(batch, loss_mask)
-
-    seq_dims = {key: 1 for key in (primary_key(batch), "labels", "padding_mask") if key in batch}
-    seq_dims["position_ids"] = 2 if positions.dim() == 3 else 1
-    if loss_mask is not None:
-        batch["loss_mask"], seq_dims["loss_mask"] = loss_mask, 1
-    padded_len = padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=pad_multiple)
-    pad_tokens(batch, seq_dims, fills, padded_len - seq_len)
-    return seq_dims
-
-
-def _lay_out_documents(
-    batch: dict[str, Any],
-    loss_mask: torch.Tensor | None,
-    fills: Mapping[str, float],
-    *,
-    document_multiple: int,
-    row_multiple: int,
-    sync_length: bool,
-) -> dict[str, int]:
-    """Pad documents and rows; return the sequence dimension of what is to be cut."""
-    if "seq_lens" not in batch:
-        if "cu_seqlens" in batch:
-            raise NotImplementedError(
-                "a packed batch with `cu_seqlens` alone is refused here, as in AutoModel; add "
-                "`seq_lens`, or call nemo_dsv4_cp.batch.contiguous_shard, which reads cu_seqlens"
-            )
-        raise KeyError("a packed batch (qkv_format: thd) requires `seq_lens` here, as in AutoModel")
-    primary = batch[primary_key(batch)]
-    rows, seq_len = primary.shape[:2]
-    if batch.get("labels") is None:
-        raise KeyError("a packed batch needs `labels`; here no loss_mask stands in for them")
-    seq_dims = {key: 1 for key in (primary_key(batch), "labels")}
-    if loss_mask is not None:
-        batch["loss_mask"], seq_dims["loss_mask"] = loss_mask, 1
-    for key in seq_dims.keys() - {primary_key(batch)}:  # may be longer or shorter than the row
-        missing = seq_len - batch[key].shape[1]
-        batch[key] = _pad_tensor_seq_dim_(batch[key], 1, missing, fills[key])[:rows, :seq_len]
-
-    documents = documents_as_told(batch, rows, seq_len)
-    tokens = packed_len(documents, document_multiple)
-    lay_out(
+    return contiguous_shard(
+        cp_mesh,
+        tp_mesh,
         batch,
-        documents,
-        seq_dims,
-        fills,
-        document_multiple=document_multiple,
-        padded_len=row_len(tokens, row_multiple, primary.device if sync_length else None),
-    )
-    return seq_dims | dict.fromkeys(("position_ids", "padding_mask", "packed_seq_ids"), 1)
+        loss_mask=loss_mask,
+        padding_token_id=padding_token_id,
+        pad_multiple=pad_multiple,
+        sync_packed_length=sync_packed_length,
+        strict=False,
+    )[:2]

@@ -19,23 +19,19 @@ from nemo_automodel.components.models.deepseek_v4.model import (
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
-from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
+from nemo_dsv4_cp.attention.step import STEP_KEY
 from nemo_dsv4_cp.automodel import lora, router_replay
 from nemo_dsv4_cp.automodel.contracts import batch_contract
-from nemo_dsv4_cp.automodel.deepseek_v4 import (
-    reset_uninitialised_norms,
-    reset_what_checkpoints_bring,
-    shows_images,
-)
+from nemo_dsv4_cp.automodel.deepseek_v4 import reset_uninitialised_norms, shows_images
 from nemo_dsv4_cp.automodel.hash_routing import keep_ids_for_recomputation
 from nemo_dsv4_cp.automodel.job import cp_size_of
-from nemo_dsv4_cp.automodel.mtp import forward_with_mtp
-from nemo_dsv4_cp.automodel.mtp_contract import shifted_inputs
+from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import reset_what_checkpoints_bring
+from nemo_dsv4_cp.automodel.mtp import forward_with_mtp, shifted_inputs
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
-from nemo_dsv4_cp.checks.batch import padding_of
+from nemo_dsv4_cp.checks.batch_rules import padding_of
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.exchange.collectives import (
@@ -86,7 +82,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def __init__(
         self, config: Any, moe_config: Any = None, backend: Any = None, **kwargs: Any
     ) -> None:
-        # AutoModel reads this signature to tell the constructor's arguments from config fields.
+        # AutoModel reads this signature to separate the constructor's arguments from config fields.
         config.rope_scaling = resolve_rope_scaling(config.rope_scaling)
         with router_replay.own_gates_only(self):
             super().__init__(config, moe_config, backend, **kwargs)
@@ -106,12 +102,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     def prepare_model_inputs_for_cp(
         self, batch: dict[str, Any], *, num_chunks: int = 1
     ) -> dict[str, Any]:
-        """Return the sharder of this model under ``cp_sharder``, AutoModel's contract.
-
-        Args:
-            batch: The full batch; not changed here.
-            num_chunks: Pipeline microbatches; they split the batch dimension, which is not cut.
-        """
+        """Return the sharder of this model under ``cp_sharder``, AutoModel's contract."""
         return {
             "cp_sharder": ContextParallelSharder(
                 shard_batch=self._shard_batch, local_token_global_indices=local_token_indices
@@ -120,7 +111,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
 
     def _shard_batch(self, cp_mesh: Any, tp_mesh: Any, batch: dict[str, Any], **kwargs: Any) -> Any:
         if cp_mesh is not None and cp_mesh.size() > 1 and not self._settings_are_one:
-            # Before all else, and whatever the options say: they may be what differs.
+            # Before all else, whatever the options are: they may be what differs.
             compare_settings(settings_of(self), cp_mesh.get_group())
             self._settings_are_one = True
         if cp_mesh is not None:
@@ -132,7 +123,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         compare = self._compare_ranks != "never"
         if self._compare_ranks == "first":
             self._compare_ranks = "never"
-        cut = self._batch_fn(
+        sharded = self._batch_fn(
             cp_mesh,
             tp_mesh,
             batch,
@@ -143,24 +134,24 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             vocab_size=getattr(self.model.embed_tokens, "num_embeddings", self.config.vocab_size),
             **kwargs,
         )
-        shape = cut[2]
+        shape = sharded[2]
         if cp_mesh is not None and cp_mesh.size() > 1 and shape is not None:
             self._padding = padding_of_shard(
                 shape.original_seq_len, shape.padded_seq_len, self._pad_multiple or 1
             )
-        return cut
+        return sharded
 
     def prepare_mtp_inputs_for_cp(
         self, batch: dict[str, Any], *, ignore_index: int = -100
     ) -> MTPContextParallelInputs:
-        """Shift the full batch for each MTP depth, before it is cut: AutoModel's contract.
+        """Shift the full batch for each MTP depth, before it is sharded: AutoModel's contract.
 
         Args:
             batch: The full batch; not changed but for ``position_ids`` where it has none.
             ignore_index: Label of tokens that have no target.
 
         Returns:
-            Ids, positions and targets [B, S] a depth. None crosses from a document into the next.
+            Ids, positions and targets [B, S] per depth. None crosses into the next document.
 
         Raises:
             NotImplementedError: Before AutoModel 0.7, whose recipes are the first to call it.
@@ -189,31 +180,28 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         mtp_per_depth_position_ids: Sequence[torch.Tensor] | None = None,
         **attn_kwargs: Any,
     ) -> Any:
-        """Run the model, its MTP layers too while training.
+        """Run the model, its MTP layers too while training, and return AutoModel's output.
 
-        AutoModel's recipes read this signature, so its arguments stand here by their names.
+        The arguments are AutoModel's, whose recipes read this signature: tokens [B, L] of this
+        rank's shard, and images and an ``attention_mask`` (1 = real) at CP size 1 only.
 
         Args:
-            input_ids: Token ids [B, L].
+            input_ids: Token ids.
             *mtp_embed_inputs: What an earlier pipeline stage embedded for MTP.
-            position_ids: Global positions [B, L].
-            attention_mask: [B, L], 1 = real; at CP size 1 only.
-            padding_mask: Bool [B, L], True = pad.
-            pixel_values: Patches of images, at CP size 1 only; so the next three.
+            position_ids: Global positions.
+            attention_mask: As AutoModel's; so with the next seven.
+            padding_mask: Bool, True = pad.
+            pixel_values: Patches of images.
             image_grid_hws: Grids of images.
             n_images_per_sample: Images of each row.
-            vision_token_types: [B, L], -1 for text.
-            logits_to_keep: How many of the last positions to compute logits for, 0 for all, or
-                which. Losses that take hidden states pass 1.
+            vision_token_types: -1 for text.
+            logits_to_keep: How many of the last positions get logits, 0 for all, or which.
             output_hidden_states: Return the final hidden states [B, L, E] too.
-            mtp_per_depth_input_ids: Under CP, this rank's shard of the ids that
-                :meth:`prepare_mtp_inputs_for_cp` shifted, [B, L] a depth.
+            mtp_per_depth_input_ids: Under CP, this rank's shard, one per depth, of the ids that
+                :meth:`prepare_mtp_inputs_for_cp` shifted.
             mtp_per_depth_position_ids: Not read: as in AutoModel at CP size 1, an MTP layer rotates
                 by the position of the token that it predicts from.
-            **attn_kwargs: For attention; ``_dsv4_cp_group`` above all.
-
-        Returns:
-            AutoModel's output.
+            **attn_kwargs: For attention, such as ``_dsv4_cp_group``.
 
         Raises:
             FloatingPointError: With ``check_finite``, where a tensor is not finite.
@@ -257,7 +245,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         }
         predicts = self.mtp is not None and self.training and not images
         if predicts and input_ids is not None and not self._is_pipeline_parallel_stage():
-            out = self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, **text, **attn_kwargs)
+            out = self._forward_with_mtp(input_ids, mtp_per_depth_input_ids, text, attn_kwargs)
         else:
             shown = {
                 "pixel_values": pixel_values,
@@ -276,17 +264,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         self,
         input_ids: torch.Tensor,
         shifted_ids: Sequence[torch.Tensor] | None,
-        *,
-        position_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
-        **attn_kwargs: Any,
+        text: dict[str, Any],
+        attn_kwargs: dict[str, Any],
     ) -> DeepseekV4CausalLMOutput:
         """Prepare what MTP needs of this step, and run the model with it."""
-        step: StepContext = attn_kwargs[STEP_KEY]
-        depths = range(1, self.mtp_config.num_layers + 1)
+        layout = attn_kwargs[STEP_KEY].layout
+        device = input_ids.device
         if shifted_ids is None and cp_enabled(attn_kwargs.get(CP_GROUP_KEY)):
             raise ValueError(
                 "MTP under context parallelism needs mtp_per_depth_input_ids: the tokens after a "
@@ -294,26 +277,16 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 "batch and shard what it returns, or set num_nextn_predict_layers: 0"
             )
         if shifted_ids is None:
-            layout = step.layout
-            starts, _ = layout.documents_at(layout.positions(input_ids.device))
+            starts, _ = layout.documents_at(layout.positions(device))
             documents = starts if layout.packed else None
+            depths = range(1, self.mtp_config.num_layers + 1)
             shifted_ids = [tokens_ahead(input_ids, depth, documents) for depth in depths]
-        if position_ids is None:
-            position_ids = step.layout.document_positions(input_ids.device)
-            position_ids = position_ids.expand(len(input_ids), -1)
-        if attention_mask is not None and padding_mask is None:
-            padding_mask = padding_of(attention_mask)
-        return forward_with_mtp(
-            self,
-            input_ids,
-            shifted_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            padding_mask=padding_mask,
-            logits_to_keep=logits_to_keep,
-            output_hidden_states=output_hidden_states,
-            attn_kwargs=attn_kwargs,
-        )
+        if text["position_ids"] is None:
+            positions = layout.document_positions(device)
+            text = text | {"position_ids": positions.expand(len(input_ids), -1)}
+        if text["attention_mask"] is not None and text["padding_mask"] is None:
+            text = text | {"padding_mask": padding_of(text["attention_mask"])}
+        return forward_with_mtp(self, input_ids, shifted_ids, **text, attn_kwargs=attn_kwargs)
 
     @torch.no_grad()
     def initialize_weights(

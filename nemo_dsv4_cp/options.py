@@ -158,13 +158,15 @@ class ContextParallelOptions:
             ValueError: If ``pad_multiple`` breaks the LCM rule, or ``compress_ratios`` is not a
                 list of integers of 0 or more.
         """
-        told = compress_ratios or ()
-        if not isinstance(told, Sequence) or any(type(n) is not int or n < 0 for n in told):
+        of_layers = compress_ratios or ()
+        if not isinstance(of_layers, Sequence) or any(
+            type(ratio) is not int or ratio < 0 for ratio in of_layers
+        ):
             raise ValueError(
-                f"compress_ratios={compress_ratios!r} is not a list of whole numbers of 0 or more, "
-                "one a layer, such as [0, 4, 128]"
+                f"compress_ratios={compress_ratios!r} is not a list of integers of 0 or more, one "
+                "per layer, such as [0, 4, 128]"
             )
-        ratios = sorted({ratio for ratio in told if ratio})
+        ratios = sorted({ratio for ratio in of_layers if ratio})
         needed = local_seq_multiple(ratios)
         if self.pad_multiple == AUTO:
             return needed

@@ -34,10 +34,10 @@ def log_first_step(
 
     Args:
         model: The model, or this rank's pipeline stage of it.
-        tokens: The first shard that it trains on, [B, L] or with more dimensions.
+        tokens: The first shard that it trains on, [B, L, ..].
         step: The forward's context.
-        all_logits: Whether the loss takes logits of all positions, [B, L, V].
-        padding: What was padded, from :func:`padding_of_shard`.
+        all_logits: Whether the loss reads logits of all positions, [B, L, V].
+        padding: From :func:`padding_of_shard`.
     """
     if not is_first_rank():
         return
@@ -67,10 +67,7 @@ def log_first_step(
 def padding_of_shard(before: int | None, after: int | None, multiple: int) -> str:
     """Return how rows were padded, in words.
 
-    Args:
-        before: Tokens per row before, None where documents were laid out anew.
-        after: Tokens per row after; None if the batch was not cut.
-        multiple: What an unpacked shard's length is a multiple of.
+    ``before`` is None where documents were laid out again, ``after`` where nothing was sharded.
     """
     if after is None or before == after:
         return "not padded"

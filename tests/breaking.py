@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch or recipe is broken with, and what is to come of it; `hostile.py` lists the ways."""
+"""What a batch or recipe is broken with, and what is to come of it; `hostile/` lists the ways."""
 
 # B batch rows   S tokens a row   D documents of the fullest row
 
@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from nemo_dsv4_cp import ContextParallelOptions
-from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
+from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT
 from nemo_dsv4_cp.tools.verification import packed_batch
 
 VOCAB = 97
@@ -99,7 +99,7 @@ class Kind:
         what: What is wrong, for the table.
         change: Breaks a case.
         error: What is raised; None if all is as without the change.
-        says: A piece of the error's text, with ``...`` for what differs from case to case.
+        message: A piece of the error's text, with ``...`` for what differs from case to case.
         fits: Whether a case of a shape can be broken so.
         before: Changes the case that the result is compared with, and the broken one before.
         section: The table's part.
@@ -108,7 +108,7 @@ class Kind:
     what: str
     change: Change
     error: type[Exception] | None
-    says: str = ""
+    message: str = ""
     fits: Callable[[Shape], bool] = lambda shape: True
     before: Change = lambda case: None
     section: str = ""
@@ -122,11 +122,11 @@ class Kind:
 def refused(
     what: str,
     change: Change,
-    says: str,
+    message: str,
     error: type[Exception] = ValueError,
     fits: Callable[[Shape], bool] = lambda shape: True,
 ) -> Kind:
-    return Kind(what, change, error, says, fits)
+    return Kind(what, change, error, message, fits)
 
 
 def as_meant(
@@ -136,6 +136,10 @@ def as_meant(
     before: Change = lambda case: None,
 ) -> Kind:
     return Kind(what, change, None, fits=fits, before=before)
+
+
+def section(name: str, *kinds: Kind) -> tuple[Kind, ...]:
+    return tuple(dataclasses.replace(kind, section=name) for kind in kinds)
 
 
 def plain(shape: Shape) -> bool:
@@ -258,7 +262,7 @@ def embedded(batch: dict[str, Any]) -> torch.Tensor:
 
 
 def square(batch: dict[str, Any]) -> torch.Tensor:
-    """Return the mask [B, 1, S, S] that says what attention does anyhow."""
+    """Return the mask [B, 1, S, S] that repeats what attention does anyhow."""
     seq_len = batch["input_ids"].shape[1]
     causal = torch.ones(seq_len, seq_len).tril().bool()
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
@@ -323,7 +327,7 @@ def nested(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def declared(dims: Any, **values: Any) -> Change:
-    """Add a key and say which of its dimensions holds the tokens."""
+    """Add a key and name which of its dimensions holds the tokens."""
 
     def change(case: Case) -> None:
         case.batch["advantages"] = case.batch["input_ids"].float()

@@ -13,7 +13,7 @@ def test_local_indices_are_automodel(rank):
     assert torch.equal(local_token_indices(mesh, 24), contiguous_local_indices(mesh, 24))
 
 
-def test_the_shard_layout_tells_the_lengths_before_and_after_padding():
+def test_the_shard_layout_holds_the_lengths_before_and_after_padding():
     batch = {"input_ids": torch.ones(1, 300).long(), "labels": torch.ones(1, 300).long()}
     _, cut, facts = contiguous_shard(FakeMesh(2), None, batch, pad_multiple=128)
     assert (facts.original_seq_len, facts.padded_seq_len) == (300, 512)
@@ -34,7 +34,7 @@ def test_positions_that_do_not_count_along_the_row_are_refused(positions):
         "labels": torch.ones(1, 4).long(),
         "position_ids": torch.tensor([positions]),
     }
-    with pytest.raises(ValueError, match="tell the documents' lengths with seq_lens"):
+    with pytest.raises(ValueError, match="give the documents' lengths as seq_lens"):
         contiguous_shard(FakeMesh(2), None, batch)
 
 

@@ -89,8 +89,8 @@ def packed_batches(draw):
     width = draw(st.integers(1, 4))
     length = st.sampled_from([*range(seq_len // width + 1), -1000, -3, seq_len + 1])
     of_row = st.lists(length, min_size=width, max_size=width)
-    told = [rows] * 6 + [rows + 1, max(rows - 1, 1)]
-    lengths = torch.tensor([draw(of_row) for _ in range(draw(st.sampled_from(told)))])
+    described = [rows] * 6 + [rows + 1, max(rows - 1, 1)]
+    lengths = torch.tensor([draw(of_row) for _ in range(draw(st.sampled_from(described)))])
     inner = torch.tensor([draw(of_row) for _ in range(len(lengths))])
     padded = draw(
         st.sampled_from(

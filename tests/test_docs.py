@@ -16,6 +16,7 @@ import yaml
 
 import nemo_dsv4_cp
 from nemo_dsv4_cp import ContextParallelOptions
+from nemo_dsv4_cp.checks.batch_rules import MESSAGES
 from nemo_dsv4_cp.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,8 @@ FRONT_PAGE_LINES = 150
 ENTRANCES = ("python -m nemo_dsv4_cp ", "nemo-dsv4-cp ")
 PLACEHOLDER = "\0"
 # The errors of commands are the commands' own matter: typer shows them with the option.
-ROOMS = (
+FOLDERS = (
+    "checks",
     "sequence",
     "exchange",
     "attention",
@@ -40,7 +42,7 @@ ROOMS = (
     "kernels/triton",
     "automodel",
 )
-TRAINING = ["*.py", *(f"{room}/*.py" for room in ROOMS), "bench/profiling.py"]
+TRAINING = ["*.py", *(f"{folder}/*.py" for folder in FOLDERS), "bench/profiling.py"]
 
 
 def blocks(*languages):
@@ -137,6 +139,7 @@ def source_strings():
 
 def raised_messages():
     """The messages of the errors that a training may end with."""
+    yield from (_normal(re.sub(r"{\w+}", PLACEHOLDER, text)) for text in MESSAGES.values())
     paths = sorted({path for pattern in TRAINING for path in PACKAGE.glob(pattern)})
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -109,9 +109,9 @@ def test_it_is_refused_on_all_ranks_or_trained_on_as_it_is_meant(ranks, what, da
     if kind.error is None:
         assert answers == [[], []]
         return
-    says = kind.says.replace("OPTION", shape.option)
+    message = kind.message.replace("OPTION", shape.option)
     for rank, (error, text) in enumerate(answers):
-        assert holds(text, says), text
+        assert holds(text, message), text
         if alone and rank == 0:
             assert error == "ValueError"
             why = f"refuses its batch, so that all do: {kind.error.__name__}: "

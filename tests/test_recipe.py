@@ -16,7 +16,7 @@ from nemo_automodel.recipes.llm import kd
 from safetensors.torch import load_file
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
-from nemo_dsv4_cp.automodel import mtp_contract
+from nemo_dsv4_cp.automodel import mtp
 from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
@@ -24,7 +24,7 @@ from tests.parity import cpu_backend, worst
 from tests.processes import cpu_environment, on_ranks, run_to_log
 from tests.recipes import options
 
-ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
+ASKS_FOR_MTP = mtp.ASKS_MODELS
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
 MOVES_ALL = "v.to(self.dist_env.device, non_blocking=True) for k, v in batch.items()"
 DISTILS_PACKED_ROWS = MOVES_ALL not in inspect.getsource(kd)

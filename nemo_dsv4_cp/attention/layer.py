@@ -23,10 +23,8 @@ from nemo_dsv4_cp.attention.indexer import (
 )
 from nemo_dsv4_cp.attention.recompute import KeptIndices, unseen_by_checkpointing
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
-from nemo_dsv4_cp.automodel.deepseek_v4 import (
-    kernel_backend,
-    make_norms_uniform,
-)
+from nemo_dsv4_cp.automodel.deepseek_v4 import kernel_backend
+from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import make_norms_uniform
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.kernels.protocol import (

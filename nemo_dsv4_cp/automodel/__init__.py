@@ -10,7 +10,7 @@ __all__ = ["make_cp_batch_and_ctx"]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: `doctor` asks for the tested releases where AutoModel is not installed.
+    # On first use: `doctor` reads the tested releases where AutoModel is not installed.
     if name in __all__:
         from nemo_dsv4_cp.automodel.legacy import cp_utils
 

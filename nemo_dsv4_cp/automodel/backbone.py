@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.automodel.deepseek_v4 import with_keywords
+from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import with_keywords
 
 
 def embed(

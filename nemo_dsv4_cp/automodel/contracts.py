@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What we build on in AutoModel, and which of its contracts for batches a release has.
 
-The adapter is chosen by what is there, not by the release.
+The adapter is selected by what is there, not by the release.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -43,19 +43,12 @@ class UnsupportedAutoModel(ImportError):
 
 @dataclass(frozen=True)
 class Signature:
-    """A function of AutoModel, and arguments that we pass to it or take from it.
-
-    Attributes:
-        module: Where it is.
-        name: Its name there, a method's with its class.
-        arguments: Those that we count on, by name.
-        in_order: Whether they must also be its first ones, in this order, since we stand in for it.
-    """
+    """A function of AutoModel, and the arguments that we pass to it or read."""
 
     module: str
-    name: str
+    name: str  # a method's with its class
     arguments: tuple[str, ...] = ()
-    in_order: bool = False
+    in_order: bool = False  # they are its first ones, in this order, since we replace it
 
     def check(self) -> None:
         """Raise :class:`UnsupportedAutoModel` if the function is gone or takes other arguments."""
@@ -74,25 +67,15 @@ class Signature:
 
 @dataclass(frozen=True)
 class Body:
-    """A function of AutoModel whose body we restate.
-
-    Attributes:
-        module: Where it is.
-        name: Its name there, a method's with its class.
-        restated_in: Our module that must follow a change of it.
-        fingerprints: Of the body in each tested release.
-    """
+    """A function of AutoModel whose body a module of ours restates."""
 
     module: str
     name: str
     restated_in: str
-    fingerprints: tuple[str, ...]
+    fingerprints: tuple[str, ...]  # of the body in each tested release
 
     def check(self) -> None:
-        """Raise :class:`UnsupportedAutoModel` if no tested release has this body.
-
-        Whatever the release: as with signatures, one that differs is not trained with.
-        """
+        """Raise :class:`UnsupportedAutoModel` if no tested release has this body."""
         found = fingerprint(_find(self.module, self.name))
         if found not in self.fingerprints:
             raise UnsupportedAutoModel(
@@ -102,10 +85,7 @@ class Body:
 
 
 def fingerprint(function: Any) -> str:
-    """Return a digest of a function's arguments and statements.
-
-    Annotations, docstrings, comments and layout do not count.
-    """
+    """Return a digest of a function's arguments and statements; nothing else counts."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     if ast.get_docstring(node) is not None:  # type: ignore[arg-type]
         del node.body[0]  # type: ignore[attr-defined]
@@ -136,7 +116,7 @@ def _find(module: str, name: str) -> Any:
 
 
 class BatchContract(Protocol):
-    """How a release's recipes come to cut batches with our model's own sharder."""
+    """How a release's recipes come to shard batches with our model's own sharder: a module."""
 
     NAME: str
     SIGNATURES: tuple[Signature, ...]
@@ -157,15 +137,15 @@ def batch_contract() -> BatchContract:
     Raises:
         UnsupportedAutoModel: If it has none that we know.
     """
-    adapter = "sharder_contract" if sharding.HAS_SHARDER else "legacy.cp_utils_contract"
+    adapter = "sharder_contract" if sharding.HAS_SHARDER else "legacy.cp_utils_hook"
     if not sharding.HAS_SHARDER and find_spec(_CP_UTILS) is None:
-        raise UnsupportedAutoModel(f"it cuts batches in neither {sharding.PLACE} nor {_CP_UTILS}")
+        raise UnsupportedAutoModel(f"it shards batches in neither {sharding.PLACE} nor {_CP_UTILS}")
     found: Any = importlib.import_module(f"nemo_dsv4_cp.automodel.{adapter}")
     return found  # type: ignore[no-any-return]
 
 
 def signatures() -> Iterator[Signature]:
-    """All that we count on, the parts of every release first, then those of this release's."""
+    """Yield all that we rely on: of every release, then of this release's contract."""
     yield from _ALWAYS
     yield from batch_contract().SIGNATURES
 
@@ -182,81 +162,57 @@ def check_v4() -> None:
 
 @functools.cache
 def check() -> None:
-    """Raise :class:`UnsupportedAutoModel` for the first signature or body that is not as we know.
-
-    A release that was found to have all is not checked again.
-    """
+    """Raise :class:`UnsupportedAutoModel` if a signature or body changed; checked once if none."""
     for signature in signatures():
         signature.check()
     for body in RESTATED:
         body.check()
 
 
-_ALWAYS = (
-    Signature(f"{_V4}.layers", "DeepseekV4Attention.__init__", ("config", "layer_idx", "backend")),
-    Signature(
-        f"{_V4}.layers",
-        "DeepseekV4Attention.forward",
-        (
-            "hidden_states",
-            "position_embeddings",
-            "attention_mask",
-            "position_embeddings_compress",
-            "rotary_compress",
-            "start_pos",
-        ),
-    ),
-    Signature(f"{_V4}.layers", "_dsv4_kernel_backend"),
-    Signature(
-        "nemo_automodel._transformers.capabilities",
-        "attach_capabilities_and_validate",
-        ("model", "mesh"),
-        in_order=True,
-    ),
-    Signature(
-        f"{_V4}.optimized_kernels",
-        "dsv4_indexer_scores",
-        ("q", "pooled_kv", "weights", "compress_ratio", "softmax_scale", "backend"),
-    ),
-    Signature(f"{_V4}.optimized_kernels", "dsv4_sparse_attention", ("backend",)),
-    Signature(
-        f"{_V4}.model",
-        "DeepseekV4Block.forward",
-        (
-            "x",
-            "position_embeddings",
-            "position_embeddings_compress",
-            "rotary_compress",
-            "padding_mask",
-            "input_ids",
-            "attn_kwargs",
-        ),
-    ),
-    Signature(
-        f"{_V4}.model",
-        "DeepseekV4ForCausalLM.initialize_weights",
-        ("buffer_device", "dtype"),
-    ),
-    Signature(f"{_V4}.model", "compute_lm_head_logits", ("logits_to_keep", "fp32_lm_head")),
-    Signature(f"{_V4}.model", "DeepseekV4HashGate.set_input_ids", ("input_ids",)),
-    Signature(f"{_MOE}.layers", "Gate.update_bias"),
-    Signature(f"{_MOE}.layers", "MoE.forward", ("x", "padding_mask", "cp_mesh")),
-    Signature(
-        f"{_PEFT}.lora", "apply_lora_to_linear_modules", ("model", "peft_config"), in_order=True
-    ),
-    Signature(f"{_PEFT}.module_matcher", "ModuleMatcher.match", ("m", "name")),
-    Signature(_RECIPE, "BaseRecipe.load_checkpoint", ("self", "restore_from"), in_order=True),
-    Signature(
-        _RECIPE, "BaseRecipe._load_checkpoint_tracked_state", ("self", "ckpt_dir"), in_order=True
-    ),
-    Signature(_RECIPE, "BaseRecipe._get_dp_rank", ("include_cp",)),
-    Signature(_RECIPE, "BaseRecipe._get_dp_group_size", ("include_cp",)),
-    Signature(
-        "nemo_automodel.components.checkpoint.checkpointing",
-        "Checkpointer.load_on_dp_ranks",
-        ("self", "state", "state_name", "path"),
-        in_order=True,
-    ),
+def signatures_of(functions: Mapping[str, Mapping[str, str]]) -> tuple[Signature, ...]:
+    """Return signatures by module and name, of words; a last ``/`` if they come in this order."""
+    return tuple(
+        Signature(module, name, tuple(words.removesuffix(" /").split()), words.endswith("/"))
+        for module, of_module in functions.items()
+        for name, words in of_module.items()
+    )
+
+
+_ALWAYS = signatures_of(
+    {
+        f"{_V4}.layers": {
+            "DeepseekV4Attention.__init__": "config layer_idx backend",
+            "DeepseekV4Attention.forward": "hidden_states position_embeddings attention_mask "
+            "position_embeddings_compress rotary_compress start_pos",
+            "_dsv4_kernel_backend": "",
+        },
+        "nemo_automodel._transformers.capabilities": {
+            "attach_capabilities_and_validate": "model mesh /",
+        },
+        f"{_V4}.optimized_kernels": {
+            "dsv4_indexer_scores": "q pooled_kv weights compress_ratio softmax_scale backend",
+            "dsv4_sparse_attention": "backend",
+        },
+        f"{_V4}.model": {
+            "DeepseekV4Block.forward": "x position_embeddings position_embeddings_compress "
+            "rotary_compress padding_mask input_ids attn_kwargs",
+            "DeepseekV4ForCausalLM.initialize_weights": "buffer_device dtype",
+            "compute_lm_head_logits": "logits_to_keep fp32_lm_head",
+            "DeepseekV4HashGate.set_input_ids": "input_ids",
+        },
+        f"{_MOE}.layers": {"Gate.update_bias": "", "MoE.forward": "x padding_mask cp_mesh"},
+        f"{_PEFT}.lora": {"apply_lora_to_linear_modules": "model peft_config /"},
+        f"{_PEFT}.module_matcher": {"ModuleMatcher.match": "m name"},
+        _RECIPE: {
+            "BaseRecipe.load_checkpoint": "self restore_from /",
+            "BaseRecipe._load_checkpoint_tracked_state": "self ckpt_dir /",
+            "BaseRecipe._get_dp_rank": "include_cp",
+            "BaseRecipe._get_dp_group_size": "include_cp",
+        },
+        "nemo_automodel.components.checkpoint.checkpointing": {
+            "Checkpointer.load_on_dp_ranks": "self state state_name path /",
+        },
+    }
 )
 
 RESTATED = (

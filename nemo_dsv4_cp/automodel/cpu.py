@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import inspect
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -42,8 +43,44 @@ class _Overlay(ModuleType):
         return getattr(self._module, name)
 
 
+def _torch(*, cuda: dict[str, object], **replacements: object) -> _Overlay:
+    return _Overlay(torch, cuda=_Overlay(torch.cuda, **cuda), **replacements)
+
+
+def _views() -> Iterator[tuple[ModuleType, tuple[str, ...], _Overlay]]:
+    """Yield modules, the code that assumes CUDA in each, and the view of torch that it gets."""
+    # recipes/llm/train_ft.py resets the peak memory in setup() and after every step. (Its other
+    # two, empty_cache and max_memory_allocated, do nothing and return 0 without CUDA.)
+    # recipes/llm/kd.py does the same after its steps.
+    for recipe in (train_ft, kd):
+        code = ("torch.cuda.reset_peak_memory_stats()",)
+        yield recipe, code, _torch(cuda={"reset_peak_memory_stats": lambda: None})
+    # _transformers/auto_model.py puts every model that it builds on the current CUDA device.
+    yield (
+        auto_model,
+        (
+            'torch.device("cuda", torch.cuda.current_device())',
+            "device = torch.cuda.current_device()",
+        ),
+        _torch(
+            device=lambda *_: torch.device("cpu"),
+            cuda={"current_device": lambda: torch.device("cpu")},
+        ),
+    )
+    # models/deepseek_v4/model.py initialises on the current CUDA device unless it gets another;
+    # our class passes one, and AutoModel's model (context_parallel.enabled: false) gets none.
+    yield (
+        deepseek_v4,
+        ('torch.device(f"cuda:{torch.cuda.current_device()}")',),
+        _torch(device=lambda *_: torch.device("cpu"), cuda={"current_device": lambda: 0}),
+    )
+    # distributed/pipelining/functional.py waits for the device after a first message between
+    # pipeline stages, where it knows the rows' length ahead, as with packed rows (from 0.6 on).
+    yield pipelining, (), _torch(cuda={"synchronize": lambda *_: None})
+
+
 def lift_cuda_assumptions() -> None:
-    """Answers for AutoModel what it asks of CUDA without looking whether there is any.
+    """Answer for AutoModel what it requests of CUDA without looking whether there is any.
 
     Calling it again changes nothing.
 
@@ -58,54 +95,26 @@ def lift_cuda_assumptions() -> None:
         )
     if patches.is_replaced(train_ft, "torch"):
         return
-    _expect(train_ft, "torch.cuda.reset_peak_memory_stats()")
-    _expect(kd, "torch.cuda.reset_peak_memory_stats()")
-    _expect(auto_model, 'torch.device("cuda", torch.cuda.current_device())')
-    _expect(auto_model, "device = torch.cuda.current_device()")
-    _expect(deepseek_v4, 'torch.device(f"cuda:{torch.cuda.current_device()}")')
-    _expect(parallelizer, "from transformer_engine.pytorch.attention import DotProductAttention")
-
-    # recipes/llm/train_ft.py resets the peak memory in setup() and after every step. (Its other
-    # two, empty_cache and max_memory_allocated, do nothing and return 0 without CUDA.)
-    without_peaks = _Overlay(torch, cuda=_Overlay(torch.cuda, reset_peak_memory_stats=lambda: None))
-    patches.replace(train_ft, "torch", without_peaks)
-    patches.replace(kd, "torch", without_peaks)  # recipes/llm/kd.py does the same after its steps
-    # _transformers/auto_model.py puts every model that it builds on the current CUDA device.
-    on_cpu = _Overlay(
-        torch,
-        device=lambda *_: torch.device("cpu"),
-        cuda=_Overlay(torch.cuda, current_device=lambda: torch.device("cpu")),
-    )
-    patches.replace(auto_model, "torch", on_cpu)
-    # models/deepseek_v4/model.py initialises on the current CUDA device unless it gets another;
-    # our class passes one, and AutoModel's model (context_parallel.enabled: false) gets none.
-    initialised_on_cpu = _Overlay(
-        torch,
-        device=lambda *_: torch.device("cpu"),
-        cuda=_Overlay(torch.cuda, current_device=lambda: 0),
-    )
-    patches.replace(deepseek_v4, "torch", initialised_on_cpu)
-    # distributed/pipelining/functional.py waits for the device after a first message between
-    # pipeline stages, where it knows the rows' length ahead, as with packed rows (from 0.6 on).
-    without_waiting = _Overlay(torch, cuda=_Overlay(torch.cuda, synchronize=lambda *_: None))
-    patches.replace(pipelining, "torch", without_waiting)
+    views = list(_views())
     # moe/parallelizer.py, apply_cp: with ep_size > 1 and cp_size > 1 it imports transformer_engine
-    # to tell TE's attention from others, before it asks whether a model brings its own.
+    # to recognize TE's attention, before it looks whether a model brings its own.
+    imports = ("from transformer_engine.pytorch.attention import DotProductAttention",)
+    for module, assumed, _ in (*views, (parallelizer, imports, None)):
+        for code in assumed:
+            if code not in inspect.getsource(module):
+                raise RuntimeError(
+                    f"{module.__name__} of nemo_automodel {version('nemo_automodel')} has no "
+                    f"`{code}`; nemo_dsv4_cp.automodel.cpu was written for {TESTED_RELEASE}: "
+                    "install that release to train on a CPU"
+                )
+    for module, _, view in views:
+        patches.replace(module, "torch", view)
     if importlib.util.find_spec("transformer_engine") is None:
         apply_cp = _without_transformer_engine(parallelizer.apply_cp)
         patches.replace(parallelizer, "apply_cp", apply_cp)
     # moe/experts.py compiles its activations with max_autotune: on a CPU that takes half a minute,
     # and a C++ compiler.
     torch.compiler.set_stance("force_eager")
-
-
-def _expect(module: ModuleType, code: str) -> None:
-    if code not in inspect.getsource(module):
-        raise RuntimeError(
-            f"{module.__name__} of nemo_automodel {version('nemo_automodel')} has no `{code}`; "
-            f"nemo_dsv4_cp.automodel.cpu was written for {TESTED_RELEASE}: install that release to "
-            "train on a CPU"
-        )
 
 
 def _without_transformer_engine(apply_cp: Any) -> Any:
@@ -116,7 +125,7 @@ def _without_transformer_engine(apply_cp: Any) -> Any:
 
     @functools.wraps(apply_cp)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # Only for the call: others ask sys.modules whether transformer_engine can be used.
+        # Only for the call: others look in sys.modules whether transformer_engine can be used.
         sys.modules[name] = stand_in
         try:
             return apply_cp(*args, **kwargs)
@@ -127,7 +136,7 @@ def _without_transformer_engine(apply_cp: Any) -> Any:
 
 
 def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
-    """Makes random first weights depend on the seed alone.
+    """Make random initial weights depend on the seed alone.
 
     AutoModel draws each rank's shard from that rank's own random stream. One process and two would
     start from different models, and their losses could not be compared. Here every rank also draws
@@ -162,7 +171,7 @@ def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
 
 
 def _adapter(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    """Return first weights for what AutoModel adds to a model with `peft`: LoRA's B is zero."""
+    """Return initial weights of what AutoModel adds to a model with `peft`: LoRA's B is zero."""
     if "lora_B" in name:
         return torch.zeros(parameter.shape)
     scale: float = parameter.shape[-1] ** -0.5

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets AutoModel's knowledge-distillation recipe cut batches as the model asks.
+"""AutoModel's knowledge-distillation recipe shards batches with the model's own sharder.
 
-The recipe (nemo_automodel 0.7.0, ``recipes/llm/kd.py``) never calls a model's own sharder: under CP
-it would cut the rows in another order than attention here expects. It also keeps using the labels
-that it handed over, and relies on their being cut in place.
+The recipe (nemo_automodel 0.7.0, ``recipes/llm/kd.py``) never calls it: under CP the rows would be
+in another order than attention here expects. It also reuses the labels that it passed, and relies
+on their being sharded in place.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from typing import Any
@@ -24,21 +23,21 @@ _RECIPE = "nemo_automodel.recipes.llm.kd"
 
 
 class DistillationSharder(ContextParallelSharder):
-    """AutoModel's sharder, which asks a model that owns its CP, and cuts its labels in place."""
+    """AutoModel's sharder, which calls a model that owns its CP and shards labels in place."""
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
-        self._cuts_labels = getattr(model, "_owns_cp_attention", False)
-        if self._cuts_labels:
+        self._shards_labels = getattr(model, "_owns_cp_attention", False)
+        if self._shards_labels:
             kwargs["invoke_pre_embed"] = True
             # The model's sharder finds every per-token tensor of the batch itself.
             kwargs.pop("extra_seq_buffers", None)
         super().__init__(model, *args, **kwargs)
 
     def shard(self, batch: dict[str, Any]) -> Any:
-        """Cut the batch, and the labels that were handed over as ``loss_mask`` with it."""
+        """Shard the batch, and with it the labels that were passed as ``loss_mask``."""
         context, batch = super().shard(batch)
         labels = self._loss_mask
-        if self._cuts_labels and labels is not None and "labels" in batch:
+        if self._shards_labels and labels is not None and "labels" in batch:
             with torch.no_grad():
                 labels.set_(batch.pop("labels"))
         return context, batch
@@ -62,21 +61,16 @@ def install() -> None:
             "rows in another order"
         )
     patches.replace(kd, "ContextParallelSharder", DistillationSharder)
-    patches.replace(kd, "_build_teacher_model", _checking_teacher(kd._build_teacher_model))
+    patches.wrap(kd, "_build_teacher_model", _checking_teacher)
 
 
-def _checking_teacher(build: Any) -> Any:
-    @functools.wraps(build)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        teacher = build(*args, **kwargs)
-        cp_size = cp_size_of(teacher)
-        if cp_size > 1 and not getattr(teacher, "_owns_cp_attention", False):
-            raise ValueError(
-                f"the teacher {type(teacher).__name__} would see this rank's shard alone at "
-                f"distributed.cp_size={cp_size}; give teacher_model the config class "
-                "nemo_dsv4_cp.DeepseekV4ContextParallelConfig as well, or set "
-                "distributed.cp_size: 1"
-            )
-        return teacher
-
-    return wrapped
+def _checking_teacher(build: Any, *args: Any, **kwargs: Any) -> Any:
+    teacher = build(*args, **kwargs)
+    cp_size = cp_size_of(teacher)
+    if cp_size > 1 and not getattr(teacher, "_owns_cp_attention", False):
+        raise ValueError(
+            f"the teacher {type(teacher).__name__} would see this rank's shard alone at "
+            f"distributed.cp_size={cp_size}; give teacher_model the config class "
+            "nemo_dsv4_cp.DeepseekV4ContextParallelConfig as well, or set distributed.cp_size: 1"
+        )
+    return teacher

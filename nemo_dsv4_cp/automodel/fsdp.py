@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AutoModel's patch of FSDP2, left out where torch no longer has what it patches (2.15).
 
-There autograd's leaf accumulates gradients itself, and no parameter is asked for a missing one.
+There autograd's leaf accumulates gradients itself, and no parameter needs to supply a missing one.
 """
 
 from __future__ import annotations

@@ -40,24 +40,20 @@ def keep_ids_for_recomputation(model: torch.nn.Module) -> None:
 
 
 def _restore_or_keep(moe: Any, inputs: tuple[Any, ...]) -> None:
-    """Keep what the block handed to the gate, or hand it over once more.
-
-    Raises:
-        RuntimeError: If a recomputation was given another input than the forward had.
-    """
+    """Store the ids that the block passed to the gate, or in a recomputation pass them again."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     hidden, gate = inputs[0], moe.gate
     if not in_backward():
         _routed_by[hidden] = {name: getattr(gate, name, None) for name in _PENDING}
     elif gate._pending_input_ids is None:  # else the block was recomputed, and handed them over
-        kept = _routed_by.get(hidden)
-        if kept is None:
+        ids = _routed_by.get(hidden)
+        if ids is None:
             raise RuntimeError(
                 "activation checkpointing recomputes an MoE that routes by token ids, from another "
                 "tensor than its forward had, so that the ids are lost; set "
                 "distributed.activation_checkpointing: false, or num_hash_layers: 0"
             )
-        for name, value in kept.items():
+        for name, value in ids.items():
             if hasattr(gate, name):
                 setattr(gate, name, value)

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With how many CP ranks a model trains, which AutoModel tells none of its models.
+"""With how many CP ranks a model trains, which AutoModel passes to none of its models.
 
 ``model.supports.cp_size`` reads a mesh that no release from 0.5 to 0.7 gives it, so it is always 1.
-The function that checks a model against the job's mesh, before it is sharded, is asked instead.
+The function that checks a model against the job's mesh, before it is sharded, is wrapped instead.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from nemo_automodel._transformers import capabilities
@@ -19,8 +18,8 @@ _ATTRIBUTE = "_cp_size_of_job"  # a number: it outlives the copies that pipeline
 
 
 def install() -> None:
-    """Let models be told; again does nothing."""
-    patches.wrap(capabilities, FUNCTION, _telling)
+    """Have models receive it; again does nothing."""
+    patches.wrap(capabilities, FUNCTION, _passing_cp_size)
 
 
 def cp_size_of(model: Any) -> int:
@@ -28,10 +27,6 @@ def cp_size_of(model: Any) -> int:
     return int(getattr(model, _ATTRIBUTE, 1))
 
 
-def _telling(original: Any) -> Any:
-    @functools.wraps(original)
-    def attach_capabilities_and_validate(model: Any, mesh: Any) -> Any:
-        setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
-        return original(model, mesh)
-
-    return attach_capabilities_and_validate
+def _passing_cp_size(original: Any, model: Any, mesh: Any) -> Any:
+    setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
+    return original(model, mesh)

@@ -9,7 +9,6 @@ and the frozen indexer, whose adapters would never train.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from typing import Any
 
@@ -21,35 +20,24 @@ from nemo_dsv4_cp.automodel import patches
 
 FUNCTION = "apply_lora_to_linear_modules"
 RESOLVE = "resolve_lora_targets"
-"""The method by which a model says what LoRA may change."""
+"""The method by which a model decides what LoRA may change."""
 
 _INDEXER = ".compressor.indexer"
 _logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Have AutoModel ask a model of ours what LoRA may change; again does nothing."""
+    """Have AutoModel query a model of ours what LoRA may change; again does nothing."""
     patches.wrap(lora, FUNCTION, _resolving_first, everywhere=True)
 
 
-def _resolving_first(original: Any) -> Any:
-    @functools.wraps(original)
-    def apply_lora_to_linear_modules(
-        model: Any, peft_config: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        resolve = getattr(model, RESOLVE, None)
-        config = peft_config if resolve is None else resolve(peft_config)
-        return original(model, config, *args, **kwargs)
-
-    return apply_lora_to_linear_modules
+def _resolving_first(original: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+    resolve = getattr(model, RESOLVE, None)
+    return original(model, resolve(peft_config) if resolve else peft_config, *args, **kwargs)
 
 
 def resolve_targets(model: Any, peft_config: Any) -> Any:
     """Return a PEFT config that leaves the frozen indexer alone.
-
-    Args:
-        model: A V4 of ours.
-        peft_config: AutoModel's ``PeftConfig``; not changed.
 
     Raises:
         ValueError: If it selects a grouped projection, or nothing but the indexer.
@@ -84,7 +72,7 @@ def resolve_targets(model: Any, peft_config: Any) -> Any:
 
 
 def _setting(peft_config: Any) -> str:
-    """Return what of a recipe chose the modules, as the recipe spells it."""
+    """Return which setting selects the modules, as the recipe spells it."""
     for name in ("match_all_linear", "target_modules", "exclude_modules"):
         if value := getattr(peft_config, name):
             return f"peft.{name}={value!r}"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``DeepseekV4ForCausalLM.forward`` does with MTP, without its dense [L, S] mask.
+"""Multi-token prediction: its inputs under CP, and AutoModel's forward without the [L, S] mask.
 
-Restated from AutoModel: :data:`nemo_dsv4_cp.automodel.contracts.RESTATED` holds the fingerprint of
-the body, so that a release that changes it is refused.
+The forward is restated: :data:`nemo_dsv4_cp.automodel.contracts.RESTATED` holds the fingerprint of
+``DeepseekV4ForCausalLM.forward``, so that a release that changes it is refused.
 
 # B batch rows   L local tokens
 """
@@ -10,13 +10,45 @@ the body, so that a release that changes it is refused.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from nemo_automodel.components.models.common import mtp
 from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4CausalLMOutput,
     compute_lm_head_logits,
 )
+
+from nemo_dsv4_cp.automodel.contracts import signatures_of
+
+if TYPE_CHECKING:
+    from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
+
+_PREPARE = "prepare_mtp_context_parallel_inputs"
+ASKS_MODELS = hasattr(mtp, _PREPARE)
+"""Whether AutoModel's recipes request these inputs from the model (since 0.7)."""
+
+SIGNATURES = (
+    signatures_of({mtp.__name__: {_PREPARE: "batch num_depths ignore_index"}})
+    if ASKS_MODELS
+    else ()
+)
+
+
+def shifted_inputs(
+    batch: dict[str, Any], *, num_depths: int, ignore_index: int
+) -> MTPContextParallelInputs:
+    """Return what AutoModel makes of a full batch for each depth.
+
+    Raises:
+        NotImplementedError: If AutoModel has no such contract.
+    """
+    if not ASKS_MODELS:
+        raise NotImplementedError(
+            "this nemo_automodel prepares nothing for multi-token prediction under context "
+            "parallelism; install 0.7.0 or later, or set num_nextn_predict_layers: 0"
+        )
+    return getattr(mtp, _PREPARE)(batch, num_depths=num_depths, ignore_index=ignore_index)
 
 
 def forward_with_mtp(
@@ -31,18 +63,9 @@ def forward_with_mtp(
     output_hidden_states: bool | None,
     attn_kwargs: dict[str, Any],
 ) -> DeepseekV4CausalLMOutput:
-    """Run a model that is no pipeline stage, and its MTP layers.
+    """Run a ``DeepseekV4ForCausalLM`` that is no pipeline stage, and its MTP layers.
 
-    Args:
-        model: A ``DeepseekV4ForCausalLM``.
-        input_ids: Token ids [B, L].
-        shifted_ids: For each MTP depth, the ids [B, L] that its layer embeds.
-        position_ids: Positions [B, L].
-        attention_mask: [B, L], 1 = real; for the backbone.
-        padding_mask: Bool [B, L], True = pad.
-        logits_to_keep: As in AutoModel's forward.
-        output_hidden_states: As in AutoModel's forward.
-        attn_kwargs: For attention.
+    The arguments are AutoModel's, with ``shifted_ids`` [B, L] that each MTP depth embeds.
     """
     hidden, streams = model.model(
         input_ids,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,24 +24,23 @@ def replace_everywhere(name: str, original: Any, new: Any) -> None:
             replace(module, name, new)
 
 
-def wrap(
-    owner: Any, name: str, wrapping: Callable[[Any], Any], *, everywhere: bool = False
-) -> None:
-    """Put what ``wrapping`` makes of a function in its place, once.
+def wrap(owner: Any, name: str, around: Callable[..., Any], *, everywhere: bool = False) -> None:
+    """Have ``around(original, ...)`` called in the place of a function, once.
 
-    Args:
-        owner: Its module.
-        name: Its name there.
-        wrapping: Returns the replacement, given the original.
-        everywhere: In every module that has imported it by its name, too.
+    ``everywhere``: in every module that has imported it by its name, too.
     """
     if is_replaced(owner, name):
         return
     original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
     if everywhere:
-        replace_everywhere(name, original, wrapping(original))
+        replace_everywhere(name, original, wrapped)
     else:
-        replace(owner, name, wrapping(original))
+        replace(owner, name, wrapped)
 
 
 def is_replaced(owner: Any, name: str) -> bool:

@@ -10,7 +10,6 @@ these the next samples would silently repeat some, or leave some out.
 
 from __future__ import annotations
 
-import functools
 import glob
 import importlib
 import os
@@ -35,15 +34,12 @@ _TRACKED = "__state_tracked"
 def install() -> None:
     """Let recipes that train our models resume on other ranks; calling it again changes nothing."""
     recipe: Any = importlib.import_module(RECIPE).BaseRecipe
-    if patches.is_replaced(recipe, "load_checkpoint"):
-        return
-    patches.replace(recipe, "load_checkpoint", _noting_ranks(recipe.load_checkpoint))
-    name = "_load_checkpoint_tracked_state"
-    patches.replace(recipe, name, _minding_ranks(getattr(recipe, name)))
+    patches.wrap(recipe, "load_checkpoint", _recording_ranks)
+    patches.wrap(recipe, "_load_checkpoint_tracked_state", _checking_ranks)
 
 
 class DataRanks:
-    """By how many ranks samples are loaded, and how many each has taken.
+    """By how many ranks samples are loaded, and how many each has read.
 
     The recipe's attribute :data:`KEY`: AutoModel stores its state in every checkpoint, since it has
     one. AutoModel without this package does not look at that file.
@@ -67,12 +63,12 @@ class DataRanks:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: what there is to do needs the whole checkpoint (:func:`_minding_ranks`)."""
+        """Do nothing: what there is to do needs the whole checkpoint (:func:`_checking_ranks`)."""
 
     def deals_in_turn(self, loader: Any) -> bool:
-        """Return whether the ranks take the samples of one order in turn, as cards are dealt.
+        """Return whether the ranks read the samples of one order in turn, as cards are dealt.
 
-        What they have taken together is then the order's beginning, however many they are. Worker
+        What they have read together is then the order's beginning, however many they are. Worker
         processes run ahead of what was trained on.
         """
         from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
@@ -85,14 +81,10 @@ class DataRanks:
         )
 
 
-def _noting_ranks(original: Any) -> Any:
-    @functools.wraps(original)
-    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if KEY not in self.__dict__ and _trains_ours(self):
-            setattr(self, KEY, DataRanks(self))
-        return original(self, *args, **kwargs)
-
-    return load_checkpoint
+def _recording_ranks(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if KEY not in self.__dict__ and _trains_ours(self):
+        setattr(self, KEY, DataRanks(self))
+    return original(self, *args, **kwargs)
 
 
 def _trains_ours(recipe: Any) -> bool:
@@ -100,51 +92,33 @@ def _trains_ours(recipe: Any) -> bool:
     return any(getattr(getattr(part, "module", part), RESUMES, False) for part in parts)
 
 
-def _minding_ranks(original: Any) -> Any:
-    @functools.wraps(original)
-    def _load_checkpoint_tracked_state(self: Any, ckpt_dir: str) -> Any:
-        now = self.__dict__.get(KEY)
-        if now is None:
+def _checking_ranks(original: Any, self: Any, ckpt_dir: str) -> Any:
+    now = self.__dict__.get(KEY)
+    if now is None:
+        return original(self, ckpt_dir)
+    loaders = _tracked(self, _loader_type())
+    saved = _saved(ckpt_dir, loaders)
+    if saved is None or (saved["dp_size"], saved["cp_size"]) == (now.dp_size, now.cp_size):
+        with _left_out(self, {KEY}):
             return original(self, ckpt_dir)
-        loaders = _tracked(self, _loader_type())
-        saved = _saved(ckpt_dir, loaders)
-        if saved is None or (saved["dp_size"], saved["cp_size"]) == (now.dp_size, now.cp_size):
-            with _left_out(self, {KEY}):
-                return original(self, ckpt_dir)
-        skips = {key: _skip(ckpt_dir, key, loader, saved, now) for key, loader in loaders.items()}
-        streams = _tracked(self, sys.modules[RECIPE].StatefulRNG)
-        with _left_out(self, {KEY, *loaders, *streams}):
-            loaded = original(self, ckpt_dir)
-        _load_loaders(self, ckpt_dir, loaders, skips, cp_size=saved["cp_size"])
-        _load_streams(self.checkpointer, ckpt_dir, streams)
-        return loaded
-
-    return _load_checkpoint_tracked_state
-
-
-def _load_loaders(
-    recipe: Any,
-    ckpt_dir: str,
-    loaders: dict[str, Any],
-    skips: dict[str, int | None],
-    *,
-    cp_size: int,
-) -> None:
+    skips = {key: _skip(ckpt_dir, key, loader, saved, now) for key, loader in loaders.items()}
+    streams = _tracked(self, sys.modules[RECIPE].StatefulRNG)
+    with _left_out(self, {KEY, *loaders, *streams}):
+        loaded = original(self, ckpt_dir)
+    checkpointer = self.checkpointer
     for key, loader in loaders.items():
         skip = skips[key]
         if skip is None:
-            with _as_dp_rank(recipe.checkpointer, recipe._get_dp_rank() * cp_size):
-                recipe.checkpointer.load_on_dp_ranks(loader, key, ckpt_dir)
+            with _as_dp_rank(checkpointer, self._get_dp_rank() * saved["cp_size"]):
+                checkpointer.load_on_dp_ranks(loader, key, ckpt_dir)
         else:
             loader.sampler.load_state_dict({"yielded": skip})
-
-
-def _load_streams(checkpointer: Any, ckpt_dir: str, streams: dict[str, Any]) -> None:
     # AutoModel 0.5 numbers these as it does dataloaders, later releases by global rank.
     load = getattr(checkpointer, "load_on_global_ranks", checkpointer.load_on_dp_ranks)
     for key, stream in streams.items():
-        with suppress(FileNotFoundError):  # of a rank more: it keeps the stream of its own seed
+        with suppress(FileNotFoundError):  # of an additional rank: its seed's stream stays
             load(stream, key, ckpt_dir)
+    return loaded
 
 
 def _loader_type() -> Any:
@@ -152,13 +126,13 @@ def _loader_type() -> Any:
 
 
 def _tracked(recipe: Any, kind: type) -> dict[str, Any]:
-    """Return what the recipe keeps in checkpoints of one type, by name."""
+    """Return what the recipe stores in checkpoints of one type, by name."""
     states = {key: getattr(recipe, key) for key in sorted(recipe.__dict__[_TRACKED])}
     return {key: state for key, state in states.items() if isinstance(state, kind)}
 
 
 def _saved(ckpt_dir: str, loaders: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the state of :class:`DataRanks` in a checkpoint, None where nothing tells sizes.
+    """Return the state of :class:`DataRanks` in a checkpoint; None if it is unknown.
 
     Raises:
         ValueError: If a checkpoint that was written without this package contradicts itself.
@@ -168,22 +142,20 @@ def _saved(ckpt_dir: str, loaders: dict[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         return state
     path = os.path.join(ckpt_dir, "config.yaml")
-    states = max((len(_states(ckpt_dir, key)) for key in loaders), default=0)
+    folder = glob.escape(ckpt_dir)
+    of_loaders = [glob.glob(f"{folder}/{key}/{key}_dp_rank_*.pt") for key in loaders]
+    states = max(map(len, of_loaders), default=0)
     if not states or not os.path.exists(path):
         return None
     with open(path) as file:
         cp_size = ((yaml.safe_load(file) or {}).get("distributed") or {}).get("cp_size") or 1
     if not isinstance(cp_size, int) or states % cp_size:
         raise ValueError(
-            f"{path} says distributed.cp_size={cp_size!r}, and {states} ranks stored the state of "
+            f"{path} holds distributed.cp_size={cp_size!r}, and {states} ranks stored the state of "
             "their dataloaders beside it; write the cp_size of that run into the file, a divisor "
             f"of {states}"
         )
     return {"dp_size": states // cp_size, "cp_size": cp_size, "yielded": {}}
-
-
-def _states(ckpt_dir: str, key: str) -> list[str]:
-    return glob.glob(os.path.join(glob.escape(ckpt_dir), key, f"{key}_dp_rank_*.pt"))
 
 
 def _skip(
@@ -191,8 +163,7 @@ def _skip(
 ) -> int | None:
     """Return how many samples of its own each data-parallel rank has to skip.
 
-    Returns:
-        None where there are as many of these ranks as before, whose states hold.
+    None where there are as many of these ranks as before, whose states hold.
 
     Raises:
         ValueError: If samples would be lost or seen twice.
@@ -202,9 +173,9 @@ def _skip(
         return None
     yielded = saved["yielded"].get(key)
     if yielded is None or not now.deals_in_turn(loader):
-        why = f"the {key}'s state does not tell which samples the others have taken"
+        why = f"the {key}'s state does not hold which samples the others have read"
     elif yielded * before % now.dp_size:
-        why = f"the {yielded * before} samples taken in this epoch are no multiple of {now.dp_size}"
+        why = f"the {yielded * before} samples read in this epoch are no multiple of {now.dp_size}"
     else:
         return int(yielded * before // now.dp_size)
     raise ValueError(

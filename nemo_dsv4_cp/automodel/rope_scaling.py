@@ -18,11 +18,9 @@ _SCALES = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow
 
 
 def resolve_rope_scaling(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return ``rope_scaling`` with the key that AutoModel reads.
+    """Return a config's ``rope_scaling`` with the key that AutoModel reads.
 
-    Args:
-        settings: ``rope_scaling`` of a config: flat, with ``type`` or ``rope_type``, or nested as
-            transformers has it, where ``compress`` holds what compressed layers scale by.
+    Nested as in transformers, ``compress`` holds the scaling of compressed layers.
 
     Raises:
         ValueError: For a scaling that AutoModel's V4 would leave out, and for contradictions.

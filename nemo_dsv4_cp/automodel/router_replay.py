@@ -30,12 +30,7 @@ def registered() -> list[Any]:
 
 @contextmanager
 def own_gates_only(model: Any) -> Iterator[None]:
-    """Leave of the gates that are registered inside only those that a model has at the end.
-
-    None of them, if the model cannot be made.
-
-    Args:
-        model: The model that is made inside.
+    """Unregister the gates registered inside that the model has not at the end; all if it fails.
 
     Raises:
         ValueError: If a gate of the model cannot replay: a vision config's routes by itself.

@@ -1,39 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of releases with ``ContextParallelSharder`` (since 0.6): recipes call the model.
 
-Only what that contract leaves out is patched: token verbs for re-laid rows, and the distillation
-recipe.
+Only what that contract leaves out is patched: token verbs for packed rows that were laid out again,
+and the distillation recipe.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from nemo_dsv4_cp.automodel import distillation, mtp_contract, token_verbs
-from nemo_dsv4_cp.automodel.contracts import Signature
+from nemo_dsv4_cp.automodel import distillation, mtp, token_verbs
+from nemo_dsv4_cp.automodel.contracts import signatures_of
+from nemo_dsv4_cp.automodel.sharding import PLACE
 
 NAME = "ContextParallelSharder"
-_SHARDER = "nemo_automodel.components.distributed.context_parallel.sharder"
-SIGNATURES: tuple[Signature, ...] = (
-    Signature(
-        _SHARDER,
-        "ContextParallelSharder.__init__",
-        ("shard_batch", "local_token_global_indices", "loss_mask", "padding_token_id"),
-    ),
-    Signature(
-        _SHARDER,
-        "ContextParallelSharder.shard_token_tensor",
-        ("self", "tensor", "seq_dim", "fill"),
-        in_order=True,
-    ),
-    Signature(
-        _SHARDER,
-        "ContextParallelSharder.gather_token_tensor",
-        ("self", "tensor", "seq_dim", "trim", "fill"),
-        in_order=True,
-    ),
-    *mtp_contract.SIGNATURES,
-)
+_SHARDER = {
+    "ContextParallelSharder.__init__": "shard_batch local_token_global_indices loss_mask "
+    "padding_token_id",
+    "ContextParallelSharder.shard_token_tensor": "self tensor seq_dim fill /",
+    "ContextParallelSharder.gather_token_tensor": "self tensor seq_dim trim fill /",
+}
+SIGNATURES = (*signatures_of({f"{PLACE}.sharder": _SHARDER}), *mtp.SIGNATURES)
 
 
 def install() -> None:

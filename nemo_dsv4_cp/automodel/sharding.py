@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoModel's sharder contract, or its little that we use where a release has none (0.5)."""
+"""AutoModel's sharder contract, or the part that we use where a release has none (0.5)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 PLACE = "nemo_automodel.components.distributed.context_parallel"
 HAS_SHARDER = find_spec(PLACE) is not None
-"""Whether recipes ask a model for its ``ContextParallelSharder`` (since 0.6)."""
+"""Whether recipes request a model's ``ContextParallelSharder`` (since 0.6)."""
 
 if HAS_SHARDER:
     from nemo_automodel.components.distributed.context_parallel.sharder import (
@@ -33,7 +33,7 @@ else:
 
     @dataclass
     class ContextParallelSharder:  # type: ignore[no-redef]
-        """How a batch is cut, for callers of ``prepare_model_inputs_for_cp``."""
+        """How a batch is sharded, for callers of ``prepare_model_inputs_for_cp``."""
 
         shard_batch: Callable[..., Any]
         local_token_global_indices: Callable[..., Any] | None = None
@@ -42,11 +42,7 @@ else:
 
 @dataclass(frozen=True)
 class PackedShardLayout(ShardLayout):
-    """The layout of rows whose documents were laid out anew.
-
-    Only ``padded_seq_len`` and ``input_token_stream_positions``
-    (:attr:`nemo_dsv4_cp.sequence.packing.Repacked.target`) are set.
-    """
+    """Documents were laid out again: only ``padded_seq_len`` and ``Repacked.target`` are set."""
 
 
 __all__ = ["HAS_SHARDER", "ContextParallelSharder", "PackedShardLayout", "ShardLayout"]

@@ -1,62 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token verbs for rows whose documents were laid out anew: tensors of any trailing shape.
+"""Token verbs for rows whose documents were laid out again: tensors of any trailing shape.
 
-AutoModel's ``ContextParallelSharder`` moves [B, S] tensors to such rows and back, and no others: it
-refuses the [B, S, V] of a teacher's logits, and its own instances replace those that a model
-returns, so no subclass of ours could answer. Its two verbs are wrapped for our layout only; every
-other goes to AutoModel's.
+AutoModel's ``ContextParallelSharder`` moves only [B, S] tensors to such rows and back: it refuses
+the [B, S, V] of a teacher's logits, and its own instances replace those that a model returns, so
+no subclass of ours could serve. Its two verbs are wrapped for our layout only.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.automodel import patches
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder, PackedShardLayout
-from nemo_dsv4_cp.sequence.packing import place_tokens
-
-_automodel_shard = ContextParallelSharder.shard_token_tensor
-_automodel_gather = ContextParallelSharder.gather_token_tensor
+from nemo_dsv4_cp.sequence.repacking import inverse_places, place_tokens
 
 
 def install() -> None:
     """Wrap AutoModel's verbs; again does nothing."""
-    if not patches.is_replaced(ContextParallelSharder, "shard_token_tensor"):
-        patches.replace(ContextParallelSharder, "shard_token_tensor", _shard_token_tensor)
-        patches.replace(ContextParallelSharder, "gather_token_tensor", _gather_token_tensor)
+    patches.wrap(ContextParallelSharder, "shard_token_tensor", _shard_token_tensor)
+    patches.wrap(ContextParallelSharder, "gather_token_tensor", _gather_token_tensor)
 
 
-@functools.wraps(_automodel_shard)
 def _shard_token_tensor(
-    self: Any, tensor: torch.Tensor, seq_dim: int = 1, fill: float | None = None
+    original: Any, self: Any, tensor: torch.Tensor, seq_dim: int = 1, fill: float | None = None
 ) -> torch.Tensor:
     layout = self.shard_layout
     if not isinstance(layout, PackedShardLayout):
-        sharded: torch.Tensor = _automodel_shard(self, tensor, seq_dim, fill)
+        sharded: torch.Tensor = original(self, tensor, seq_dim, fill)
         return sharded
     target, length = _target(layout, tensor), tensor.shape[seq_dim]
     if length == target.shape[1]:
         if fill is None:
             raise ValueError(
                 "a tensor in the batch's own coordinates needs `fill`, the value of padding, once "
-                "packed documents were laid out anew"
+                "packed documents were laid out again"
             )
-        source = _reversed(target, _padded_len(layout))
+        source = inverse_places(target, layout.padded_seq_len)
         tensor = place_tokens(tensor, source, tuple(target.shape), seq_dim, fill)
     elif length != layout.padded_seq_len:
         raise ValueError(
             f"a tensor of {length} tokens on dimension {seq_dim} follows neither the batch "
             f"({target.shape[1]}) nor its padded rows ({layout.padded_seq_len})"
         )
-    indices = self._indices(_padded_len(layout), tensor.device)
+    indices = self._indices(layout.padded_seq_len, tensor.device)
     return tensor.index_select(seq_dim, indices)
 
 
-@functools.wraps(_automodel_gather)
 def _gather_token_tensor(
+    original: Any,
     self: Any,
     tensor: torch.Tensor,
     seq_dim: int = 1,
@@ -65,31 +58,18 @@ def _gather_token_tensor(
 ) -> torch.Tensor:
     layout = self.shard_layout
     if not (isinstance(layout, PackedShardLayout) and trim):
-        gathered: torch.Tensor = _automodel_gather(self, tensor, seq_dim, trim, fill)
+        gathered: torch.Tensor = original(self, tensor, seq_dim, trim, fill)
         return gathered
     if fill is None:
         raise ValueError(
             "trimming to the batch's own coordinates needs `fill`, the value of tokens that belong "
-            "to no document, once packed documents were laid out anew"
+            "to no document, once packed documents were laid out again"
         )
-    full = _automodel_gather(self, tensor, seq_dim)
-    rows = (full.shape[0], _padded_len(layout))
+    full = original(self, tensor, seq_dim)
+    rows = (full.shape[0], layout.padded_seq_len)
     return place_tokens(full, _target(layout, full), rows, seq_dim, fill)
 
 
-def _target(layout: PackedShardLayout, tensor: torch.Tensor) -> torch.Tensor:
+def _target(layout: Any, tensor: torch.Tensor) -> torch.Tensor:
     target: torch.Tensor = layout.input_token_stream_positions
     return target.to(tensor.device)
-
-
-def _padded_len(layout: PackedShardLayout) -> int:
-    length: int = layout.padded_seq_len
-    return length
-
-
-def _reversed(target: torch.Tensor, padded_len: int) -> torch.Tensor:
-    """Return for each new place which old token it holds, -1 for none."""
-    source = target.new_full((target.shape[0], padded_len + 1), -1)
-    old = torch.arange(target.shape[1], device=target.device).expand_as(target)
-    # Tokens that were left out all write to the extra place, which is cut off.
-    return source.scatter(1, target.where(target >= 0, padded_len), old)[:, :-1]

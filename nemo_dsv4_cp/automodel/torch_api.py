@@ -36,7 +36,7 @@ SELECTIVE_CHECKPOINTING = (
 
 def in_backward() -> bool:
     """Return whether autograd is running backward, as it is during a recomputation."""
-    # torch.utils.checkpoint itself tells its recomputations apart by this id.
+    # torch.utils.checkpoint itself recognizes its recomputations by this id.
     return torch._C._current_graph_task_id() != -1
 
 

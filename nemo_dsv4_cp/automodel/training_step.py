@@ -38,7 +38,7 @@ from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER, ContextParallelSharder
 COLLATER = "nemo_automodel.components.datasets.utils.packed_sequence_thd_collater"
 _WRAPPER = "_checkpoint_wrapped_module."
 _SHARDING_KEYS = ("activation_checkpointing", "activation_checkpointing_scope")
-"""What of ``distributed`` a step runs with as the recipe sets it, besides the CP size."""
+"""The keys of ``distributed`` that a step reads from the recipe."""
 _FLOAT32 = {
     "param_dtype": "float32",
     "reduce_dtype": "float32",
@@ -54,11 +54,11 @@ class StepResult:
     Attributes:
         loss: The loss that the recipe logs, summed over all ranks.
         gradients: Whole gradients, after averaging, by parameter name.
-        logits: [B, S, V] of all ranks' tokens, one of each microbatch; empty where AutoModel has
-            no functions to gather them.
-        loads: Tokens [X] that this rank sent to each expert, by the gate's name.
-        auxiliary_losses: Of each microbatch, by the gate's name.
-        biases: Correction biases [X] after the update, by the gate's name.
+        logits: [B, S, V] of all ranks' tokens, one of each microbatch; empty without functions of
+            AutoModel to gather them.
+        loads: Tokens [X] that this rank sent to each expert, by gate; so with the next two.
+        auxiliary_losses: Of each microbatch.
+        biases: Correction biases [X] after the update.
     """
 
     loss: float = 0.0
@@ -74,11 +74,7 @@ def parallelize(
 ) -> tuple[Any, DistributedSetup]:
     """Checkpoint and shard a model as AutoModel does with ``ep_size: 1``, in float32.
 
-    Args:
-        model: Ours, with its weights.
-        recipe: Its ``distributed`` section names the activation checkpointing.
-        cp_size: Number of ranks, all of one CP group.
-        device: This rank's device.
+    All ranks are one CP group; the recipe's ``distributed`` section names the checkpointing.
     """
     named = recipe.get("distributed") or {}
     distributed = {key: named[key] for key in _SHARDING_KEYS if named.get(key) is not None}
@@ -106,12 +102,7 @@ def parallelize(
 class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
     """AutoModel's recipe with a model and a loss in place of all that its setup would make.
 
-    Args:
-        model: The model to train; sharded if there is a setup.
-        loss_fn: As :func:`build_loss` returns it.
-        device: This rank's device.
-        setup: How the model is sharded; None for a model that every rank runs alone.
-        packed: Whether rows hold several documents.
+    Without ``setup``, every rank runs the whole model alone.
     """
 
     def __init__(
@@ -149,11 +140,7 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         self._result = StepResult()
 
     def run(self, batches: list[dict[str, Any]]) -> StepResult:
-        """Train on some microbatches and return the results; weights stay, biases move.
-
-        Args:
-            batches: As a dataloader gives them, all tokens on every rank.
-        """
+        """Train on microbatches, whole on every rank; weights stay, biases move."""
         (model,) = self.model_parts
         enable_load_balance_tracking(model)
         hook = model.register_forward_hook(self._keep_output)
@@ -170,13 +157,13 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         return result
 
     def _keep_output(self, model: Any, _: Any, output: Any) -> None:
-        """Keep what a microbatch's forward gave, before backward recomputes any of it."""
+        """Store what a microbatch's forward returned, before backward recomputes any of it."""
         result = self._result
         # A loss that projects hidden states has the model return the last token's logits alone.
-        kept = output.hidden_states if takes_hidden_states(self.loss_fn) else output.logits
-        if kept is None:
+        scored = output.hidden_states if takes_hidden_states(self.loss_fn) else output.logits
+        if scored is None:
             return  # releases before 0.7 end here, with the setting that is missing
-        result.logits.append(kept.detach())
+        result.logits.append(scored.detach())
         for name, gate in _gates(model).items():
             result.loads[name] = result.loads.get(name, 0) + gate._last_expert_load
             if gate._last_aux_loss is not None:
@@ -200,33 +187,29 @@ class TrainingStep(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
             outputs = [linear(hidden.float(), head) for hidden in outputs]
         if self.device_mesh is None:
             return outputs
-        if not HAS_SHARDER:
-            return []
         gathered = []
-        for logits, batch in zip(outputs, batches, strict=True):
-            cut = {
+        for logits, batch in zip(outputs, batches, strict=True) if HAS_SHARDER else ():
+            tokens = {
                 key: value.to(self.dist_env.device) if isinstance(value, torch.Tensor) else value
                 for key, value in batch.items()
             }
-            sharder = ContextParallelSharder(model, self.device_mesh, cut)
-            sharder.shard(cut)
+            sharder = ContextParallelSharder(model, self.device_mesh, tokens)
+            sharder.shard(tokens)
             gathered.append(sharder.gather_token_tensor(logits, trim=True, fill=0.0))
         return gathered
 
-    # Without a mesh AutoModel takes the ranks of the job for those of one data-parallel run.
+    # Without a mesh AutoModel counts the ranks of the job as those of one data-parallel run.
     def _get_dp_group_size(self, include_cp: bool = False) -> int:
-        size = 1 if self.device_mesh is None else super()._get_dp_group_size(include_cp)
-        return int(size)
+        return 1 if self.device_mesh is None else int(super()._get_dp_group_size(include_cp))
 
-    def _dp_allreduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _dp_allreduce(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.device_mesh is None:
             return tensor
-        reduced: torch.Tensor = super()._dp_allreduce(tensor, *args, **kwargs)
-        return reduced
+        return super()._dp_allreduce(tensor, *args, **kwargs)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whole that may be sharded."""
+    """Return all of a tensor, which may be sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -264,17 +247,11 @@ class _TorchLinearCrossEntropy(FusedLinearCrossEntropy):
 
 @dataclass(frozen=True)
 class Loss:
-    """A recipe's loss, or one that stands in for it.
-
-    Attributes:
-        function: What is computed.
-        name: The recipe's.
-        reason: Why another one stands in; None if none does.
-    """
+    """A recipe's loss, or one that stands in for it."""
 
     function: Any
-    name: str
-    reason: str | None = None
+    name: str  # of the recipe's
+    reason: str | None = None  # why another one stands in, if one does
 
     def for_model(self, model: Any) -> Loss:
         """Return the loss that AutoModel's recipe trains a model with.
@@ -283,23 +260,15 @@ class Loss:
             ValueError: If AutoModel refuses the loss for this model.
         """
         downgrade = getattr(train_ft, "_maybe_downgrade_loss_fn", None)  # since 0.6
-        if downgrade is None:
-            return self
-        function = downgrade(self.function, model, False)
+        function = self.function if downgrade is None else downgrade(self.function, model, False)
         if function is self.function:
             return self
-        return Loss(
-            function, self.name, f"AutoModel trains this model with {type(function).__name__}"
-        )
+        reason = f"AutoModel trains this model with {type(function).__name__}"
+        return Loss(function, self.name, reason)
 
 
 def build_loss(recipe: Mapping[str, Any], device: torch.device) -> Loss:
-    """Return a recipe's loss, or where that does not run the same loss in plain torch.
-
-    Args:
-        recipe: Its ``loss_fn`` section names the loss.
-        device: Where the loss has to run.
-    """
+    """Return a recipe's loss, or where that does not run the same loss in plain torch."""
     named = recipe.get("loss_fn")
     if not named:
         return Loss(MaskedCrossEntropy(), MaskedCrossEntropy.__name__)
@@ -308,24 +277,18 @@ def build_loss(recipe: Mapping[str, Any], device: torch.device) -> Loss:
     try:
         _try_out(loss, device)
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        reason = f"does not run here: {type(error).__name__}: {line}"
-        options = {
-            option: getattr(loss, option)
-            for option in ("ignore_index", "reduction")
-            if hasattr(loss, option)
-        }
-        if isinstance(loss, FusedLinearCrossEntropy):
-            options["logit_softcapping"] = loss.logit_softcapping
-            return Loss(_TorchLinearCrossEntropy(**options), name, reason)
-        return Loss(MaskedCrossEntropy(**options), name, reason)
+        line = (str(error).strip().splitlines() or [""])[0]
+        fused = isinstance(loss, FusedLinearCrossEntropy)
+        options = ("ignore_index", "reduction") + (("logit_softcapping",) if fused else ())
+        known = {option: getattr(loss, option) for option in options if hasattr(loss, option)}
+        function = (_TorchLinearCrossEntropy if fused else MaskedCrossEntropy)(**known)
+        return Loss(function, name, f"does not run here: {type(error).__name__}: {line}")
     return Loss(loss, name)
 
 
 def takes_hidden_states(loss: Any) -> bool:
     """Return whether a loss projects hidden states to logits itself."""
-    base = getattr(train_ft, "LinearCrossEntropy", FusedLinearCrossEntropy)
-    return isinstance(loss, base)
+    return isinstance(loss, getattr(train_ft, "LinearCrossEntropy", FusedLinearCrossEntropy))
 
 
 def _try_out(loss: Any, device: torch.device) -> None:

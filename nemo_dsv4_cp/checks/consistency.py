@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ranks must agree on, and one refusal on all of them where they do not.
 
-Batches are compared over the CP group alone: data ranks rightly differ. So are settings on the
-first step, and before over the ranks that share their weights, if AutoModel shards those.
+Batches are compared over the CP group alone, since data ranks rightly differ; settings too, on the
+first step, and before that over the ranks among which AutoModel shards the weights.
 """
 
 # B batch rows   S tokens a row
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -21,22 +21,18 @@ import torch
 from nemo_dsv4_cp.exchange.collectives import Group, texts_if_different
 from nemo_dsv4_cp.gpus import gpu_here
 from nemo_dsv4_cp.options import ContextParallelOptions
-from nemo_dsv4_cp.sequence.packing import Document
+from nemo_dsv4_cp.sequence.packing import Documents, on_cpu_together
 
 _OF_A_MACHINE = {
     f"model.config.{name}" for name in ("_name_or_path", "name_or_path", "transformers_version")
 }
-"""What tells where a config was found and by what: it may differ from node to node."""
+"""Where a config was found and by what: it may differ from node to node."""
 _MOST_NAMED = 8
 _REFUSED = "refused"
 
 
 def settings_of(model: torch.nn.Module) -> dict[str, Any]:
-    """Return what a model's numbers and its collectives depend on, by the name that users know.
-
-    Args:
-        model: With ``config``, its ``context_parallel`` options among it or not, and ``backend``.
-    """
+    """Return what a model's numbers and its collectives depend on, by the name that users know."""
     config: Any = model.config
     options = ContextParallelOptions.of(config)
     settings: dict[str, Any] = {name: version(name) for name in ("nemo-dsv4-cp", "nemo_automodel")}
@@ -56,11 +52,7 @@ def settings_of(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def compare_settings(settings: Mapping[str, Any], group: Group | None) -> None:
-    """Refuse, on all ranks of a group, settings that differ between them.
-
-    Args:
-        settings: From :func:`settings_of`; ranks may name different ones.
-        group: Its ranks all call this.
+    """Refuse, on all ranks of a group, which all call this, settings that differ between them.
 
     Raises:
         ValueError: Naming what differs, and which rank of the job has which value.
@@ -78,19 +70,14 @@ def compare_batches(
 ) -> None:
     """Refuse, on all ranks of the group, batches that differ or that a rank refuses.
 
-    A rank that refuses its batch comes here first: without it the others would wait.
-
-    Args:
-        facts: From :func:`facts_of`; not looked at if there is a refusal.
-        refusal: Why this rank refuses its batch.
-        cp_group: CP group, whose ranks all call this.
+    All ranks call this, one that refuses its batch too: without it the others would wait.
 
     Raises:
         Exception: This rank's own refusal.
         ValueError: For the refusal of another rank, or batches that differ.
     """
-    told = facts if refusal is None else {_REFUSED: f"{type(refusal).__name__}: {refusal}"}
-    on_ranks = texts_if_different(_text(told), cp_group)
+    sent = facts if refusal is None else {_REFUSED: f"{type(refusal).__name__}: {refusal}"}
+    on_ranks = texts_if_different(_text(sent), cp_group)
     if refusal is not None:
         raise refusal
     if on_ranks is None:
@@ -108,35 +95,29 @@ def compare_batches(
     )
 
 
-def facts_of(
-    tensors: Mapping[str, torch.Tensor], documents: Sequence[Sequence[Document]] | None
-) -> dict[str, Any]:
-    """Return what batches must have in common, as small as numbers.
-
-    Args:
-        tensors: Per-token tensors [B, S], any real dtype; equal numbers in another are the same.
-        documents: Those of each packed row; None for rows of one document each.
-    """
+def facts_of(tensors: Mapping[str, torch.Tensor], documents: Documents | None) -> dict[str, Any]:
+    """Return shapes and checksums that batches must have in common, whatever their dtypes."""
     facts: dict[str, Any] = {}
-    for name, tensor in tensors.items():
+    checksums = on_cpu_together([_checksum(tensor) for tensor in tensors.values()])
+    for (name, tensor), checksum in zip(tensors.items(), checksums, strict=True):
         facts[f"the shape of {name}"] = list(tensor.shape)
-        facts[f"the print of {name}"] = _print(tensor)
+        facts[f"the checksum of {name}"] = int(checksum)
     if documents is not None:
-        spans = [[(document.start, document.length) for document in row] for row in documents]
+        spans = documents.spans()
         facts["the number of documents"] = sum(map(len, spans))
-        facts["the print of the documents"] = zlib.crc32(repr(spans).encode())
+        facts["the checksum of the documents"] = zlib.crc32(repr(spans).encode())
     return facts
 
 
-def _print(numbers: torch.Tensor) -> int:
-    """Return a number that other tensors are unlikely to have; exact, so summed in any order."""
+def _checksum(numbers: torch.Tensor) -> torch.Tensor:
+    """Return a sum that other tensors are unlikely to have, exact in any order, int64."""
     bits = numbers.detach().to(torch.float64).flatten().view(torch.int64)
     places = torch.arange(1, 2 * len(bits), 2, device=bits.device)  # odd: no bit is lost
-    return int((bits ^ (bits >> 32)).mul(places).sum())
+    return (bits ^ (bits >> 32)).mul(places).sum()
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, of an object its class alone: no address, no set's order."""
+    """Return a value that JSON can hold; of an object its class alone, without its address."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -155,16 +136,15 @@ def _text(facts: Mapping[str, Any]) -> str:
 
 
 def _differences(on_ranks: Mapping[int, str]) -> str:
-    """Say of each fact that differs which rank has what."""
+    """Describe for each fact that differs which rank has what."""
     known = {rank: json.loads(text) for rank, text in on_ranks.items()}
-    names = sorted({name for facts in known.values() for name in facts})
     found = []
-    for name in names:
+    for name in sorted({name for facts in known.values() for name in facts}):
         ranks_of: dict[str, list[int]] = {}
         for rank, facts in known.items():
             ranks_of.setdefault(facts.get(name, "absent"), []).append(rank)
         if len(ranks_of) > 1:
-            said = (f"{value} on rank {', '.join(map(str, r))}" for value, r in ranks_of.items())
-            found.append(f"{name} is {' and '.join(said)}")
+            parts = (f"{value} on rank {', '.join(map(str, r))}" for value, r in ranks_of.items())
+            found.append(f"{name} is {' and '.join(parts)}")
     more = len(found) - _MOST_NAMED
     return "; ".join(found[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")

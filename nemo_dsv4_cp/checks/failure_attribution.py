@@ -60,18 +60,10 @@ def first_failure(
     size: int,
     answer_seconds: float = ANSWER_SECONDS,
 ) -> str | None:
-    """Report to the others that this rank fails, and find out which rank failed first.
+    """Report through the job's store that this rank fails, and return which rank failed first.
 
-    Args:
-        error: The error of this rank.
-        store: Shared by all ranks.
-        rank: This rank.
-        size: How many ranks there are.
-        answer_seconds: How long to wait for other ranks.
-
-    Returns:
-        The rank and what happened to it; None if the error is this rank's own, or if all ranks
-        failed in a collective.
+    None if the error is this rank's own, or if all ranks failed in a collective. Other ranks have
+    ``answer_seconds`` to report.
     """
     if not failed_in_a_collective(error):
         line = " ".join(traceback.format_exception_only(error)[-1].split())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``check_finite``: which layer, rank and tensor a NaN or an infinity came from.
 
-Every module's output is looked at as it is computed, and told once a forward, by all ranks of the
-CP group together: what one rank computed wrong reaches the others through their entries, later.
+Every module's output is checked as it is computed, and reported once per forward, by all ranks of
+the CP group together: what one rank computed wrong reaches the others through their entries, later.
 """
 
 from __future__ import annotations
@@ -28,21 +28,17 @@ class FiniteCheck:
     def _watching(self, name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             if in_backward():
-                return  # a recomputation tells nothing new
+                return  # a recomputation shows nothing new
             for tensor in _floats(output):
                 self._outputs.append((name, tensor.detach().isfinite().all()))
 
         return hook
 
     def raise_on_all_ranks(self, cp_group: Group | None) -> None:
-        """Raise on every rank of the group if any saw what is not finite since the last call.
-
-        Args:
-            cp_group: Who compares; None without CP.
+        """Raise on every rank of the group if one saw what is not finite since the last call.
 
         Raises:
-            FloatingPointError: Names the first module, in the order of the forward, whose output
-                is not finite, and the rank.
+            FloatingPointError: Names the first module, in the order of the forward, and the rank.
         """
         outputs, self._outputs = self._outputs, []
         if not outputs:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the lengths of packed rows say, computed on their device without waiting for it."""
+"""Where the documents of packed rows lie, computed on their device without waiting for it."""
 
 # B batch rows   S tokens per row   D documents of the fullest row
 
@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
-from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
+NO_DOCUMENT = -1000
+"""Fills up rows of fewer documents, as in AutoModel's packed collater."""
 
 
 def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
@@ -20,53 +22,82 @@ def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.
     of its own.
 
     Args:
-        batch: As for :func:`nemo_dsv4_cp.sequence.packing.documents_of`, but for numbers a token.
+        batch: As for :func:`nemo_dsv4_cp.sequence.packing.documents_of`, except document numbers.
         rows: B.
         seq_len: S, tokens of the whole row.
 
     Returns:
         Int64 [B, D + 1] on the lengths' device, S in unused slots; None if no lengths are there.
     """
-    lengths = _lengths_on_device(batch, padded=True)
+    lengths = _lengths(batch, padded=True)
     if lengths is None:
         return None
-    starts = torch.nn.functional.pad(lengths.cumsum(dim=1), (1, 0))
+    starts = pad(lengths.cumsum(dim=1), (1, 0))
     return starts.clamp(max=seq_len).expand(rows, -1)
 
 
 def packed_padding(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
-    """Return which tokens of packed rows are padding, no wait for the device.
+    """Return which tokens of packed rows are padding, bool [B, S]; None without lengths.
 
-    Padding follows a document, up to its padded length, and the row's last document.
-
-    Args:
-        batch: As for :func:`document_starts`.
-        rows: B.
-        seq_len: S, tokens of the whole row.
-
-    Returns:
-        Bool [B, S], True = pad, on the lengths' device; None if no lengths are there.
+    Padding follows a document, up to its padded length, and the row's last document. The arguments
+    are those of :func:`document_starts`; it does not wait for the device either.
     """
-    padded = _lengths_on_device(batch, padded=True)
-    real = _lengths_on_device(batch, padded=False)
-    if padded is None:
+    rooms, lengths = _lengths(batch, padded=True), _lengths(batch, padded=False)
+    if rooms is None:
         return None
-    real = padded if real is None else real
-    ends = padded.cumsum(dim=1).expand(rows, -1).contiguous()
-    tokens = torch.arange(seq_len, device=ends.device).expand(rows, -1).contiguous()
-    # A place past the last document, of no real token, for what follows it.
-    real_ends = torch.nn.functional.pad(ends - padded + real, (0, 1))
-    return tokens >= real_ends.gather(1, torch.searchsorted(ends, tokens, right=True))
+    starts, lengths = laid_out(rooms if lengths is None else lengths, rooms)
+    return ~token_places(starts.expand(rows, -1), lengths.expand(rows, -1), seq_len)[2]
 
 
-def _lengths_on_device(batch: Mapping[str, Any], *, padded: bool) -> torch.Tensor | None:
+def _lengths(batch: Mapping[str, Any], *, padded: bool) -> torch.Tensor | None:
     """Return the documents' lengths, int64 [B or 1, D], 0 in unused slots; None without any."""
-    for name, from_offsets in (("seq_lens", False), ("cu_seqlens", True)):
+    for name in ("seq_lens", "cu_seqlens"):
         for key in (f"{name}_padded", name) if padded else (name,):
-            if (found := batch.get(key)) is not None:
-                numbers: torch.Tensor = torch.atleast_2d(found).long()
-                return (numbers.diff(dim=-1) if from_offsets else numbers).clamp(min=0)
+            if batch.get(key) is not None:
+                return document_lengths(key, batch[key])
     return None
+
+
+def document_lengths(key: str, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the lengths, int64 [B, D], of a batch's lengths or offsets; 0 in unused slots."""
+    numbers = torch.atleast_2d(numbers).long()
+    return (numbers.diff(dim=1) if key.startswith("cu_") else numbers).clamp(min=0)
+
+
+def used_slots_first(key: str, numbers: torch.Tensor) -> torch.Tensor:
+    """Return lengths or offsets [B, D] with the unused slots of each row last."""
+    used = numbers >= 0 if key.startswith("cu_") else numbers != NO_DOCUMENT
+    return numbers.gather(1, (~used).byte().argsort(dim=1, stable=True))
+
+
+def laid_out(lengths: torch.Tensor, rooms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first token and the real tokens of documents, int64 [B, D] each.
+
+    ``rooms`` count the padding that follows a document too, and may have another D.
+    """
+    slots = max(1, lengths.shape[1], rooms.shape[1])
+    lengths, rooms = (pad(each, (0, slots - each.shape[1])) for each in (lengths, rooms))
+    return rooms.cumsum(dim=1) - rooms, lengths
+
+
+def token_places(
+    starts: torch.Tensor, lengths: torch.Tensor, seq_len: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each token's document and its place in it, int64 [B, S], and whether it is real.
+
+    Documents are ascending first tokens and real tokens, int64 [B, D]; none in unused slots.
+    """
+    tokens = torch.arange(seq_len, device=starts.device).expand(len(starts), -1).contiguous()
+    slots = (torch.searchsorted(starts.contiguous(), tokens, right=True) - 1).clamp(min=0)
+    places = tokens - starts.gather(1, slots)
+    return slots, places, (places >= 0) & (places < lengths.gather(1, slots))
+
+
+def run_places(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's place in its document and whether it has one, by document numbers."""
+    tokens = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+    first = pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+    return tokens - (tokens * first).cummax(dim=1).values, numbers > 0
 
 
 def build_packed_seq_ids(
@@ -80,7 +111,7 @@ def build_packed_seq_ids(
 
     Args:
         seq_lens_padded: Int [B, D] or [D]; ``padding_value`` fills up rows of fewer documents.
-        seq_len: S, tokens a row; longer documents are cut off.
+        seq_len: S, tokens per row; longer documents are cut off.
         device: Where the result lives.
         padding_value: Marks unused slots.
 

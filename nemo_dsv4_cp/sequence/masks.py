@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense masks of the seed's API: a reference for tests, and for callers of that API.
+"""The dense mask of AutoModel's CP functions: for callers of that API, and a reference for tests.
 
-Training never builds them: at S = 1M on 64 ranks one alone would take 160 GiB a GPU.
+Training never builds it: at S = 1M on 64 ranks one alone would take 160 GiB per GPU.
 """
 
 # B batch rows   L local queries   S global keys
@@ -13,68 +13,35 @@ import torch
 
 def causal_padding_mask(
     queries_BL: torch.Tensor,
-    key_len: int,
+    keys_BS: torch.Tensor,
     pad_keys_BS: torch.Tensor | None,
     *,
+    documents: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype,
     sliding_window: int | None,
 ) -> torch.Tensor:
     """Return the additive mask of local queries against global keys in sequence order.
 
     Args:
-        queries_BL: Global positions of the local queries, int.
-        key_len: S.
+        queries_BL: Positions of the local queries, int64.
+        keys_BS: Positions of all keys; B may be 1.
         pad_keys_BS: Bool, True = pad; pad keys are masked out.
+        documents: Document numbers of queries and keys, int64; a query sees the keys of its own,
+            and number 0 sees nothing. None: one document per row.
         dtype: Floating dtype of the mask.
         sliding_window: W; a query sees the W keys that end with its own. None: all before it.
 
     Returns:
         [B, 1, L, S] of ``dtype``: 0 where a query may look, ``torch.finfo(dtype).min`` elsewhere.
     """
-    queries = queries_BL.long()[:, :, None]
-    keys = torch.arange(key_len, device=queries.device)
-    allowed = keys <= queries
-    if sliding_window is not None:
-        allowed = allowed & (queries - keys < sliding_window)
-    return _additive(allowed, pad_keys_BS, dtype)
-
-
-def packed_causal_padding_mask(
-    query_positions_BL: torch.Tensor,
-    query_documents_BL: torch.Tensor,
-    key_positions_BS: torch.Tensor,
-    key_documents_BS: torch.Tensor,
-    pad_keys_BS: torch.Tensor | None,
-    *,
-    dtype: torch.dtype,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """Return the additive mask of packed rows: queries see their own document's past.
-
-    Args:
-        query_positions_BL: Document positions of the local queries, int64.
-        query_documents_BL: Their document numbers, int64; 0 sees nothing.
-        key_positions_BS: Document positions of all keys.
-        key_documents_BS: Their document numbers.
-        pad_keys_BS: Bool, True = pad; pad keys are masked out.
-        dtype: Floating dtype of the mask.
-        sliding_window: W; a query sees the W keys that end with its own. None: all before it.
-
-    Returns:
-        [B, 1, L, S] as :func:`causal_padding_mask` does.
-    """
-    back = query_positions_BL[:, :, None] - key_positions_BS[:, None]
-    same = query_documents_BL[:, :, None] == key_documents_BS[:, None]
-    allowed = same & (query_documents_BL > 0)[:, :, None] & (back >= 0)
+    back = queries_BL[:, :, None] - keys_BS[:, None]
+    allowed = back >= 0
+    if documents is not None:
+        of_queries, of_keys = documents[0][:, :, None], documents[1][:, None]
+        allowed = allowed & (of_queries == of_keys) & (of_queries > 0)
     if sliding_window is not None:
         allowed = allowed & (back < sliding_window)
-    return _additive(allowed, pad_keys_BS, dtype)
-
-
-def _additive(
-    allowed_BLS: torch.Tensor, pad_keys_BS: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
     if pad_keys_BS is not None:
-        allowed_BLS = allowed_BLS & ~pad_keys_BS.to(allowed_BLS.device).bool()[:, None]
-    blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed_BLS.device)
-    return torch.where(allowed_BLS[:, None], torch.zeros_like(blocked), blocked)
+        allowed = allowed & ~pad_keys_BS.to(allowed.device).bool()[:, None]
+    blocked = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+    return torch.where(allowed[:, None], torch.zeros_like(blocked), blocked)

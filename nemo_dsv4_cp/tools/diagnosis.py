@@ -115,7 +115,7 @@ def _automodel_contracts() -> Iterator[Finding]:
     try:
         from nemo_automodel.components.models.deepseek_v4 import model as automodel
 
-        from nemo_dsv4_cp.automodel import contracts, mtp_contract, registration
+        from nemo_dsv4_cp.automodel import contracts, mtp, registration
 
         contract = contracts.batch_contract()
         contracts.check()
@@ -124,8 +124,8 @@ def _automodel_contracts() -> Iterator[Finding]:
         return
     yield Finding("AutoModel's V4 model", automodel.__name__)
     yield Finding("contract for batches", contract.NAME)
-    mtp = "prepare_mtp_inputs_for_cp" if mtp_contract.ASKS_MODELS else "none"
-    yield Finding("contract for MTP under CP", mtp)
+    inputs = "prepare_mtp_inputs_for_cp" if mtp.ASKS_MODELS else "none"
+    yield Finding("contract for MTP under CP", inputs)
     from nemo_automodel._transformers.registry import ModelRegistry
 
     registration.register(_ARCHITECTURE)  # as naming the config class in YAML does

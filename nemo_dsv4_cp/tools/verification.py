@@ -25,7 +25,7 @@ from nemo_dsv4_cp.automodel.training_step import StepResult, TrainingStep
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.sequence.packing import NO_DOCUMENT
+from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT
 from nemo_dsv4_cp.tools import local_ranks, shrinking
 
 OUTPUT_LIMIT = 1e-5

@@ -10,7 +10,7 @@ from nemo_automodel._transformers import capabilities
 from nemo_dsv4_cp.automodel import job, patches
 
 
-def test_a_model_and_its_copies_are_told_once_it_is_checked_against_the_mesh(monkeypatch):
+def test_a_model_and_its_copies_know_once_it_is_checked_against_the_mesh(monkeypatch):
     monkeypatch.setattr(capabilities, job.FUNCTION, lambda model, mesh: model)
     job.install()
     model = torch.nn.Linear(1, 1)

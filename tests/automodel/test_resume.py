@@ -119,31 +119,31 @@ def test_other_data_ranks_take_every_sample_that_is_left_and_no_other(tmp_path, 
 
 
 def refusal(directory, *sizes, **kwargs):
-    """Return what all ranks say, which is the same."""
-    said = set()
+    """Return the error of all ranks, which is the same."""
+    errors = set()
     for rank in range(sizes[0] * sizes[1]):
         recipe = Recipe(rank, *sizes, **kwargs)
         with pytest.raises(ValueError) as error:
             recipe.resume(directory)
         assert recipe.take(30) == Recipe(rank, *sizes).take(30)  # nothing was loaded
-        said.add(str(error.value))
-    (only,) = said
+        errors.add(str(error.value))
+    (only,) = errors
     return only
 
 
 def test_other_data_ranks_are_refused_where_samples_are_not_dealt_in_turn(tmp_path):
     save(tmp_path, 2, 1, noted=False)
-    said = refusal(tmp_path, 1, 2)
-    assert "distributed.cp_size=2 leaves 1 data-parallel ranks" in said
-    assert "was written by 2 (cp_size=1)" in said
-    assert "Keep 2 of them: start 2 * cp_size processes" in said
-    assert "does not tell which samples the others have taken" in said
+    errors = refusal(tmp_path, 1, 2)
+    assert "distributed.cp_size=2 leaves 1 data-parallel ranks" in errors
+    assert "was written by 2 (cp_size=1)" in errors
+    assert "Keep 2 of them: start 2 * cp_size processes" in errors
+    assert "does not hold which samples the others have read" in errors
 
 
 def test_worker_processes_run_ahead_so_other_data_ranks_are_refused(tmp_path):
     save(tmp_path, 2, 1)
     recipe = Recipe(0, 1, 2, workers=1)
-    with pytest.raises(ValueError, match="does not tell which samples"):
+    with pytest.raises(ValueError, match="does not hold which samples"):
         recipe.resume(tmp_path)
     recipe.load_checkpoint()
     assert recipe.data_ranks.state_dict()["yielded"] == {}
@@ -151,7 +151,7 @@ def test_worker_processes_run_ahead_so_other_data_ranks_are_refused(tmp_path):
 
 def test_other_data_ranks_are_refused_where_what_is_taken_does_not_divide(tmp_path):
     save(tmp_path, 1, 2, takes=[3])
-    assert "the 3 samples taken in this epoch are no multiple of 2" in refusal(tmp_path, 2, 1)
+    assert "the 3 samples read in this epoch are no multiple of 2" in refusal(tmp_path, 2, 1)
 
 
 @pytest.mark.parametrize("cp_size", [4, "${CP}"])

@@ -27,7 +27,7 @@ def test_a_torch_without_the_new_names_of_collectives_is_served_by_the_old_ones(
     assert done.returncode == 0, done.stderr
 
 
-def test_a_recomputation_is_told_from_a_forward():
+def test_a_recomputation_is_distinguished_from_a_forward():
     seen = []
 
     def square(x):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that disagree, over real gloo ranks: all refuse, and the error says about what."""
+"""Ranks that disagree, over real gloo ranks: all refuse, and the error names what."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def trained_job(group, rank):
     return first_step(model, group)
 
 
-def test_weights_that_one_rank_does_not_train_are_told(ranks):
+def test_weights_that_one_rank_does_not_train_are_named(ranks):
     for refusal in ranks.run(trained_job, 2):
         assert "parameters is " in refusal
 
@@ -205,5 +205,5 @@ def batch_job(group, rank, key, spoil):
 def test_batches_of_other_tokens_are_refused_though_their_sizes_are_equal(ranks, key):
     for refusal in ranks.run(batch_job, 2, key, 3):
         assert refusal.startswith("the ranks of one CP group hold different batches: ")
-        assert f"the print of {key} is " in refusal
+        assert f"the checksum of {key} is " in refusal
         assert "every CP rank must load the same samples" in refusal

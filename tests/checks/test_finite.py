@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that are not finite: nothing swallows them, and check_finite tells where they began."""
+"""Numbers that are not finite: nothing swallows them, and check_finite names where they began."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What packed batches say of their documents, and what they may not say."""
+"""Which documents packed batches describe, and which descriptions are refused."""
 
 import pytest
 import torch
@@ -7,15 +7,14 @@ import torch
 from nemo_dsv4_cp.batch import contiguous_shard
 from nemo_dsv4_cp.sequence.lengths import packed_padding
 from nemo_dsv4_cp.sequence.packing import (
-    Document,
-    documents_as_told,
+    documents_as_automodel,
     documents_of,
     token_documents,
 )
 from nemo_dsv4_cp.tools.verification import packed_batch
 from tests.meshes import FakeMesh
 
-EXPECTED = [[Document(0, 3), Document(4, 2)], [Document(0, 6)]]
+EXPECTED = [[(0, 3), (4, 2)], [(0, 6)]]
 
 
 def lengths(*rows):
@@ -37,7 +36,7 @@ def lengths(*rows):
     ],
 )
 def test_documents_are_read_from_lengths_offsets_or_numbers(batch):
-    assert documents_of(batch, 2, 8) == EXPECTED
+    assert documents_of(batch, 2, 8).spans() == EXPECTED
     batch["input_ids"] = torch.zeros(2, 8)
     numbers = [[1, 1, 1, 0, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 0, 0]]
     assert token_documents(batch).tolist() == numbers
@@ -48,21 +47,27 @@ def test_documents_are_read_from_lengths_offsets_or_numbers(batch):
         assert torch.equal(padding, torch.tensor(numbers) == 0)
 
 
-def test_lengths_as_told_are_mended_and_documents_of_no_token_counted():
+def test_lengths_are_corrected_as_by_automodel_and_empty_documents_counted():
     batch = {
         "seq_lens": lengths([3, 0, 2, -1000], [-7, 8, -1000, -1000]),
         "seq_lens_padded": lengths([1, 2, -1000, -1000], [-1000, -1000, -1000, -1000]),
     }
-    expected = [[Document(0, 3), Document(3, 0), Document(5, 2)], [Document(0, 0), Document(0, 8)]]
-    assert documents_as_told(batch, 2, 8) == expected
-    assert documents_as_told(batch, 1, 8) == expected[:1]
+    expected = [[(0, 3), (3, 0), (5, 2)], [(0, 0), (0, 8)]]
+    assert documents_as_automodel(batch, 2, 8).spans() == expected
+    assert documents_as_automodel(batch, 1, 8).spans() == expected[:1]
     with pytest.raises(ValueError, match="row 1 overrun it"):
-        documents_as_told(batch, 2, 7)
+        documents_as_automodel(batch, 2, 7)
+
+
+def test_rows_of_padding_alone_have_no_document():
+    batch = {"_packed_seq_ids": torch.zeros(2, 8).long(), "input_ids": torch.zeros(2, 8)}
+    assert documents_of(batch, 2, 8).spans() == [[], []]
+    assert not token_documents(batch).any()
 
 
 def test_documents_of_no_token_are_none():
     batch = {"seq_lens": lengths([3, 0, 2])}
-    assert documents_of(batch, 1, 8) == [[Document(0, 3), Document(3, 2)]]
+    assert documents_of(batch, 1, 8).spans() == [[(0, 3), (3, 2)]]
 
 
 def test_a_packed_batch_that_tells_no_documents_is_refused():
@@ -85,7 +90,7 @@ def shard(batch, rank=0, size=2, **options):
         ({"cu_seqlens": lengths([0, 5, 3]), "seq_lens": None}, r"does not count up from 0"),
         (
             {"position_ids": torch.arange(12)[None]},
-            r"token 5 is at position 0 of its document, and position_ids say 5",
+            r"token 5 is at position 0 of its document, and position_ids give it 5",
         ),
         ({"labels": torch.zeros(1, 12).long()}, r"token 9 of row 0 has a label and belongs to no"),
     ],

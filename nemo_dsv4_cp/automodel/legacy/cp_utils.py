@@ -2,7 +2,7 @@
 """``make_cp_batch_and_ctx`` of AutoModel 0.5's ``cp_utils``, on every release.
 
 Training loops written for it keep working: a function found in the batch under
-``_cp_make_batch_fn`` cuts it, as in the nightlies after 0.5, else the model's own sharder does.
+``_cp_make_batch_fn`` shards it, as in the nightlies after 0.5, else the model's own sharder does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def cut_with(
     loss_mask: torch.Tensor | None,
     padding_token_id: int,
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Call a batch function as AutoModel does; return a context factory and the cut batch."""
+    """Call a batch function as AutoModel does; return a context factory and the sharded batch."""
     context, batch, *_ = batch_fn(
         *submeshes(device_mesh), batch, loss_mask=loss_mask, padding_token_id=padding_token_id
     )
@@ -53,21 +53,18 @@ def make_cp_batch_and_ctx(
     *,
     model: Any = None,
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Cut a batch for this CP rank and return the context that its forward runs in.
+    """Shard a batch for this CP rank; return the context factory of its forward and the shard.
 
     Args:
         device_mesh: The job's mesh, with or without dimensions ``cp`` and ``tp``; None for one
             process.
         batch: The full batch, changed in place.
-        loss_mask: Optional [B, S]; stands in for labels that the batch lacks, else is cut too.
-        use_te: Not supported here: AutoModel's sharder looks at the model itself.
+        loss_mask: Optional [B, S]; stands in for missing labels, else is sharded too.
+        use_te: Not supported here: AutoModel's sharder inspects the model itself.
         padding_token_id: Pad value of ``input_ids``.
         num_chunks: Pipeline microbatches.
         seq_lens_padding_value: -1000, what fills up rows of fewer documents.
-        model: The model whose sharder cuts a batch that carries no function.
-
-    Returns:
-        A context factory and the cut batch.
+        model: The model whose sharder serves a batch that carries no function.
 
     Raises:
         ValueError: For ``use_te``, or another ``seq_lens_padding_value``.

@@ -7,7 +7,7 @@ import pytest
 from nemo_automodel.components.moe import parallelizer
 
 from nemo_dsv4_cp.automodel import patches
-from nemo_dsv4_cp.automodel.legacy import apply_cp
+from nemo_dsv4_cp.automodel.legacy import cp_utils_hook
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def set_up(monkeypatch):  # whose change is taken back after ours
 
 
 def test_only_models_without_a_cp_attention_of_their_own_are_automodel(set_up):
-    apply_cp.install()
-    apply_cp.install()
+    cp_utils_hook.leave_out_own_cp_attention()
+    cp_utils_hook.leave_out_own_cp_attention()
     ours, other = types.SimpleNamespace(_owns_cp_attention=True), types.SimpleNamespace()
     for model in (ours, other):
         parallelizer.apply_cp(model, "mesh")
@@ -31,7 +31,7 @@ def test_only_models_without_a_cp_attention_of_their_own_are_automodel(set_up):
 
 def test_undoing_gives_automodels_function_back(set_up):
     original = parallelizer.apply_cp
-    apply_cp.install()
+    cp_utils_hook.leave_out_own_cp_attention()
     assert parallelizer.apply_cp is not original
     patches.undo()
     assert parallelizer.apply_cp is original

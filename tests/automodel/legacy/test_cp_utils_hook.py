@@ -26,7 +26,7 @@ class Mesh:
 
 
 class Model:
-    """What the hook asks of a model."""
+    """What the hook needs of a model."""
 
     _owns_cp_attention = True
 

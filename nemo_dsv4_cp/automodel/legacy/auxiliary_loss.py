@@ -12,24 +12,15 @@ import importlib
 from importlib.metadata import version
 from typing import Any
 
-_SETTER = "_set_moe_aux_loss_backward_scale"
-
 
 @functools.cache
 def _is_scaled() -> bool:
     recipe: Any = importlib.import_module("nemo_automodel.recipes.base_recipe")
-    return hasattr(recipe.BaseRecipe, _SETTER)
+    return hasattr(recipe.BaseRecipe, "_set_moe_aux_loss_backward_scale")
 
 
 def refuse_unscaled(coefficient: float) -> None:
-    """Refuse an auxiliary loss whose gradient would depend on cp_size.
-
-    Args:
-        coefficient: ``moe_overrides.aux_loss_coeff`` of a model that trains under CP.
-
-    Raises:
-        ValueError: If it is not 0 and AutoModel's recipes do not scale for CP.
-    """
+    """Refuse an auxiliary loss whose gradient would depend on cp_size, by its coefficient."""
     if coefficient > 0 and not _is_scaled():
         raise ValueError(
             f"moe_overrides.aux_loss_coeff={coefficient} under context parallelism: nemo_automodel "
