@@ -5,6 +5,7 @@ from hypothesis import settings
 
 from tests.examples import PROFILE
 from tests.ranks import RankPool
+from tests.recipes.launching import Launcher
 
 pytest_plugins = ["pytester", "tests.capabilities", "tests.recipes.results"]
 
@@ -22,3 +23,11 @@ def ranks():
     pool = RankPool()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """What launches recipes on forked processes."""
+    found = Launcher()
+    yield found
+    found.stop()

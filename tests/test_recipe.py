@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes launched through AutoModel's own CLI, as a user launches them.
+"""Recipes trained by AutoModel's own CLI; one is launched by torchrun, as a user launches it.
 
 What a release of AutoModel cannot do, or we cannot do there, is held to its error message.
 """
@@ -23,6 +23,7 @@ from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
 from tests.processes import cpu_environment, on_ranks, run_to_log
 from tests.recipes import options
+from tests.recipes.launching import Failed
 
 ASKS_FOR_MTP = mtp_contract.ASKS_MODELS
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
@@ -60,24 +61,23 @@ class Training(NamedTuple):
     directory: Path
 
 
-class Failed(AssertionError):
-    """A launch that exited with an error; the message is the end of its output."""
-
-
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    def run(name: str, processes: int, **changes) -> Training:
-        """Train the tiny recipe with sections changed."""
+def launch(tmp_path_factory, launcher):
+    def run(name: str, processes: int, *, by_torchrun: bool = False, **changes) -> Training:
+        """Train the tiny recipe with sections changed, on forked processes or by torchrun."""
         directory = tmp_path_factory.mktemp(name)
         recipe = tiny()
         for section, values in changes.items():
             known = recipe.get(section)
             recipe[section] = (known or {}) | values if isinstance(values, dict) else values
-        recipe["checkpoint"]["checkpoint_dir"] = str(directory)
         recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        command, log = on_ranks(directory, recipe, processes), directory / "log"
-        if run_to_log(command, log, cwd=directory, env=cpu_environment()):
-            raise Failed(log.read_text(errors="replace")[-10_000:])
+        if by_torchrun:
+            recipe["checkpoint"]["checkpoint_dir"] = str(directory)
+            command, log = on_ranks(directory, recipe, processes), directory / "log"
+            status = run_to_log(command, log, cwd=directory, env=cpu_environment())
+            assert not status, log.read_text(errors="replace")[-10_000:]
+        else:
+            launcher.launch(directory, recipe, processes)
         steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
         return Training(
             [step["loss"] for step in steps], [step["grad_norm"] for step in steps], directory
@@ -103,9 +103,10 @@ def assert_same(cut: Training, whole: Training) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(cut_and_whole):
+def trained(launch):
     """Four steps of two rows."""
-    return cut_and_whole("trained", step_scheduler=FEW_STEPS)
+    cut = launch("trained_cp_2", 2, by_torchrun=True, step_scheduler=FEW_STEPS)
+    return cut, launch("trained_cp_1", 1, distributed={"cp_size": 1}, step_scheduler=FEW_STEPS)
 
 
 @pytest.fixture(scope="module")
