@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes trained by AutoModel's own CLI; one is launched by torchrun, as a user launches it.
+"""Recipes trained by AutoModel's own CLI, on forked processes; test_compose.py uses torchrun.
 
 What a release of AutoModel cannot do, or we cannot do there, is held to its error message.
 """
@@ -21,7 +21,6 @@ from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
-from tests.processes import cpu_environment, on_ranks, run_to_log
 from tests.recipes import options
 from tests.recipes.launching import Failed
 
@@ -63,21 +62,15 @@ class Training(NamedTuple):
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, launcher):
-    def run(name: str, processes: int, *, by_torchrun: bool = False, **changes) -> Training:
-        """Train the tiny recipe with sections changed, on forked processes or by torchrun."""
+    def run(name: str, processes: int, **changes) -> Training:
+        """Train the tiny recipe with sections changed."""
         directory = tmp_path_factory.mktemp(name)
         recipe = tiny()
         for section, values in changes.items():
             known = recipe.get(section)
             recipe[section] = (known or {}) | values if isinstance(values, dict) else values
         recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        if by_torchrun:
-            recipe["checkpoint"]["checkpoint_dir"] = str(directory)
-            command, log = on_ranks(directory, recipe, processes), directory / "log"
-            status = run_to_log(command, log, cwd=directory, env=cpu_environment())
-            assert not status, log.read_text(errors="replace")[-10_000:]
-        else:
-            launcher.launch(directory, recipe, processes)
+        launcher.launch(directory, recipe, processes)
         steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
         return Training(
             [step["loss"] for step in steps], [step["grad_norm"] for step in steps], directory
@@ -103,10 +96,9 @@ def assert_same(cut: Training, whole: Training) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(launch):
+def trained(cut_and_whole):
     """Four steps of two rows."""
-    cut = launch("trained_cp_2", 2, by_torchrun=True, step_scheduler=FEW_STEPS)
-    return cut, launch("trained_cp_1", 1, distributed={"cp_size": 1}, step_scheduler=FEW_STEPS)
+    return cut_and_whole("trained", step_scheduler=FEW_STEPS)
 
 
 @pytest.fixture(scope="module")
