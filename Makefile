@@ -32,8 +32,8 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/python -m nemo_dsv4_cp.cli.demo
 
-# Much of a test is waiting for processes to import AutoModel.
-TWO_FILES_AT_A_TIME := -n 2 --dist loadfile
+# In the order of tests/conftest.py: the longest first.
+TWO_FILES_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) -m "not slow"

@@ -4,7 +4,7 @@ import torch
 from hypothesis import settings
 
 from tests.examples import PROFILE
-from tests.ranks import RankPool
+from tests.ranks import RankPool, fork_ranks
 
 pytest_plugins = ["pytester", "tests.capabilities", "tests.recipes.results"]
 
@@ -15,6 +15,17 @@ settings.register_profile("many", deadline=None, derandomize=False)
 settings.load_profile(PROFILE)
 torch.compiler.set_stance("force_eager")  # AutoModel compiles anew for every length
 
+LONGEST = [
+    f"tests/{name}.py"
+    for name in ("recipes/test_options", "test_recipe", "cli/test_verify", "test_model")
+]
+"""Files that start first when several run at a time, so that none is left to run alone."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def ranks():
@@ -22,3 +33,19 @@ def ranks():
     pool = RankPool()
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def forked_local_ranks(monkeypatch):
+    """Ranks of ``verify`` and ``bench`` are forks, which need not import AutoModel."""
+    monkeypatch.setattr("nemo_dsv4_cp.tools.local_ranks.spawn", fork_ranks)
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """What launches recipes on forked processes."""
+    from tests.recipes.launching import Launcher  # kernels are tested without AutoModel, too
+
+    found = Launcher()
+    yield found
+    found.stop()

@@ -12,15 +12,25 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 WORLD = 8
 TIMEOUT = timedelta(minutes=15)
+
+FORKS = mp.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.packed_parity"])
+get_temp_dir()  # of the server's socket, whose path must be short: before tests change tempfile's
+
+fork_ranks = partial(start_processes, start_method="forkserver")
+"""Takes the place of ``spawn`` in ``tools.local_ranks``: ranks that need not import AutoModel."""
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
@@ -56,11 +66,9 @@ class RankPool:
     def _start(self) -> None:
         # This process keeps the store, on a port that the system picks: nobody can take it between.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["tests.packed_parity"])
         for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(
                 target=_serve, args=(rank, self._store.port, theirs), daemon=True
             )
             process.start()

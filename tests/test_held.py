@@ -11,7 +11,7 @@ from tests.parity import GroupMesh, cpu_backend, randomise, tiny_config
 
 MICROBATCHES = [[[130]], [[60, 3, 70], [133]], [[257]], [[1, 90], [50, 40]]]
 """Lengths of the documents of each row: one document a row, or packed."""
-ROUNDS = 4
+ROUNDS = 3
 
 
 def _batch(documents):

@@ -24,8 +24,8 @@ from tests.test_docs import holds
 BY_NAME = {kind.what: kind for kind in KINDS}
 FORWARDED = ("input_ids", "position_ids", "padding_mask", "seq_lens", "qkv_format")
 GROUP = "_dsv4_cp_group"
-A_HANG = 180.0
-"""Seconds without an answer that are a hang: errors take hundredths, minutes if all is busy."""
+A_HANG = 900.0
+"""Seconds without an answer that are a hang: workers that start on a busy machine take minutes."""
 
 
 @st.composite

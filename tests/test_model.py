@@ -13,13 +13,21 @@ from tests.meshes import FakeMesh
 from tests.parity import GroupMesh, assert_parity, cpu_backend, model_job, randomise, tiny_config
 from tests.ranks import RankError
 
+SLOW = pytest.mark.slow  # other sizes of what the rest shows
 RATIOS = [0, 4, 128, 4]
 BOUNDARY = {"transport": "boundary"}
 
 
 @pytest.mark.parametrize("transport", ["all_gather", "boundary"])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(("seq_len", "padded_row"), [(777, False), (777, True), (1024, False)])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=SLOW), 4])
+@pytest.mark.parametrize(
+    ("seq_len", "padded_row"),
+    [
+        pytest.param(777, False, marks=SLOW),
+        (777, True),
+        pytest.param(1024, False, marks=SLOW),
+    ],
+)
 def test_a_moe_model_equals_automodels_at_one_rank(ranks, transport, size, seq_len, padded_row):
     options = {"transport": transport}
     assert_parity(ranks.run(model_job, size, RATIOS, 2, seq_len, options, padded_row))
@@ -49,7 +57,7 @@ def test_weights_whose_scale_gradients_cancel_are_no_error(ranks, size, rows, se
     assert_parity(ranks.run(model_job, size, RATIOS, rows, seq_len, BOUNDARY, False, seed))
 
 
-@pytest.mark.parametrize("seed", [0, 31])
+@pytest.mark.parametrize("seed", [pytest.param(0, marks=SLOW), 31])
 def test_a_rank_that_loses_its_part_of_a_scales_gradient_is_found(ranks, seed):
     arguments = (RATIOS, 1, 1000, BOUNDARY, False, seed, 512, "scale")
     for differences in ranks.run(model_job, 8, *arguments):

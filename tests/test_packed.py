@@ -20,7 +20,7 @@ TRANSPORTS = ["all_gather", "boundary"]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2, pytest.param(3, marks=SLOW), 8])
+@pytest.mark.parametrize("size", [*(pytest.param(n, marks=SLOW) for n in (1, 2, 3)), 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_a_layer_keeps_documents_apart(ranks, transport, ratio, size):
     documents = [[1, 300, 3, 130, 4, 129], [513, 54]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes launched through AutoModel's own CLI, as a user launches them.
+"""Recipes trained by AutoModel's own CLI, on forked processes; test_compose.py uses torchrun.
 
 What a release of AutoModel cannot do, or we cannot do there, is held to its error message.
 """
@@ -21,8 +21,8 @@ from nemo_dsv4_cp.automodel.sharding import HAS_SHARDER
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
-from tests.processes import cpu_environment, on_ranks, run_to_log
 from tests.recipes import options
+from tests.recipes.launching import Failed
 
 ASKS_FOR_MTP = mtp.ASKS_MODELS
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
@@ -60,12 +60,8 @@ class Training(NamedTuple):
     directory: Path
 
 
-class Failed(AssertionError):
-    """A launch that exited with an error; the message is the end of its output."""
-
-
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(tmp_path_factory, launcher):
     def run(name: str, processes: int, **changes) -> Training:
         """Train the tiny recipe with sections changed."""
         directory = tmp_path_factory.mktemp(name)
@@ -73,11 +69,8 @@ def launch(tmp_path_factory):
         for section, values in changes.items():
             known = recipe.get(section)
             recipe[section] = (known or {}) | values if isinstance(values, dict) else values
-        recipe["checkpoint"]["checkpoint_dir"] = str(directory)
         recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        command, log = on_ranks(directory, recipe, processes), directory / "log"
-        if run_to_log(command, log, cwd=directory, env=cpu_environment()):
-            raise Failed(log.read_text(errors="replace")[-10_000:])
+        launcher.launch(directory, recipe, processes)
         steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
         return Training(
             [step["loss"] for step in steps], [step["grad_norm"] for step in steps], directory

@@ -129,9 +129,10 @@ def test_a_release_without_deepseek_v4_is_refused(monkeypatch):
 
 
 # Every name in AutoModel's modules and classes, and the process's excepthook: before a config is
-# made, after, and after a model is. A config is also saved, loaded and printed.
+# made, after, and after a model is. A config is also saved, loaded and printed. Each block has a
+# process of its own, forked when all is imported.
 PATCHED = textwrap.dedent("""
-    import json, sys, tempfile
+    import json, os, sys, tempfile
     import torch
     from nemo_automodel.components.models.deepseek_v4 import model as automodel
     from nemo_automodel.recipes.llm import kd, train_ft
@@ -141,7 +142,13 @@ PATCHED = textwrap.dedent("""
     from tests.automodel.names import changed, names
     from tests.parity import cpu_backend, tiny_config
 
-    block = json.loads(sys.argv[1])
+    for block in json.loads(sys.argv[1]):
+        if not os.fork():
+            break
+        if os.wait()[1]:
+            sys.exit(1)
+    else:
+        sys.exit()
     before, hook = names(), sys.excepthook
     config = tiny_config([4], context_parallel=block)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,22 +167,19 @@ PATCHED = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize(
-    ("block", "patches", "hooks"),
-    [
+def test_the_config_patches_all_and_a_disabled_one_nothing_and_all_is_given_back():
+    blocks = [
         ({}, True, False),
         ({"failure_attribution": True}, True, True),
         ({"enabled": False, "failure_attribution": True}, False, False),
-    ],
-)
-def test_the_config_patches_all_and_a_disabled_one_nothing_and_all_is_given_back(
-    block, patches, hooks
-):
-    command = [sys.executable, "-c", PATCHED, json.dumps(block)]
+    ]
+    command = [sys.executable, "-c", PATCHED, json.dumps([block for block, _, _ in blocks])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    registered, constructed, hooked, left = json.loads(done.stdout.splitlines()[-1])
-    assert bool(registered) is patches, registered
-    assert constructed == registered
-    assert hooked is hooks
-    assert left == []
+    answers = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+    for (block, patches, hooks), answer in zip(blocks, answers, strict=True):
+        registered, constructed, hooked, left = json.loads(answer)
+        assert bool(registered) is patches, (block, registered)
+        assert constructed == registered, block
+        assert hooked is hooks, block
+        assert left == [], block

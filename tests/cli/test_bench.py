@@ -105,13 +105,13 @@ def test_work_is_counted_rank_by_rank_with_balance_and_without(tmp_path):
 def test_what_balance_moves_is_in_the_bytes():
     figures = {}
     for balance in ("on", "off"):
-        sizes = ["--seq-len", "16384", "--cp-size", "2", "--ratio", "128"]
+        sizes = ["--seq-len", "4096", "--cp-size", "2", "--ratio", "128"]
         done = run("bytes", *sizes, "--balance", balance, "--json", "-")
         assert done.exit_code == 0, done.output
         found = json.loads(done.stdout[done.stdout.index("[") :])
         figures[balance] = next(each for each in found if each["case"]["path"] == "boundary")
     moved = figures["on"]["received_forward"] - figures["off"]["received_forward"]
-    assert 8192 // 2 * 11 << 10 < moved < 8192 // 2 * 12 << 10
+    assert 2048 // 2 * 11 << 10 < moved < 2048 // 2 * 12 << 10
 
 
 @pytest.mark.parametrize(

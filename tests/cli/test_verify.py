@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify`` through its installed entry point."""
+"""``verify``, once through its installed entry point."""
 
 import json
-import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,8 +54,10 @@ class Raises(BoundaryTransport):
 """
 
 
-def install(source, name, directory):
-    """Install a transport as a distribution of its own, found through PYTHONPATH."""
+def install(source, name, directory, monkeypatch):
+    """Install a transport as a distribution of its own, found through ``sys.path``."""
+    monkeypatch.syspath_prepend(directory)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
     (directory / "broken.py").write_text(source)
     metadata = directory / "broken-1.dist-info"
     metadata.mkdir()
@@ -75,21 +77,16 @@ def recipe(tmp_path):
     return write
 
 
-def verify(path, *arguments, **environment):
-    return subprocess.run(
-        [COMMAND, "verify", str(path), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=1800,  # a loaded machine takes minutes
-        check=False,
-    )
-
-
 def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
     figures = tmp_path / "figures.json"
     path = recipe("flash_packed", "model.config.num_nextn_predict_layers=1")
-    done = verify(path, "--ranks", "2", "--json", str(figures))
+    done = subprocess.run(
+        [COMMAND, "verify", str(path), "--ranks", "2", "--json", str(figures)],
+        capture_output=True,
+        text=True,
+        timeout=1800,  # a loaded machine takes minutes
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The same" in done.stdout
     (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("Left out")]
@@ -102,29 +99,36 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
     assert "gradient of model.layers.2.self_attn.compressor.wkv.weight" in named
 
 
-def with_transport(path, transport):
-    fields = yaml.safe_load(path.read_text())
-    fields["model"]["config"]["context_parallel"]["transport"] = transport
-    path.write_text(yaml.safe_dump(fields))
-    return path
+@pytest.fixture
+def verify_broken(recipe, forked_local_ranks):
+    """Verify the tiny recipe with the transport ``broken``."""
+
+    def run():
+        path = recipe("tiny_cpu")
+        fields = yaml.safe_load(path.read_text())
+        fields["model"]["config"]["context_parallel"]["transport"] = "broken"
+        path.write_text(yaml.safe_dump(fields))
+        return CliRunner().invoke(app, ["verify", str(path)])
+
+    return run
 
 
-def test_a_lost_term_of_attention_is_found_and_named(recipe, tmp_path):
+def test_a_lost_term_of_attention_is_found_and_named(verify_broken, tmp_path, monkeypatch):
     """A transport of another distribution, which loses the keys before the cut."""
-    install(BROKEN, "NoWindowBeforeTheCut", tmp_path)
-    done = verify(with_transport(recipe("tiny_cpu"), "broken"), PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1, done.stdout + done.stderr
+    install(BROKEN, "NoWindowBeforeTheCut", tmp_path, monkeypatch)
+    done = verify_broken()
+    assert done.exit_code == 1, done.output
     said = " ".join(done.stdout.split())
     assert "Differs:" in said
     assert "gradient of model.layers." in said
     assert "above all logits" in said
 
 
-def test_a_rank_that_fails_is_a_line_and_a_log(recipe, tmp_path):
-    install(RAISING, "Raises", tmp_path)
-    path = with_transport(recipe("tiny_cpu"), "broken")
-    done = verify(path, PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
-    assert done.returncode == 1, done.stdout + done.stderr
+def test_a_rank_that_fails_is_a_line_and_a_log(verify_broken, tmp_path, monkeypatch):
+    install(RAISING, "Raises", tmp_path, monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = verify_broken()
+    assert done.exit_code == 1, done.output
     assert done.stdout == ""
     (log,) = tmp_path.glob("nemo-dsv4-cp-*.log")
     told = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"

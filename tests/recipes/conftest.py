@@ -5,8 +5,6 @@ from tests.recipes.trainings import Trainings
 
 
 @pytest.fixture(scope="session")
-def trainings(tmp_path_factory):
+def trainings(tmp_path_factory, launcher):
     """The launches of this run."""
-    found = Trainings(tmp_path_factory.mktemp("recipes"))
-    yield found
-    found.stop()
+    return Trainings(tmp_path_factory.mktemp("recipes"), launcher)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports what launches import, so that forked ranks find it."""
+"""Imports what launches import, so that forked ranks find it; not every release has all of it."""
 
+from contextlib import suppress
 from importlib import import_module
 
 for name in (
@@ -14,6 +15,7 @@ for name in (
     "nemo_automodel.components.launcher.interactive",
     "nemo_automodel.components.models.deepseek_v4.mtp",
     "nemo_automodel.components.training.prewarm",
+    "nemo_automodel.recipes.llm.kd",
     "nemo_automodel.recipes.llm.train_ft",
     "nemo_dsv4_cp.exchange.boundary",
     "nemo_dsv4_cp.kernels.reference",
@@ -23,4 +25,5 @@ for name in (
     "torch.distributed.run",
     "transformers.models.qwen3.modeling_qwen3",
 ):
-    import_module(name)
+    with suppress(ModuleNotFoundError):
+        import_module(name)

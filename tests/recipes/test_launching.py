@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import STILL_SECONDS, Stuck
-from tests.recipes.launching import Failed, Launcher
+from tests.recipes.launching import Failed
 
 WORKS = "tests.recipes.test_launching.Works"
 
@@ -30,10 +30,8 @@ class Works:
         Path(f"done_{os.environ['RANK']}").touch()
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    launcher = Launcher()
-
+@pytest.fixture
+def launch(tmp_path_factory, launcher):
     def run(*, raises: bool = False, waits: bool = False) -> list[str]:
         directory = tmp_path_factory.mktemp("launch")
         recipe = {"recipe": WORKS, "checkpoint": {}, "raises": raises, "waits": waits}
@@ -42,8 +40,7 @@ def launch(tmp_path_factory):
         launcher.launch(directory, recipe, processes=2, still_seconds=still_seconds)
         return sorted(path.name for path in directory.glob("done_*"))
 
-    yield run
-    launcher.stop()
+    return run
 
 
 def test_every_rank_runs_the_recipe_to_its_end(launch):

@@ -27,10 +27,11 @@ class Trainings:
 
     Args:
         directory: Receives a directory per launch, which goes once it is read.
+        launcher: Launches them.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory, self._launcher, self._numbers = directory, Launcher(), count()
+    def __init__(self, directory: Path, launcher: Launcher) -> None:
+        self._directory, self._launcher, self._numbers = directory, launcher, count()
         self._references: dict[str, Record] = {}
 
     def record(self, *names: str, cp_size: int, draw: int = 0) -> Record:
@@ -53,10 +54,6 @@ class Trainings:
         if cp_size == 1 and len({*names} - {"ep"}) <= 1:  # the others are asked for once
             self._references[key] = record
         return record
-
-    def stop(self) -> None:
-        """End the processes that launch."""
-        self._launcher.stop()
 
 
 def assert_alike_or_refused(trainings: Trainings, *names: str) -> str:

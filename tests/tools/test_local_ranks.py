@@ -41,7 +41,7 @@ def test_rank_0s_result_is_returned_and_no_log_left(tmp_path, capfd):
     assert "said by a rank" not in "".join(capfd.readouterr())
 
 
-def test_an_error_is_told_in_a_line_and_its_traceback_logged(capfd):
+def test_an_error_is_told_in_a_line_and_its_traceback_logged(forked_local_ranks, capfd):
     with pytest.raises(RankFailed) as failed:
         local_ranks.run(raising, 2)
     error = failed.value
@@ -53,7 +53,7 @@ def test_an_error_is_told_in_a_line_and_its_traceback_logged(capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_a_killed_rank_is_named_and_not_the_one_that_missed_it():
+def test_a_killed_rank_is_named_and_not_the_one_that_missed_it(forked_local_ranks):
     with pytest.raises(RankFailed, match=r"rank 1 failed: its process ended with signal SIGKILL"):
         local_ranks.run(killed, 2)
 

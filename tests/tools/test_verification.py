@@ -20,6 +20,7 @@ from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.verification import case_of, compare, draw_weights, gradient_limit
 from tests.parity import cpu_backend, tiny_config, worst
+from tests.ranks import fork_ranks
 
 
 class DoublePrecision(TorchDispatchMode):
@@ -219,7 +220,8 @@ def outcomes():
     """All comparisons by one pair of ranks: importing AutoModel takes longer than any."""
     cases = [(each, None) for each, _ in RIGHT.values()]
     cases += [(each, fault) for fault, each, _ in WRONG.values()]
-    found = local_ranks.run(outcomes_job, 2, cases)
+    with patch.object(local_ranks, "spawn", fork_ranks):
+        found = local_ranks.run(outcomes_job, 2, cases)
     names = [*(("right", name) for name in RIGHT), *(("wrong", name) for name in WRONG)]
     return dict(zip(names, found, strict=True))
 
