@@ -49,17 +49,17 @@ class Gpu:
     network_gbs: float = NETWORK_GBS
 
     @property
-    def products_a_second(self) -> float:
+    def products_per_second(self) -> float:
         """Return floating-point operations a second of bfloat16 matrix products."""
         return self.tflops * 1e12 * PRODUCT_SHARE
 
     @property
-    def float32_a_second(self) -> float:
+    def float32_per_second(self) -> float:
         """Return floating-point operations a second of float32 matrix products."""
         return self.float32_tflops * 1e12 * PRODUCT_SHARE
 
     @property
-    def kernels_a_second(self) -> float:
+    def kernels_per_second(self) -> float:
         """Return floating-point operations a second of attention and index scores."""
         return self.tflops * 1e12 * self.kernel_share
 

@@ -29,7 +29,7 @@ from nemo_dsv4_cp.bench.profiling import weigh
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 HERE = Path(__file__).parent
 LOCAL_TOKENS = 16_384

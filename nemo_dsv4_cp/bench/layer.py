@@ -20,7 +20,7 @@ from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.exchange.collectives import Work, all_gather_metadata, barrier, cp_size
 from nemo_dsv4_cp.exchange.in_flight import InFlight
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.paths import BOUNDARY
+from nemo_dsv4_cp.tools.inventory import BOUNDARY
 
 RANKS = 2
 SIZES: dict[str, Any] = {

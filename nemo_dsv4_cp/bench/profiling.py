@@ -26,7 +26,7 @@ from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collective
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.kernels import costs
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 _LARGEST = 5
 

@@ -16,7 +16,7 @@ import torch
 from nemo_dsv4_cp.bench.layer import Case, Forward, build
 from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 CPU_SIZES: dict[str, Any] = {
     "hidden_size": 256,

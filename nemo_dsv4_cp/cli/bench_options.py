@@ -16,7 +16,7 @@ from rich.table import Table
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 console = Console()
 

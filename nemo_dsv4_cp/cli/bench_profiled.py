@@ -31,7 +31,7 @@ from nemo_dsv4_cp.cli.bench_options import (
 )
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-from nemo_dsv4_cp.tools.paths import BOUNDARY
+from nemo_dsv4_cp.tools.inventory import BOUNDARY
 from nemo_dsv4_cp.tools.sizes import GIB
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it

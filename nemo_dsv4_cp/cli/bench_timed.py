@@ -29,7 +29,7 @@ from nemo_dsv4_cp.cli.bench_options import (
 )
 from nemo_dsv4_cp.cli.quiet import quiet
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 from nemo_dsv4_cp.tools.sizes import GIB
 
 

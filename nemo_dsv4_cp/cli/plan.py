@@ -19,7 +19,7 @@ from rich.console import Console
 from nemo_dsv4_cp.cli.plan_tables import print_plan
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.paths import BOUNDARY, PATHS, TRANSPORTS
+from nemo_dsv4_cp.tools.inventory import BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
 

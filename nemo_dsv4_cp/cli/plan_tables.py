@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_dsv4_cp.gpus import LINK_SHARE, Gpu
-from nemo_dsv4_cp.tools.paths import AUTOMODEL, PATHS
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL, PATHS
 from nemo_dsv4_cp.tools.planning import Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB
 from nemo_dsv4_cp.tools.step_time import Time
@@ -161,9 +161,9 @@ def _assumed(gpu: Gpu) -> str:
     return (
         "ms of a layer in a step (forward, recomputation, backward): what its busiest rank "
         "computes, and what collectives add. An estimate, by "
-        f"{gpu.products_a_second / 1e12:.0f} TFLOP/s of matrix products, "
-        f"{gpu.kernels_a_second / 1e12:.0f} of attention and index scores, "
-        f"{gpu.float32_a_second / 1e12:.0f} in float32; {links} between nodes. Left out: traffic "
+        f"{gpu.products_per_second / 1e12:.0f} TFLOP/s of matrix products, "
+        f"{gpu.kernels_per_second / 1e12:.0f} of attention and index scores, "
+        f"{gpu.float32_per_second / 1e12:.0f} in float32; {links} between nodes. Left out: traffic "
         "of FSDP and of expert parallelism, the optimizer, and what memory bounds."
     )
 

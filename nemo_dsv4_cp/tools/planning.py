@@ -12,11 +12,18 @@ from functools import partial
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
-from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes, stream_bytes
-from nemo_dsv4_cp.tools.paths import AUTOMODEL, BOUNDARY, PATHS
+from nemo_dsv4_cp.tools.inventory import (
+    AUTOMODEL,
+    BOUNDARY,
+    PATHS,
+    Shape,
+    attention_bytes,
+    received_bytes,
+    stream_bytes,
+    work_of_ranks,
+)
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes
 from nemo_dsv4_cp.tools.step_time import StepTime, step_time
-from nemo_dsv4_cp.tools.work import work_of_ranks
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class PathCost:
     """What one path costs a rank.
 
     Attributes:
-        path: One of ``paths.PATHS``.
+        path: One of ``inventory.PATHS``.
         received_bytes: What other ranks send it in a step, all layers, forward and backward.
         attention_bytes: Peak of the worst layer's attention, forward and backward.
     """
@@ -66,7 +73,7 @@ class Row:
         shard_len: L, tokens on each rank.
         padding: Padding tokens as a share of the padded row.
         idle_ranks: Ranks that hold nothing but padding.
-        costs: One for each of ``paths.PATHS``.
+        costs: One for each of ``inventory.PATHS``.
         stream_bytes: The checkpointed layer inputs, [L, hc_mult, E] bfloat16 each.
         staying: Where every rank computes its own queries.
         moving: With the balance that was asked for, ``auto`` where that is ``off``.

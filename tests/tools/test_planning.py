@@ -7,11 +7,10 @@ from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.costs import Shape, received_bytes
+from nemo_dsv4_cp.tools.inventory import Shape, received_bytes, work_of_ranks
 from nemo_dsv4_cp.tools.planning import Request
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import step_time
-from nemo_dsv4_cp.tools.work import work_of_ranks
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 PRO = ModelSizes.of_fields(read_model_fields("v4_pro"))

@@ -5,9 +5,14 @@ from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.profiling import weigh
 from nemo_dsv4_cp.config import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.tools import costs
-from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes
-from nemo_dsv4_cp.tools.paths import AUTOMODEL, PATHS
+from nemo_dsv4_cp.tools import inventory
+from nemo_dsv4_cp.tools.inventory import (
+    AUTOMODEL,
+    PATHS,
+    Shape,
+    attention_bytes,
+    received_bytes,
+)
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
@@ -104,4 +109,4 @@ def test_a_single_rank_receives_nothing():
 
 
 def test_the_workspace_is_the_packages_own():
-    assert ContextParallelOptions().workspace_mib << 20 == 2 * costs._WORKSPACE_BYTES
+    assert ContextParallelOptions().workspace_mib << 20 == 2 * inventory._WORKSPACE_BYTES
