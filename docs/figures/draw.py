@@ -2,7 +2,7 @@
 """Draws the figures of the README and docs/how_it_works.md next to itself.
 
 Run it with: python docs/figures/draw.py [NAME ...]
-(it needs matplotlib; `memory` weighs for some fifteen minutes)
+(it needs matplotlib; `memory` takes some fifteen minutes)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from nemo_dsv4_cp.bench.layer import Case
-from nemo_dsv4_cp.bench.profiling import weigh
+from nemo_dsv4_cp.bench.profiling import profile
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
@@ -103,7 +103,7 @@ def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
     axes.set_ylim(-1400, seq_len // 4)
     axes.set_xticks([])
     axes.set_yticks([0, seq_len // 8, seq_len // 4])
-    axes.set_title(f"{title}: colours tell the rank that computes", fontsize=10)
+    axes.set_title(f"{title}: colors show the rank that computes", fontsize=10)
 
 
 def _how_much(axes: Axes, layout: SequenceLayout) -> None:
@@ -232,7 +232,7 @@ def memory() -> Figure:
 
 
 def _peaks_gb() -> dict[tuple[str, int], float]:
-    # The longest rows take the longest to weigh: they go first.
+    # The longest rows take the longest to profile: they go first.
     cases = [(path, size) for size in reversed(CP_SIZES) for path in PATHS]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return dict(zip(cases, pool.map(_peak_gb, *zip(*cases, strict=True)), strict=True))
@@ -243,7 +243,7 @@ def _peak_gb(path: str, cp_size: int) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         case = Case(path, 4, LOCAL_TOKENS * cp_size, cp_size, cp_size - 1, balance="off")
-        peak = weigh(case).peak_bytes / 1e9
+        peak = profile(case).peak_bytes / 1e9
     print(f"{path}, {cp_size} ranks: {peak:.2f} GB", flush=True)
     return peak
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from nemo_dsv4_cp.bench.layer import Case
-from nemo_dsv4_cp.bench.profiling import Launches, weigh
-from nemo_dsv4_cp.bench.profiling import _Scale as Scale
+from nemo_dsv4_cp.bench.profiling import Launches, Profiler, profile
 from nemo_dsv4_cp.kernels import costs
 
 GIB = 1 << 30
@@ -13,25 +12,25 @@ AT_128K = {"seq_len": 131072, "cp_size": 8, "rank": 4}
 
 @pytest.mark.parametrize(("ratio", "received"), [(4, 11584), (128, 1032), (0, 1024)])
 def test_automodels_traffic_is_what_was_measured_on_it(ratio, received):
-    weight = weigh(Case("automodel", ratio, **AT_128K))
-    assert weight.per_token(weight.received_forward) == pytest.approx(received, abs=0.5)
+    found = profile(Case("automodel", ratio, **AT_128K))
+    assert found.per_token(found.received_forward) == pytest.approx(received, abs=0.5)
 
 
 @pytest.mark.parametrize(("ratio", "at_most"), [(4, 330), (128, 10), (0, 2)])
 def test_boundary_receives_no_more_than_attention_needs(ratio, at_most):
-    # Bytes do not go by the size of a chunk, and large chunks are weighed sooner.
+    # Bytes do not go by the size of a chunk, and large chunks are profiled sooner.
     options = {"workspace_mib": 1 << 14, "balance": "off"}
-    weight = weigh(Case("boundary", ratio, **AT_128K, **options))
+    found = profile(Case("boundary", ratio, **AT_128K, **options))
     entries = {4: 256 + 64, 128: 8, 0: 0}[ratio]
-    assert entries < weight.per_token(weight.received_forward) <= at_most
+    assert entries < found.per_token(found.received_forward) <= at_most
     # Backward mirrors forward but for the index keys, which need no gradient.
-    assert weight.per_token(weight.received_backward) <= at_most - (64 if ratio == 4 else 0)
+    assert found.per_token(found.received_backward) <= at_most - (64 if ratio == 4 else 0)
 
 
 @pytest.mark.parametrize("ratio", [0, 128])
 def test_memory_grows_by_the_entries_alone_when_length_and_ranks_double(ratio):
     small, large = (
-        weigh(Case("boundary", ratio, 4096 * size, size, size - 1, balance="off"))
+        profile(Case("boundary", ratio, 4096 * size, size, size - 1, balance="off"))
         for size in (64, 128)
     )
     entries = 64 * 4096 // ratio if ratio else 0
@@ -40,18 +39,18 @@ def test_memory_grows_by_the_entries_alone_when_length_and_ranks_double(ratio):
 
 
 def test_what_is_saved_for_backward_is_queries_keys_and_little_else():
-    weight = weigh(Case("boundary", 0, 131072, 8, 7))
+    found = profile(Case("boundary", 0, 131072, 8, 7))
     per_head = 16384 * 64 * 512 * 2  # queries before the norm, after it, and the output
-    assert 3 * per_head <= weight.saved_bytes <= 4 * per_head
-    assert len(weight.largest) == 5
-    assert weight.largest[0].bytes == per_head
+    assert 3 * per_head <= found.saved_bytes <= 4 * per_head
+    assert len(found.largest) == 5
+    assert found.largest[0].bytes == per_head
 
 
 @pytest.mark.parametrize(
     ("ratio", "launches", "gb"), [(0, 91, 101), (4, 246, 157), (128, 147, 114)]
 )
 def test_automodels_launches_are_what_was_counted_on_it(ratio, launches, gb):
-    forward = weigh(Case("automodel", ratio, 131072, 8, 7)).forward
+    forward = profile(Case("automodel", ratio, 131072, 8, 7)).forward
     assert forward.count == pytest.approx(launches, rel=0.1)
     assert forward.moved_bytes == pytest.approx(gb * 1e9, rel=0.1)
 
@@ -66,24 +65,24 @@ LIMITS = {  # ratio, ranks: launches forward and backward, GB forward and backwa
 
 def by_triton(ratio, ranks, balance):
     size = {"seq_len": 16384 * ranks, "cp_size": ranks, "rank": ranks - 1}
-    return weigh(Case("boundary", ratio, **size, kernels="triton", balance=balance))
+    return profile(Case("boundary", ratio, **size, kernels="triton", balance=balance))
 
 
 @pytest.mark.parametrize("balance", ["on", "off"])
 @pytest.mark.parametrize(("ratio", "ranks"), LIMITS)
 def test_triton_launches_few_operations_that_touch_little(ratio, ranks, balance):
-    weight = by_triton(ratio, ranks, balance)
+    found = by_triton(ratio, ranks, balance)
     forward, backward, gb_forward, gb_backward = LIMITS[ratio, ranks]
-    assert weight.forward.count <= forward
-    assert weight.backward.count <= backward
-    assert weight.forward.moved_bytes <= gb_forward * 1e9
-    assert weight.backward.moved_bytes <= gb_backward * 1e9
-    assert weight.peak_bytes <= 7 * GIB
+    assert found.forward.count <= forward
+    assert found.backward.count <= backward
+    assert found.forward.moved_bytes <= gb_forward * 1e9
+    assert found.backward.moved_bytes <= gb_backward * 1e9
+    assert found.peak_bytes <= 7 * GIB
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_a_query_computed_elsewhere_moves_little(ratio):
-    on, off = (weigh(Case("boundary", ratio, 16384, 2, 0, balance=b)) for b in ("on", "off"))
+    on, off = (profile(Case("boundary", ratio, 16384, 2, 0, balance=b)) for b in ("on", "off"))
     tokens = 8192 // 2
     assert (on.received_forward - off.received_forward) / tokens <= 12 << 10
     assert on.received_backward - off.received_backward <= tokens * (12 << 10)
@@ -91,9 +90,9 @@ def test_a_query_computed_elsewhere_moves_little(ratio):
 
 
 def launched(run):
-    with Scale(Case("automodel", 0, 256, 2, 0)) as scale:
+    with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
         run()
-    return scale.launched
+    return profiler.launched
 
 
 def test_an_operation_reads_and_writes_the_tensors_it_sees():
@@ -111,14 +110,14 @@ def test_views_and_allocations_launch_nothing():
     assert launched(lambda: torch.empty(0, 4) + 1) == Launches()
 
 
-@torch.library.custom_op("dsv4_cp_tests::tells", mutates_args=())
-def tells(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("dsv4_cp_tests::costly", mutates_args=())
+def costly(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-def test_what_an_operation_tells_is_counted_and_its_scratch_is_in_the_peak():
-    costs.tell("dsv4_cp_tests::tells")(lambda x: costs.Cost(7, 11, 13, scratch_bytes=1000))
-    with Scale(Case("automodel", 0, 256, 2, 0)) as scale:
-        kept = tells(torch.zeros(8, 4))
-    assert scale.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
-    assert scale.peak == 128 + kept.nbytes + 1000
+def test_what_an_operation_registers_is_counted_and_its_scratch_is_in_the_peak():
+    costs.tell("dsv4_cp_tests::costly")(lambda x: costs.Cost(7, 11, 13, scratch_bytes=1000))
+    with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
+        kept = costly(torch.zeros(8, 4))
+    assert profiler.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
+    assert profiler.peak == 128 + kept.nbytes + 1000
