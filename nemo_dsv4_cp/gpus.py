@@ -64,15 +64,11 @@ class Gpu:
         return self.tflops * 1e12 * self.kernel_share
 
     def gather_seconds(self, received: float, ranks: int) -> float:
-        """Return how long all ranks take to receive the same from all others, or back its sum.
+        """Return how long ``ranks`` take to receive the same from all others, or back its sum.
 
-        A node fetches each byte of other nodes once, each of its GPUs a share over its own adapter,
-        and NVLink hands it on: NCCL's rings, whose bus bandwidth among nodes is that of all
-        adapters together.
-
-        Args:
-            received: Bytes that a rank receives of all other ranks.
-            ranks: How many ranks there are, neighbours in a node.
+        Ranks are neighbors in a node. A node fetches each byte of other nodes once, each of its
+        GPUs a share over its own adapter, and NVLink distributes it: NCCL's rings, whose bus
+        bandwidth among nodes is that of all adapters together.
         """
         if not received:
             return 0.0
@@ -84,13 +80,9 @@ class Gpu:
         return max(nvlink, network) + NETWORK_SECONDS
 
     def exchange_seconds(self, received: float, ranks: int) -> float:
-        """Return how long ranks take to receive what each asks one or two others for.
+        """Return how long ``ranks`` take to receive what each requests from one or two others.
 
         Among nodes the slowest rank's partner is in another, and all goes over the network.
-
-        Args:
-            received: Bytes that a rank receives.
-            ranks: How many ranks there are, neighbours in a node.
         """
         if not received:
             return 0.0

@@ -47,16 +47,11 @@ class Pass:
     """One pass of a layer, as it is and with collectives slowed.
 
     Attributes:
-        direction: ``"forward"`` or ``"backward"``.
-        ratio: Compress ratio of the layer.
-        balance: ``context_parallel.balance``.
-        overlap: ``context_parallel.overlap``.
         collectives: How many it starts.
         seconds: Of the slowest rank, the least of the repeats: what else ran only adds.
-        slowed_seconds: The same with each collective slowed.
-        waited: Seconds that a rank waited for what came late: of each collective the rank that
-            waited longest, all together, median of the repeats.
-        delay: Seconds by which each was slowed.
+        slowed_seconds: The same with each collective slowed by ``delay`` seconds.
+        waited: Seconds that a rank waited for late collectives: of each the rank that waited most,
+            all together, median of the repeats.
     """
 
     direction: str
@@ -119,12 +114,7 @@ class _Slowed:
 def measure(ratio: int, balance: str, *, seq_len: int, delay: float, repeats: int) -> list[Pass]:
     """Time a layer's passes with overlap and without, its collectives as they are and slowed.
 
-    Args:
-        ratio: Compress ratio of the layer.
-        balance: ``context_parallel.balance``.
-        seq_len: S, tokens in the row, on two ranks of one thread each.
-        delay: Seconds by which each collective is slowed.
-        repeats: Measurements of each, in turn, after one that is not counted.
+    On two ranks of one thread each, in turn, after one repeat that does not count.
     """
     passes: list[Pass] = local_ranks.run(_rank, RANKS, ratio, balance, seq_len, delay, repeats)
     return passes

@@ -10,7 +10,7 @@ import math
 import operator
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -64,12 +64,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Launches:
-    """What a device runs.
+    """What a device runs: launched operations, and bytes of the tensors that they read and write.
 
-    Attributes:
-        count: Operations launched; collectives count, views and allocations do not.
-        read_bytes: Bytes of the tensors they read, each as large as the operation sees it.
-        written_bytes: Bytes of the tensors they write.
+    Collectives count, views and allocations do not. A tensor is as large as the operation sees it.
     """
 
     count: int = 0
@@ -284,19 +281,28 @@ def draw_documents(seq_len: int, shortest: int, longest: int, seed: int) -> tupl
     return tuple(starts[:-1])
 
 
-# AutoModel's kernels as operations that are profiled and never run. One launch a kernel: that the
+# AutoModel's kernels as operations that are profiled and never run. One launch per kernel: that
 # AutoModel takes 16 heads at a time, and copies them before and after, is not counted.
+_AUTOMODEL = torch.library.Library("dsv4_cp", "FRAGMENT")
 
 
-@torch.library.custom_op("dsv4_cp::automodel_attention", mutates_args=())
-def _automodel_attention(
-    q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an operation of AutoModel by a function of its arguments' shapes."""
+
+    def define(shapes: Callable[..., Any]) -> Callable[..., Any]:
+        _AUTOMODEL.define(schema)
+        name = schema.partition("(")[0]
+        _AUTOMODEL.impl(name, shapes, "Meta")
+        operation: Callable[..., Any] = getattr(torch.ops.dsv4_cp, name)
+        return operation
+
+    return define
 
 
-@_automodel_attention.register_fake
-def _(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@_operation(
+    "automodel_attention(Tensor q, Tensor kv, Tensor sinks, Tensor indices) -> (Tensor, Tensor)"
+)
+def _attention(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -306,36 +312,17 @@ def _(q: torch.Tensor, *keys: torch.Tensor) -> costs.Cost:
     return costs.Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
 
 
-@torch.library.custom_op("dsv4_cp::automodel_attention_backward", mutates_args=())
-def _automodel_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    sinks: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor,
-    log_sums: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
-
-
-@_automodel_attention_backward.register_fake
-def _(
-    grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, *_: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(kv), torch.empty_like(sinks)
+@_operation(
+    "automodel_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor sinks, Tensor indices, "
+    "Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_backward(grad: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(map(torch.empty_like, saved[:3]))
 
 
 @costs.tell("dsv4_cp::automodel_attention_backward")
-def _(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    sinks: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor,
-    log_sums: torch.Tensor,
-) -> costs.Cost:
+def _(grad: torch.Tensor, *saved: torch.Tensor) -> costs.Cost:
+    q, kv, sinks, indices, out, log_sums = saved
     # Sums of out * grad; the gradients, the keys' in float32; those rounded.
     summed = kv.numel() * 4
     return costs.Cost(
@@ -346,15 +333,8 @@ def _(
     )
 
 
-@torch.library.custom_op("dsv4_cp::automodel_index_scores", mutates_args=())
-def _automodel_index_scores(
-    q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    raise NotImplementedError
-
-
-@_automodel_index_scores.register_fake
-def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+@_operation("automodel_index_scores(Tensor q, Tensor keys, Tensor weights) -> Tensor")
+def _index_scores(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
 
 
@@ -372,19 +352,16 @@ class _AutoModelAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
         out: torch.Tensor
-        out, log_sums = _automodel_attention(q, kv, sinks, indices)
+        out, log_sums = _attention(q, kv, sinks, indices)
         ctx.save_for_backward(q, kv, sinks, indices, out, log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads: tuple[torch.Tensor, ...] = _automodel_attention_backward(
-            grad.contiguous(), *ctx.saved_tensors
-        )
-        return *grads, None
+        return *_attention_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
-def _attention_shapes(
+def _sparse_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     sinks: torch.Tensor,
@@ -398,10 +375,10 @@ def _attention_shapes(
     return out
 
 
-def _score_shapes(
+def _indexer_scores(
     q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:
-    scores: torch.Tensor = _automodel_index_scores(q, keys, weights)
+    scores: torch.Tensor = _index_scores(q, keys, weights)
     return scores
 
 
@@ -409,10 +386,12 @@ def _score_shapes(
 def _automodel_kernels() -> Iterator[None]:
     with ExitStack() as patched:
         for user in (automodel_layers, tilelang):
-            for name, shapes in (
-                ("dsv4_sparse_attention", _attention_shapes),
-                ("dsv4_indexer_scores", _score_shapes),
-            ):
-                patched.enter_context(mock.patch.object(user, name, shapes))
+            patched.enter_context(
+                mock.patch.multiple(
+                    user,
+                    dsv4_sparse_attention=_sparse_attention,
+                    dsv4_indexer_scores=_indexer_scores,
+                )
+            )
         patched.enter_context(mock.patch.object(tilelang, "HAS_TILELANG", True))
         yield

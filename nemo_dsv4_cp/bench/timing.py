@@ -36,11 +36,9 @@ CPU_SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one path, a forward and backward each.
+    """Seconds of one path's forward and backward, one entry per repeat, of the slowest rank.
 
     Attributes:
-        case: What ran.
-        seconds: One entry a repeat, of the slowest rank.
         peak_bytes: Most GPU memory allocated, None on a CPU.
     """
 
@@ -77,13 +75,8 @@ def time_gloo_ranks(
 ) -> list[Timing]:
     """Time real gloo ranks on this CPU, one thread each, the paths in turn (float32).
 
-    Args:
-        paths: ``"automodel"`` and names of transports.
-        ratio: Compress ratio of the layer.
-        seq_len: S, tokens in the whole row.
-        cp_size: Number of ranks, a process each.
-        repeats: Measurements of each path, after one that is not counted.
-        **options: ``kernels`` and ``balance`` of the transports.
+    Each path runs once before the repeats that count. ``options`` are ``kernels`` and ``balance``
+    of the transports.
     """
     seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats, options)
     return [
@@ -129,8 +122,8 @@ def time_one_gpu_rank(
 ) -> list[Timing]:
     """Time the last rank alone on this GPU, V4-Flash sizes, bfloat16.
 
-    The process group is a fake one: collectives return at once with whatever memory held, so only
-    computing is timed. The arguments are those of :func:`time_gloo_ranks`.
+    Collectives of its fake process group return at once with whatever memory held, so only
+    computing is timed.
     """
     rank = cp_size - 1
     timings = []

@@ -278,7 +278,7 @@ def kernels(
             if number not in ARCHITECTURES:
                 known = ", ".join(map(str, ARCHITECTURES))
                 raise typer.BadParameter(f"--arch {number} is none of {known}")
-        rows = [report.row() for report in progress(compile_all(model, arch), "Compiling")]
+        rows = list(progress(compile_all(model, arch), "Compiling"))
     title = f"Triton kernels of {', '.join(model)}, bfloat16, compiled for sm_*"
     columns = {
         header: lambda row, header=header: "-" if row[header] is None else row[header]

@@ -62,13 +62,13 @@ class TrainingFailed(Exception):
 def train(
     recipe: Path, *, cp_size: int, directory: Path, on_step: Callable[[int], None]
 ) -> Training:
-    """Runs a recipe with one process per CP rank, through AutoModel's own command line.
+    """Run a recipe with one process per CP rank, through AutoModel's own command line.
 
     Args:
         recipe: The YAML file.
         cp_size: Ranks and processes.
         directory: Empty; receives `log` and AutoModel's `training.jsonl`.
-        on_step: Told how many steps are done, again and again.
+        on_step: Receives how many steps are done, again and again.
 
     Raises:
         TrainingFailed: The run ended with an error.
@@ -100,12 +100,7 @@ def train(
 
 
 def complaints(with_cp: list[float], without_cp: list[float]) -> list[str]:
-    """Says what is wrong with two loss curves that ought to be one; nothing if all is well.
-
-    Args:
-        with_cp: A loss a step.
-        without_cp: The same steps, trained without context parallelism.
-    """
+    """Return what is wrong with the losses of the same steps; nothing if all is well."""
     if len(with_cp) != len(without_cp) or not with_cp:
         return [f"{len(with_cp)} steps with context parallelism and {len(without_cp)} without"]
     found = []
@@ -120,11 +115,7 @@ def complaints(with_cp: list[float], without_cp: list[float]) -> list[str]:
 
 
 def main() -> int:
-    """Runs the demo.
-
-    Returns:
-        The exit status: 1 when a run failed or the losses disagree.
-    """
+    """Run the demo; return 1 when a run failed or the losses disagree."""
     console = Console()
     directory = Path(tempfile.mkdtemp(prefix="nemo-dsv4-cp-demo-"))
     try:

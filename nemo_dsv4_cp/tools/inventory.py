@@ -48,10 +48,8 @@ class Operation:
 
     Attributes:
         name: The weights, or what is multiplied.
-        stage: What of the layer computes it.
         rate: Which rate of a GPU applies.
-        forward: Multiply-adds in forward.
-        backward: In backward; 0 for what takes no gradient.
+        backward: 0 for what takes no gradient.
     """
 
     name: str
@@ -156,10 +154,7 @@ def head_operation(sizes: ModelSizes, tokens: int) -> Operation:
 def work_of_ranks(sizes: ModelSizes, schedules: Mapping[int, Schedule], tokens: int) -> list[int]:
     """Return the multiply-adds of each rank's forward and backward of one row, all layers.
 
-    Args:
-        sizes: The model's sizes.
-        schedules: Of each compress ratio, which rank computes which queries.
-        tokens: L, tokens in a shard.
+    ``schedules`` are those of each compress ratio, ``tokens`` L.
     """
 
     def total(operations: Operations) -> int:

@@ -29,10 +29,9 @@ from nemo_dsv4_cp.tools.step_time import StepTime, step_time
 
 @dataclass(frozen=True)
 class PathCost:
-    """What one path costs a rank.
+    """What one of ``inventory.PATHS`` costs a rank.
 
     Attributes:
-        path: One of ``inventory.PATHS``.
         received_bytes: What other ranks send it in a step, all layers, forward and backward.
         attention_bytes: Peak of the worst layer's attention, forward and backward.
     """
@@ -47,14 +46,11 @@ class Sharing:
     """How a setting of ``context_parallel.balance`` distributes the queries, and what follows.
 
     Attributes:
-        balance: The setting.
         moved_ratios: Compress ratios of the layers whose queries other ranks compute.
         last_over_first: Multiply-adds of the last rank, forward and backward of all layers, as a
             multiple of the first's.
         largest_over_mean: Of the busiest rank, as a multiple of the mean.
-        moved_bytes: What a rank receives for it in a step, all layers, forward and backward: part
-            of ``received_bytes``.
-        step: What a step takes.
+        moved_bytes: The part of ``received_bytes`` that comes of it.
     """
 
     balance: str
@@ -70,18 +66,15 @@ class Row:
     """One context-parallel size.
 
     Attributes:
-        cp_size: R, number of CP ranks.
         shard_len: L, tokens on each rank.
         padding: Padding tokens as a share of the padded row.
         idle_ranks: Ranks that hold nothing but padding.
-        costs: One for each of ``inventory.PATHS``.
         stream_bytes: The checkpointed layer inputs, [L, hc_mult, E] bfloat16 each.
         staying: Where every rank computes its own queries.
         moving: With the requested balance, ``auto`` where that is ``off``.
         step_seconds: A step with the requested balance and overlap.
         tokens_a_second: What the whole job then trains, padding not counted.
-        needed_bytes: Attention with the chosen transport, layer inputs, and what is reserved.
-        fits: Whether a GPU holds that.
+        needed_bytes: Attention with the requested transport, layer inputs, and what is reserved.
     """
 
     cp_size: int
@@ -111,15 +104,11 @@ class Request:
     """What a plan is made for.
 
     Attributes:
-        sizes: The model's sizes.
         seq_len: Tokens in a row, before padding.
         ranks: Number of GPUs.
-        batch: B, rows.
         transport: The plugin's transport whose memory must fit and whose time counts.
-        gpu: What computes, and its memory.
-        reserved: What weights, optimizer state and experts take of it, in GiB.
-        balance: ``context_parallel.balance``: ``auto``, ``on`` or ``off``.
-        overlap: ``context_parallel.overlap``.
+        reserved: What weights, optimizer state and experts take of a GPU's memory, in GiB.
+        balance: ``context_parallel.balance``, as ``overlap`` is ``context_parallel.overlap``.
     """
 
     sizes: ModelSizes
@@ -135,14 +124,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes that were planned.
-
-    Attributes:
-        request: What for.
-        cp_size: The only size to plan, None for all.
-        every: All powers of two up to the number of ranks.
-        rows: The planned sizes.
-    """
+    """The planned sizes: one ``cp_size``, or ``every`` power of two up to the number of ranks."""
 
     request: Request
     cp_size: int | None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's model in a size that any machine runs, and what of the recipe is not run with it."""
+"""A recipe's model in a size that any machine runs, and what of the recipe does not run with it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SMALL = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "index_head_dim": 16,
-    # Index scores are sums of relu: with few heads many tie at exactly 0, and any choice is right.
+    # Index scores are sums of relu: with few heads many tie at exactly 0, and any top-k is right.
     "index_n_heads": 16,
-    # No fewer than there are entries: rounding before a choice could swap two near ties.
+    # As many as there are entries: rounding before the selection could swap two near ties.
     "index_topk": 4096,
     "num_hash_layers": 1,
     "max_position_embeddings": 1 << 16,
@@ -44,8 +44,8 @@ _SIZES_OF_EXPERTS = {
 """What of ``model.moe_overrides`` the shrunk model sets by itself; it computes in float32."""
 _SECTIONS = {
     "peft": "LoRA",
-    "quantization": "quantisation",
-    "qat": "quantisation-aware training",
+    "quantization": "quantization",
+    "qat": "quantization-aware training",
     "fp8": "FP8",
     "compile": "compilation",
     "teacher_model": "the teacher",
@@ -70,9 +70,6 @@ _KEPT = (
 def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config of a few layers that has every kind of layer of the given one.
 
-    Args:
-        fields: A model config's fields, ``compress_ratios`` and ``context_parallel`` among them.
-
     Raises:
         ValueError: If there are no compress ratios to go by.
     """
@@ -91,7 +88,7 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
         **_SMALL,
         **kept,
         "num_hidden_layers": len(kinds) + 1,
-        # Once more the first kind that compresses: a layer that sees what compression gave.
+        # Once more the first kind that compresses: a layer above compressed ones.
         "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],
         "context_parallel": fields.get("context_parallel"),
     }

@@ -104,12 +104,7 @@ class Time:
 
 @dataclass(frozen=True)
 class LayerTime(Time):
-    """Seconds of one layer in a step.
-
-    Attributes:
-        ratio: The layer's compress ratio.
-        layers: How many layers have it.
-    """
+    """Seconds of one layer in a step, of all ``layers`` that have its compress ratio."""
 
     ratio: int
     layers: int
@@ -117,12 +112,7 @@ class LayerTime(Time):
 
 @dataclass(frozen=True)
 class StepTime(Time):
-    """Seconds of a step: its layers, one after another, and the language-model head.
-
-    Attributes:
-        layers: One for each compress ratio, ascending.
-        head: The language-model head, which computes alone.
-    """
+    """Seconds of a step: its layers by ascending ratio, and the head, which computes alone."""
 
     layers: tuple[LayerTime, ...]
     head: float
@@ -140,10 +130,7 @@ def waiting(
 ) -> float:
     """Return what a rank waits for in one pass, whose collectives follow one after the other.
 
-    Args:
-        order: One of :func:`order_of`.
-        computing: Seconds of each stage.
-        crossing: Seconds of each collective.
+    ``computing`` holds the seconds of each stage, ``crossing`` those of each collective.
     """
     now = free = waited = 0.0  # free: when the link is
     arrives: dict[str, float] = {}
@@ -164,13 +151,7 @@ def layer_time(
 ) -> LayerTime:
     """Return the seconds of a layer, whose ranks wait for the last one.
 
-    Args:
-        sizes: The model's sizes.
-        shape: The batch and how it is cut.
-        ratio: The layer's compress ratio.
-        schedule: Which rank computes which queries.
-        gpu: What computes and what bytes cross.
-        transport: One of ``inventory.TRANSPORTS``.
+    ``transport`` is one of ``inventory.TRANSPORTS``.
     """
     collectives = crossings(sizes, shape, ratio, transport, balanced=schedule.moves)
     order = order_of(ratio, moves=schedule.moves)
@@ -215,12 +196,7 @@ def step_time(
 ) -> StepTime:
     """Return the seconds of a step: forward, recomputation and backward of one batch.
 
-    Args:
-        sizes: The model's sizes.
-        shape: The batch and how it is cut.
-        schedules: Of each compress ratio, which rank computes which queries.
-        gpu: What computes and what bytes cross.
-        transport: One of ``inventory.TRANSPORTS``.
+    ``schedules`` are those of each compress ratio.
     """
     # The head is not checkpointed, so nothing of it is repeated.
     product = head_operation(sizes, shape.layout.local_len)
