@@ -166,9 +166,9 @@ class Profiler(TorchDispatchMode):
         self.live += size
         self._note_peak(self.live)
 
-    def _note_peak(self, taken: int) -> None:
-        if taken > self.peak:
-            self.peak = taken
+    def _note_peak(self, size: int) -> None:
+        if size > self.peak:
+            self.peak = size
             ranked = sorted(self._alive.values(), key=lambda t: t.bytes, reverse=True)
             self.largest = tuple(ranked[:_LARGEST])
 

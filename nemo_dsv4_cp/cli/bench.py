@@ -26,9 +26,6 @@ from nemo_dsv4_cp.tools.sizes import GIB, MODELS, read_model_fields
 if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it
     from nemo_dsv4_cp.bench.profiling import LayerProfile
 
-GPU_GB = (80, 141)
-"""Memory of an H100 and an H200, in GB, drawn into plots."""
-
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
 
 SeqLen = Annotated[int, typer.Option(help="Tokens in the whole row.")]
@@ -143,8 +140,7 @@ def memory(
     """
     _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
     options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
-    # The last rank sees the most entries.
-    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)
+    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
     title = _title(seq_len, cp_size, f"rank {cp_size - 1}; balance: {balance}; {_BY_TOKEN}")
     tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
     columns = {
@@ -177,8 +173,7 @@ def launches(
     """
     _check(seq_len, cp_size, ratio, json_=json_)
     options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
-    # The last rank sees the most entries.
-    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)
+    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
     settings = f"the last rank; kernels: {kernels}; balance: {balance}"
     title = _title(seq_len, cp_size, f"{settings}; GB of tensors read and written")
     columns = {
@@ -234,8 +229,8 @@ def work(
                 over["last_over_first"] = flops[-1] / flops[0]
                 layer = {"ratio": each, "balance": balance, "pass": step, "flops": list(flops)}
                 figures.append(layer | over)
-    holding = f"{len(documents)} documents" if documents else "one document"
-    title = f"V4-Flash, a row of {seq_len:,} tokens, {holding}, on {cp_size} ranks; TFLOP"
+    holds = f"{len(documents)} documents" if documents else "one document"
+    title = f"V4-Flash, a row of {seq_len:,} tokens, {holds}, on {cp_size} ranks; TFLOP"
     columns = {
         "ratio": lambda row: row["ratio"],
         "balance": lambda row: row["balance"],
@@ -262,7 +257,7 @@ def kernels(
 ) -> None:
     """Compile the Triton kernels for GPUs, without one, and read their binaries.
 
-    Registers and stack are a thread's, shared memory a program's, in bytes; stack beyond a few
+    Registers and stack are per thread, shared memory per program, in bytes; stack beyond a few
     bytes is spilled registers.
 
     Example: python -m nemo_dsv4_cp bench kernels --arch 90
@@ -448,7 +443,7 @@ def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
                 }
                 left.plot(lengths, [each.peak_bytes / 1e9 for each in mine], **style)
                 right.plot(lengths, [each.received_forward / 1e9 for each in mine], **style)
-        for capacity in GPU_GB:
+        for capacity in (80, 141):  # GB of an H100 and an H200
             left.axhline(capacity, color="grey", lw=0.8)
             left.text(shard * 2, capacity * 1.05, f"{capacity} GB", color="grey")
         right.legend(fontsize=7)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a tiny V4 with context parallelism and without, and compares the losses.
+"""Train a tiny V4 with context parallelism and without, and compare the losses.
 
 Run it with `python -m nemo_dsv4_cp.cli.demo`. It needs no GPU and no download.
 """
@@ -26,26 +26,26 @@ from nemo_dsv4_cp.cli.compose import recipe_text
 from nemo_dsv4_cp.tools.recipes import compose
 
 # The runs start from the same weights, so before the first update only rounding can differ. Later,
-# rounding may flip a near-tied choice of expert or of index entry. (Seen so far: 1e-6 at any step.)
+# rounding may flip a near tie of experts or index scores. (Seen so far: 1e-6 at any step.)
 FIRST_STEP_TOLERANCE = 1e-5
 STEP_TOLERANCE = 5e-4
 
 _LOGGED_STEP = re.compile(r"\| step \d+ \| epoch \d+ \| loss ")
-# What a rank died of, without the frames that led there.
+# A rank's error, without the frames that led there.
 _RANK_ERROR = re.compile(r"\[rank\d+\]: (?! |Traceback)")
 _LOG_LINES_SHOWN = 15
 
 
 @dataclass(frozen=True)
 class Training:
-    """What came of one run of the recipe."""
+    """The losses and the time of one run of the recipe."""
 
     losses: list[float]
     seconds: float
 
 
 class TrainingFailed(Exception):
-    """A run that ended with an error; its log says which."""
+    """A run that ended with an error, which its log holds."""
 
     def __init__(self, log: Path, status: int) -> None:
         super().__init__(f"The training ended with status {status}. From its log, {log}:")
@@ -54,7 +54,7 @@ class TrainingFailed(Exception):
     def last_lines(self) -> str:
         """The ranks' last errors, or the end of the log if no rank had one."""
         lines = self.log.read_text(errors="replace").splitlines()
-        # torchrun closes with a page about itself; what went wrong stands above that.
+        # torchrun closes with a page about itself; the errors stand above that.
         errors = [line for line in lines if _RANK_ERROR.match(line)]
         return "\n".join((errors or lines)[-_LOG_LINES_SHOWN:])
 
@@ -77,7 +77,7 @@ def train(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={cp_size}", "-m", "nemo_automodel.cli.app", str(recipe)]
     command += [f"--distributed.cp_size={cp_size}", f"--checkpoint.checkpoint_dir={directory}"]
-    # One thread a process for both: no more threads than cores, and the same order of summation.
+    # One thread per process for both: no more threads than cores, and the same order of summation.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     with (
@@ -121,8 +121,8 @@ def main() -> int:
     try:
         recipe = directory / "recipe.yaml"
         recipe.write_text(recipe_text(compose("tiny_cpu"), ["tiny_cpu"], recipe))
-        with_cp = _train_in_sight(recipe, 2, directory / "cp2", console)
-        without_cp = _train_in_sight(recipe, 1, directory / "cp1", console)
+        with_cp = _train_with_bar(recipe, 2, directory / "cp2", console)
+        without_cp = _train_with_bar(recipe, 1, directory / "cp1", console)
     except TrainingFailed as failure:
         console.print(failure, style="bold red", soft_wrap=True)
         console.print(failure.last_lines(), markup=False, highlight=False, soft_wrap=True)
@@ -139,7 +139,7 @@ def main() -> int:
     return 1 if found else 0
 
 
-def _train_in_sight(recipe: Path, cp_size: int, directory: Path, console: Console) -> Training:
+def _train_with_bar(recipe: Path, cp_size: int, directory: Path, console: Console) -> Training:
     directory.mkdir()
     steps = yaml.safe_load(recipe.read_text())["step_scheduler"]["max_steps"]
     console.print(f"Training at CP={cp_size}, log: {directory / 'log'}", soft_wrap=True)

@@ -64,7 +64,7 @@ def verify(
 
         with Console(stderr=True).status(f"Running on 1 and on {ranks} ranks"):
             found = run(fields, config, cp_size=ranks, packed=packed)
-    what = "packed documents" if packed else "one document a row"
+    what = "packed documents" if packed else "one document per row"
     _report(
         f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}",
         found.differences,

@@ -223,7 +223,7 @@ class Collective:
 def crossings(
     sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, balanced: bool = False
 ) -> tuple[Collective, ...]:
-    """Return what other ranks send to one layer of a rank with neighbours on both sides.
+    """Return what other ranks send to one layer of a rank with neighbors on both sides.
 
     Args:
         sizes: The model's sizes; activations are bfloat16, compressor features float32.

@@ -58,7 +58,7 @@ _DEGREES = {
 }
 _BACKEND = {"attn": ("sdpa", "eager"), "experts": ("torch",), "dispatcher": ("torch",)}
 """What of ``model.backend`` runs as the recipe has it."""
-_KEPT = (
+_AS_GIVEN = (
     "sliding_window",
     "hc_mult",
     "num_nextn_predict_layers",
@@ -83,10 +83,10 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
     kinds = list(dict.fromkeys(int(ratio) for ratio in ratios[:layers]))
     predicting = int(fields.get("num_nextn_predict_layers") or 0)
     of_predicting = [int(ratio) for ratio in ratios[layers : layers + predicting]]
-    kept = {key: fields[key] for key in _KEPT if fields.get(key) is not None}
+    as_given = {key: fields[key] for key in _AS_GIVEN if fields.get(key) is not None}
     return {
         **_SMALL,
-        **kept,
+        **as_given,
         "num_hidden_layers": len(kinds) + 1,
         # Once more the first kind that compresses: a layer above compressed ones.
         "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],

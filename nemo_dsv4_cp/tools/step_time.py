@@ -158,10 +158,10 @@ def layer_time(
     shard = shard_operations(sizes, ratio, shape.layout.local_len)
     queries = [
         {
-            "local": query_operations(sizes, ratio, kept),
-            "remote": query_operations(sizes, ratio, taken),
+            "local": query_operations(sizes, ratio, local),
+            "remote": query_operations(sizes, ratio, remote),
         }
-        for kept, taken in zip(schedule.kept, schedule.taken, strict=True)
+        for local, remote in zip(schedule.kept, schedule.taken, strict=True)
     ]
     communicating = of_shard = 0.0
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank

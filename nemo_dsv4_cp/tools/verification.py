@@ -6,7 +6,7 @@ Both run AutoModel's own code from the batch to the update of the gates' biases
 without activation checkpointing, with one document per row.
 """
 
-# B batch rows   S tokens a row   V vocabulary   E hidden size   M hyper-connection streams
+# B batch rows   S tokens per row   V vocabulary   E hidden size   M hyper-connection streams
 # X experts
 
 from __future__ import annotations
@@ -223,17 +223,14 @@ def _document_rows(
         documents: Their lengths, row by row.
         spare: Slots of padding, -1, behind the longest one, for what MTP looks ahead.
     """
-    length = batch["input_ids"].shape[1]
-    longest = max(map(max, documents)) + spare
-    sources = []
-    for row, of_row in enumerate(documents):
-        begin = row * length
-        for tokens in of_row:
-            source = torch.full((longest,), -1)
-            source[:tokens] = torch.arange(begin, begin + tokens)
-            sources.append(source)
-            begin += tokens
-    source = torch.stack(sources)
+    slots = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
+    sources = [
+        source
+        for row, of_row in zip(slots, documents, strict=True)
+        for source in row[: sum(of_row)].split(of_row)
+    ]
+    padded = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=-1)
+    source = torch.nn.functional.pad(padded, (0, spare), value=-1)
     padding = source < 0
     rows = {
         key: batch[key].flatten()[source].masked_fill(padding, fill)

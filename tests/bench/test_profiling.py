@@ -18,7 +18,7 @@ def test_automodels_traffic_is_what_was_measured_on_it(ratio, received):
 
 @pytest.mark.parametrize(("ratio", "at_most"), [(4, 330), (128, 10), (0, 2)])
 def test_boundary_receives_no_more_than_attention_needs(ratio, at_most):
-    # Bytes do not go by the size of a chunk, and large chunks are profiled sooner.
+    # Bytes do not depend on the size of a chunk, and large chunks are profiled sooner.
     options = {"workspace_mib": 1 << 14, "balance": "off"}
     found = profile(Case("boundary", ratio, **AT_128K, **options))
     entries = {4: 256 + 64, 128: 8, 0: 0}[ratio]
@@ -118,6 +118,6 @@ def costly(x: torch.Tensor) -> torch.Tensor:
 def test_what_an_operation_registers_is_counted_and_its_scratch_is_in_the_peak():
     costs.tell("dsv4_cp_tests::costly")(lambda x: costs.Cost(7, 11, 13, scratch_bytes=1000))
     with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
-        kept = costly(torch.zeros(8, 4))
+        out = costly(torch.zeros(8, 4))
     assert profiler.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
-    assert profiler.peak == 128 + kept.nbytes + 1000
+    assert profiler.peak == 128 + out.nbytes + 1000

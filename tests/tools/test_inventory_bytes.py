@@ -37,7 +37,7 @@ def test_memory_and_bytes_are_what_is_profiled(path, seq_len, cp_size, batch, ra
     shape = last_rank(seq_len, cp_size, batch)
     peak = attention_bytes(FLASH, shape, ratio, path)
     assert peak == pytest.approx(found.peak_bytes, rel=0.03)
-    # The last rank gets no halo's gradient back: only a rank in the middle has both neighbours.
+    # The last rank gets no halo's gradient back: only a rank in the middle has both neighbors.
     assert received_bytes(FLASH, shape, ratio, path)[0] == found.received_forward
 
 

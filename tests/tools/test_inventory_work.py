@@ -52,7 +52,7 @@ def twice_in_backward(multiply_adds):
 
 def by_hand(ratio, positions):
     """The work of queries one after another: 3 heads of 5, window 29, top-k 23 of 17 x 19."""
-    projection = index_projection = choice = product = output = 0
+    projection = index_projection = scored = product = output = 0
     for position in positions:
         keys = min(position + 1, 29)
         entries = (position + 1) // ratio if ratio else 0
@@ -61,14 +61,14 @@ def by_hand(ratio, positions):
         output += 3 * 5 * 11 + 13 * 11 * 37
         if ratio == 4:
             index_projection += 7 * 17 * 19
-            choice += entries * 17 * 19
+            scored += entries * 17 * 19
     found = {
         "wq_b": twice_in_backward(projection),
         "attention": (2 * product, 5 * product),
         "wo_a and wo_b": twice_in_backward(output),
     }
     if ratio == 4:
-        found |= {"indexer.wq_b": (index_projection, 0), "index scores": (choice, 0)}
+        found |= {"indexer.wq_b": (index_projection, 0), "index scores": (scored, 0)}
     return found
 
 
@@ -76,11 +76,11 @@ def by_hand(ratio, positions):
 @pytest.mark.parametrize("shared", [False, True])
 def test_queries_are_counted_where_they_are_computed(ratio, shared):
     schedule = balanced(LAYOUT, ratio) if shared else contiguous(LAYOUT)
-    for kept, taken in zip(schedule.kept, schedule.taken, strict=True):
-        for runs in (kept, taken):
+    for local, remote in zip(schedule.kept, schedule.taken, strict=True):
+        for runs in (local, remote):
             positions = [i for run in runs for i in run]
             assert counts(query_operations(ODD, ratio, runs)) == by_hand(ratio, positions)
-        assert sum(map(len, taken)) == (128 if shared else 0)
+        assert sum(map(len, remote)) == (128 if shared else 0)
 
 
 @pytest.mark.parametrize(("ratio", "features"), [(0, 0), (4, 4), (128, 2)])

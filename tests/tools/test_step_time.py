@@ -150,11 +150,11 @@ def test_a_layer_computes_as_long_as_its_busiest_rank(ratio, moves):
     in_float32 = {"compressor", "indexer.compressor"}
     in_kernels = {"attention", "index scores"}
     ranks = []
-    for kept, taken in zip(schedule.kept, schedule.taken, strict=True):
+    for local, remote in zip(schedule.kept, schedule.taken, strict=True):
         seconds = 0
         for operation in (
-            *inventory.query_operations(FLASH, ratio, kept),
-            *inventory.query_operations(FLASH, ratio, taken),
+            *inventory.query_operations(FLASH, ratio, local),
+            *inventory.query_operations(FLASH, ratio, remote),
             *inventory.shard_operations(FLASH, ratio, 1024),
         ):
             # Forward twice but for top-k selection; two rows, two operations each.
