@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 
 PRODUCT_SHARE = 0.7
-"""What matrix products get of a peak: an H200's large bfloat16 ones about 790 of 989 TFLOP/s,
-experts' and other thin ones less."""
+"""Share of a peak that matrix products reach: an H200's large bfloat16 ones about 790 of 989
+TFLOP/s, experts' and other thin ones less."""
 
 LINK_SHARE = 0.8
-"""What collectives get of a link: NCCL about 360 of NVLink 4's 450 GB/s, 40 of a network's 50."""
+"""Share of a link that collectives reach: NCCL about 360 of NVLink 4's 450 GB/s, 40 of a network's
+50."""
 
 NVLINK_SECONDS = 30e-6
 """What a collective among the GPUs of a node takes whatever it moves: launch and handshake."""
@@ -21,7 +22,7 @@ NETWORK_SECONDS = 60e-6
 """The same among nodes: some hops more."""
 
 NETWORK_GBS = 50.0
-"""A 400 Gb/s adapter a GPU, as in the DGX and HGX systems of H100, H200 and B200."""
+"""A 400 Gb/s adapter per GPU, as in the DGX and HGX systems of H100, H200 and B200."""
 
 GPUS_A_NODE = 8
 
@@ -33,9 +34,9 @@ class Gpu:
     Attributes:
         name: As ``plan --gpu`` takes it.
         memory: GiB, as ``nvidia-smi`` shows them; the gigabytes of data sheets are nearly these.
-        tflops: Dense bfloat16 peak, times 1e12 a second.
-        float32_tflops: Float32 peak without TF32, which torch leaves off and AutoModel, too.
-        kernel_share: What attention and index scores get of the bfloat16 peak.
+        tflops: Dense bfloat16 peak, times 1e12 per second.
+        float32_tflops: Float32 peak without TF32, which torch and AutoModel leave off.
+        kernel_share: Share of the bfloat16 peak that attention and index scores reach.
         nvlink_gbs: GB/s that arrive from GPUs of the node, peak.
         network_gbs: GB/s that arrive from other nodes, peak.
     """
@@ -49,30 +50,26 @@ class Gpu:
     network_gbs: float = NETWORK_GBS
 
     @property
-    def products_a_second(self) -> float:
-        """Return floating-point operations a second of bfloat16 matrix products."""
+    def products_per_second(self) -> float:
+        """Floating-point operations per second of bfloat16 matrix products."""
         return self.tflops * 1e12 * PRODUCT_SHARE
 
     @property
-    def float32_a_second(self) -> float:
-        """Return floating-point operations a second of float32 matrix products."""
+    def float32_per_second(self) -> float:
+        """Floating-point operations per second of float32 matrix products."""
         return self.float32_tflops * 1e12 * PRODUCT_SHARE
 
     @property
-    def kernels_a_second(self) -> float:
-        """Return floating-point operations a second of attention and index scores."""
+    def kernels_per_second(self) -> float:
+        """Floating-point operations per second of attention and index scores."""
         return self.tflops * 1e12 * self.kernel_share
 
     def gather_seconds(self, received: float, ranks: int) -> float:
-        """Return how long all ranks take to receive the same from all others, or back its sum.
+        """Return how long ``ranks`` take to receive the same from all others, or back its sum.
 
-        A node fetches each byte of other nodes once, each of its GPUs a share over its own adapter,
-        and NVLink hands it on: NCCL's rings, whose bus bandwidth among nodes is that of all
-        adapters together.
-
-        Args:
-            received: Bytes that a rank receives of all other ranks.
-            ranks: How many ranks there are, neighbours in a node.
+        Ranks are neighbors in a node. A node fetches each byte of other nodes once, each of its
+        GPUs a share over its own adapter, and NVLink distributes it: NCCL's rings, whose bus
+        bandwidth among nodes is that of all adapters together.
         """
         if not received:
             return 0.0
@@ -84,13 +81,9 @@ class Gpu:
         return max(nvlink, network) + NETWORK_SECONDS
 
     def exchange_seconds(self, received: float, ranks: int) -> float:
-        """Return how long ranks take to receive what each asks one or two others for.
+        """Return how long ``ranks`` take to receive what each requests from one or two others.
 
         Among nodes the slowest rank's partner is in another, and all goes over the network.
-
-        Args:
-            received: Bytes that a rank receives.
-            ranks: How many ranks there are, neighbours in a node.
         """
         if not received:
             return 0.0

@@ -36,9 +36,9 @@ def test_a_gather_enters_a_node_once_over_all_its_adapters():
 
 
 def test_rates_are_shares_of_peaks():
-    assert GPU.products_a_second == pytest.approx(700e12)
-    assert GPU.float32_a_second == pytest.approx(70e12)
-    assert GPU.kernels_a_second == pytest.approx(500e12)
+    assert GPU.products_per_second == pytest.approx(700e12)
+    assert GPU.float32_per_second == pytest.approx(70e12)
+    assert GPU.kernels_per_second == pytest.approx(500e12)
 
 
 @pytest.mark.parametrize(

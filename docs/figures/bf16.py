@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the tiny recipe in bfloat16 with three seeds at CP=1, 2 and 4, and draws the losses.
+"""Train the tiny recipe in bfloat16 with three seeds at CP=1, 2 and 4, and draw the losses.
 
 Run it with: python docs/figures/bf16.py FOLDER
-(an hour or two on two cores; runs whose losses FOLDER already holds are not made again)
+(an hour or two on two cores; runs whose losses are already in FOLDER are not repeated)
 
 It draws bf16.svg next to itself, and fails where context parallelism takes a loss further from
 CP=1's than rounding does in the first steps, or than another seed does later.
@@ -54,7 +54,7 @@ def main() -> None:
 def recipe(seed: int) -> dict[str, object]:
     """Return the tiny recipe with AutoModel's own precision: bfloat16, gradients summed in float32.
 
-    What is named here is only the parameters' dtype: all else is AutoModel's default `mp_policy`.
+    Only the parameters' dtype is set here; all else is AutoModel's default `mp_policy`.
     """
     fields = compose("tiny_cpu").fields
     fields["seed"] = seed
@@ -116,9 +116,9 @@ def _drawn(averaged: Curves) -> Figure:
         low, high = one_rank.amin(0) - base, one_rank.amax(0) - base
         axes.fill_between(steps, low, high, color="#d9d9d9", lw=0, label="between CP=1's seeds")
         for (cp_size, seed), losses in averaged.items():
-            colour, dashes = styles[cp_size]
+            color, dashes = styles[cp_size]
             label = f"CP={cp_size}, three seeds" if seed == SEEDS[0] else None
-            axes.plot(steps, losses - base, dashes, color=colour, lw=1, label=label)
+            axes.plot(steps, losses - base, dashes, color=color, lw=1, label=label)
     above.set_ylabel(f"loss, mean of {AVERAGED} steps")
     below.set_ylabel("less the mean\nof CP=1's seeds")
     below.set_xlabel("step")

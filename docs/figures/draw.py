@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the figures of the README and docs/how_it_works.md next to itself.
+"""Draw the figures of the README and docs/how_it_works.md next to this file.
 
 Run it with: python docs/figures/draw.py [NAME ...]
-(it needs matplotlib; `memory` weighs for some fifteen minutes)
+(it needs matplotlib; `memory` takes some fifteen minutes)
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from nemo_dsv4_cp.bench.layer import Case
-from nemo_dsv4_cp.bench.profiling import weigh
+from nemo_dsv4_cp.bench.profiling import profile
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 HERE = Path(__file__).parent
 LOCAL_TOKENS = 16_384
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def balance() -> Figure:
-    """Who computes which queries, of a row of one document and of a packed one, and what it is."""
+    """Which rank computes which queries of a row, and how many entries they see."""
     starts = [0, 5, 17, 20, 56, 60, 61]  # of packed documents, in 64ths of the row
     tokens, ranks = 65_536, len(RANKS)
     plain = SequenceLayout(tokens // ranks, 0, ranks)
@@ -76,8 +76,8 @@ def balance() -> Figure:
     for layout, title, column in zip((plain, packed), titles, every.T, strict=True):
         _who_computes(column[0], layout, title)
         _how_much(column[1], layout)
-    every[0, 0].set_ylabel("entries that a query sees")
-    every[1, 0].set_ylabel("seen by a rank's\nqueries, of the mean")
+    every[0, 0].set_ylabel("visible entries of a query")
+    every[1, 0].set_ylabel("visible to a rank's\nqueries / mean")
     every[1, 0].legend(loc="upper left", ncols=2)
     return figure
 
@@ -87,13 +87,13 @@ def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
     positions = torch.arange(0, seq_len, seq_len // 2048)
     first, stop = layout.visible_entries(positions, 4)
     seen = (stop - first)[0]
-    for rank, colour in enumerate(RANKS):
+    for rank, color in enumerate(RANKS):
         for run in (*schedule.local[rank], *schedule.remote[rank]):
             inside = (positions >= run.start) & (positions < run.stop)
             x = [*positions[inside].tolist(), run.stop]
             y = [*seen[inside].tolist(), seen[inside][-1].item()]
-            axes.fill_between(x, y, color=colour, lw=0)
-            axes.axvspan(run.start, run.stop, ymax=0.08, color=colour, lw=0)
+            axes.fill_between(x, y, color=color, lw=0)
+            axes.axvspan(run.start, run.stop, ymax=0.08, color=color, lw=0)
     for rank in range(layout.cp_size):
         shard = layout.shard(rank)
         axes.axvline(shard.start, color=INK, lw=0.8, ls=":")
@@ -102,7 +102,7 @@ def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
     axes.set_ylim(-1400, seq_len // 4)
     axes.set_xticks([])
     axes.set_yticks([0, seq_len // 8, seq_len // 4])
-    axes.set_title(f"{title}: colours tell the rank that computes", fontsize=10)
+    axes.set_title(f"{title}: colors show the rank that computes", fontsize=10)
 
 
 def _how_much(axes: Axes, layout: SequenceLayout) -> None:
@@ -137,7 +137,7 @@ def save(figure: Figure, name: str) -> None:
 
 
 def cut() -> Figure:
-    """What crosses a cut at ratio 4: two neighbours' tokens, and everybody's entries."""
+    """What crosses a cut at ratio 4: tokens of the rank before, and entries of all ranks."""
     figure, axes = plt.subplots(figsize=(11, 4.8))
     axes.set_xlim(0, 96)
     axes.set_ylim(0, 46)
@@ -147,27 +147,27 @@ def cut() -> Figure:
     _text(
         axes, 0, 44.5, "Rank 2 of a row that is cut into contiguous shards, in a layer of ratio 4"
     )
-    for rank, colour in enumerate(SHARDS):
+    for rank, color in enumerate(SHARDS):
         left = 2 + rank * 32
-        _box(axes, left, top, width, height, colour)
-        _text(axes, left + width / 2 - 1, top + height / 2, f"tokens of rank {rank}", centred=True)
-        _box(axes, left, 4, width, height - 1, colour)
+        _box(axes, left, top, width, height, color)
+        _text(axes, left + width / 2 - 1, top + height / 2, f"tokens of rank {rank}", centered=True)
+        _box(axes, left, 4, width, height - 1, color)
         for entry in range(1, 7):
             x = left + width * entry / 7
             axes.plot([x, x], [4, 8], color="white", lw=1)
-        _text(axes, left + width / 2, 6, f"entries of rank {rank}", centred=True)
+        _text(axes, left + width / 2, 6, f"entries of rank {rank}", centered=True)
 
-    # The halo and the window are the end of the neighbour's shard, wider than true to scale.
+    # The halo and the window are the end of the neighbor's shard, wider than true to scale.
     end, begin = 2 + 32 + width, 2 + 64
     _box(axes, end - 7, top, 7, height, HALO)
     _box(axes, end - 2, top, 2, height, FEATURES)
     _arrow(axes, (end - 5, top), (begin + 2, 28.5), HALO)
     _arrow(axes, (end - 1, top), (begin + 15, 28.5), FEATURES)
     _box(axes, begin - 4, 22.5, 14.5, 6, HALO)
-    _text(axes, begin + 3.25, 25.5, "halo: W-1 = 127\nraw keys", centred=True, colour="white")
+    _text(axes, begin + 3.25, 25.5, "halo: W-1 = 127\nraw keys", centered=True, color="white")
     _box(axes, begin + 11.5, 22.5, 16.5, 6, FEATURES)
-    _text(axes, begin + 19.75, 25.5, "one previous window's\nfeatures, 4 tokens", centred=True)
-    _text(axes, begin + 12, 20.6, "1.3 bytes together", centred=True)
+    _text(axes, begin + 19.75, 25.5, "one previous window's\nfeatures, 4 tokens", centered=True)
+    _text(axes, begin + 12, 20.6, "1.3 bytes together", centered=True)
 
     _box(axes, begin - 4, 12.5, 32, 6, ENTRIES)
     _text(
@@ -175,21 +175,21 @@ def cut() -> Figure:
         begin + 12,
         15.5,
         "all ranks' finished entries\n256 bytes, and 64 of index keys",
-        centred=True,
-        colour="white",
+        centered=True,
+        color="white",
     )
     for begin_x, end_x in ((16, 64), (48, 70), (80, 80)):
         _arrow(axes, (begin_x, 8), (end_x, 12.5), ENTRIES)
 
     notes = (
-        "Left of the cut come, in one exchange with the neighbour,",
+        "Left of the cut come, in one exchange with the neighbor,",
         "the keys that the sliding window of rank 2's first queries",
         "reaches, and what its first overlapping window pools too.",
         "",
         "Entries are pooled where their last token lies. Only these,",
         "a quarter as many as tokens, are gathered from all ranks.",
         "",
-        "Bytes: forward, bfloat16, a local token and remote rank.",
+        "Bytes: forward, bfloat16, per local token and remote rank.",
         "boundary 321.3     all_gather 6,464.0     AutoModel 11,584.0",
     )
     for line, note in enumerate(notes):
@@ -203,10 +203,10 @@ def memory() -> Figure:
     lengths = [LOCAL_TOKENS * size for size in CP_SIZES]
     peaks_gb = _peaks_gb()
     labels = {AUTOMODEL: "AutoModel 0.7.0", "all_gather": "all_gather", "boundary": "boundary"}
-    colours = {AUTOMODEL: HALO, "all_gather": FEATURES, "boundary": SHARDS[2]}
+    colors = {AUTOMODEL: HALO, "all_gather": FEATURES, "boundary": SHARDS[2]}
     for path, label in labels.items():
         peaks = [peaks_gb[path, size] for size in CP_SIZES]
-        axes.plot(lengths, peaks, marker="o", ms=4, color=colours[path], label=label)
+        axes.plot(lengths, peaks, marker="o", ms=4, color=colors[path], label=label)
         axes.annotate(
             f"{peaks[-1]:.1f}", (lengths[-1], peaks[-1]), (5, -3), textcoords="offset points"
         )
@@ -231,7 +231,7 @@ def memory() -> Figure:
 
 
 def _peaks_gb() -> dict[tuple[str, int], float]:
-    # The longest rows take the longest to weigh: they go first.
+    # The longest rows take the longest to profile: they go first.
     cases = [(path, size) for size in reversed(CP_SIZES) for path in PATHS]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         return dict(zip(cases, pool.map(_peak_gb, *zip(*cases, strict=True)), strict=True))
@@ -242,27 +242,27 @@ def _peak_gb(path: str, cp_size: int) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         case = Case(path, 4, LOCAL_TOKENS * cp_size, cp_size, cp_size - 1, balance="off")
-        peak = weigh(case).peak_bytes / 1e9
+        peak = profile(case).peak_bytes / 1e9
     print(f"{path}, {cp_size} ranks: {peak:.2f} GB", flush=True)
     return peak
 
 
 def _box(
-    axes: Axes, x: float, y: float, width: float, height: float, colour: str, alpha: float = 1
+    axes: Axes, x: float, y: float, width: float, height: float, color: str, alpha: float = 1
 ) -> None:
-    axes.add_patch(Rectangle((x, y), width, height, fc=colour, ec=INK, lw=0.6, alpha=alpha))
+    axes.add_patch(Rectangle((x, y), width, height, fc=color, ec=INK, lw=0.6, alpha=alpha))
 
 
 def _text(
-    axes: Axes, x: float, y: float, text: str, *, centred: bool = False, colour: str = INK
+    axes: Axes, x: float, y: float, text: str, *, centered: bool = False, color: str = INK
 ) -> None:
-    align = "center" if centred else "left"
-    axes.text(x, y, text, ha=align, va="center", color=colour, fontsize=9 if not centred else 8)
+    align = "center" if centered else "left"
+    axes.text(x, y, text, ha=align, va="center", color=color, fontsize=9 if not centered else 8)
 
 
-def _arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float], colour: str) -> None:
+def _arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float], color: str) -> None:
     axes.add_patch(
-        FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=10, color=colour, lw=1.2)
+        FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=10, color=color, lw=1.2)
     )
 
 

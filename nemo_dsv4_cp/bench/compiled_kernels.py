@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
-from nemo_dsv4_cp.tools.ahead import Compiled, Specimen, compile_kernel, record
+from nemo_dsv4_cp.tools.ahead import Specimen, compile_kernel, record
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 ARCHITECTURES = (80, 90, 100)
@@ -31,20 +32,6 @@ ARCHITECTURES = (80, 90, 100)
 
 _SHARD = 64
 _WORKSPACE = 1 << 30
-
-
-@dataclass(frozen=True)
-class Report:
-    """A kernel of one model's layers on one architecture."""
-
-    model: str
-    compiled: Compiled
-
-    def row(self) -> dict[str, Any]:
-        """Return what ``bench kernels`` prints."""
-        names = ("kernel", "arch", "registers", "stack", "shared", "tensor_core")
-        told = {name: asdict(self.compiled)[name] for name in names}
-        return {"kernel": told.pop("kernel"), "model": self.model} | told
 
 
 def _zeros(*shape: int) -> torch.Tensor:
@@ -113,9 +100,11 @@ def kernels_of(model: str, arch: int) -> list[Specimen]:
     return found
 
 
-def compile_all(models: Sequence[str], archs: Sequence[int]) -> Iterator[Report]:
-    """Compile the kernels of models for architectures, one after the other."""
-    for model in models:
-        for arch in archs:
-            for specimen in kernels_of(model, arch):
-                yield Report(model, compile_kernel(specimen, arch))
+def compile_all(models: Sequence[str], archs: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Compile the kernels of models for architectures, and yield what ``bench kernels`` prints."""
+    for model, arch in product(models, archs):
+        for specimen in kernels_of(model, arch):
+            compiled = asdict(compile_kernel(specimen, arch))
+            names = ("arch", "registers", "stack", "shared", "tensor_core")
+            row = {"kernel": compiled["kernel"], "model": model}
+            yield row | {name: compiled[name] for name in names}

@@ -19,7 +19,7 @@ from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,11 @@ def build(
     attn: str = "sdpa",
     **sizes: Any,
 ) -> Forward:
-    """Build the layer and its input, and return its forward.
+    """Build the layer and its input, and return its forward, which yields [B, L, E].
 
-    Args:
-        case: What to build.
-        group: CP process group.
-        dtype: Activation dtype.
-        device: Where tensors live.
-        attn: AutoModel's attention backend.
-        **sizes: Fields of the config that differ from V4-Flash.
-
-    Returns:
-        A function that runs the forward as AutoModel's model would, its dense mask included, and
-        returns [B, L, E]. The input and all parameters but the indexer's take gradients.
+    It runs as in AutoModel's model, including the dense mask. The input and all parameters but the
+    indexer's take gradients. ``attn`` is AutoModel's attention backend, ``sizes`` the fields of the
+    config that differ from V4-Flash.
     """
     options: dict[str, Any] = {"workspace_mib": case.workspace_mib}
     if case.path != AUTOMODEL:

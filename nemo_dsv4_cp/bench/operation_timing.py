@@ -30,14 +30,7 @@ from nemo_dsv4_cp.sequence.queries import Queries
 
 @dataclass(frozen=True)
 class OperationTime:
-    """One operation alone.
-
-    Attributes:
-        operation: What ran.
-        ratio: Compress ratio of the layer.
-        seconds: Median over the repeats.
-        flops: Floating-point operations of its products.
-    """
+    """One operation alone: median seconds, and floating-point operations of its products."""
 
     operation: str
     ratio: int
@@ -60,7 +53,7 @@ def time_operations(
     fields: Mapping[str, Any], ratio: int, seq_len: int, cp_size: int, *,
     dtype: torch.dtype, workspace_bytes: int, repeats: int,
 ) -> list[OperationTime]:  # fmt: skip
-    """Time the operations of the last rank's layer, one row, drawn tensors.
+    """Time the operations of the last rank's layer, one row, drawn tensors, after one run each.
 
     Args:
         fields: A complete model config.
@@ -69,7 +62,7 @@ def time_operations(
         cp_size: Number of CP ranks.
         dtype: Of activations.
         workspace_bytes: How much scratch an operation may take.
-        repeats: Runs that count, after one that does not.
+        repeats: Runs that count.
 
     Raises:
         ValueError: If the kernels cannot run here.

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of the time that collectives take is hidden behind computing: real gloo ranks, slowed.
+"""How much of slowed collectives overlaps with compute, on real gloo ranks.
 
 On one machine a collective takes next to nothing, so each is made to take a given time longer, as
-over a link that carries one after the other. What a rank waits for the late ones, of what they take
-longer, was not hidden. That is measured at each wait: the seconds of whole passes stand beside it,
-and other processes of the machine move them by more.
+over a link that carries one after the other. What a rank waits for the late ones was not hidden; it
+is measured at each wait, since other processes of the machine move the seconds of whole passes by
+more.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +24,7 @@ import torch
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.exchange.collectives import InFlight, Work, all_gather_metadata, barrier, cp_size
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.paths import BOUNDARY
+from nemo_dsv4_cp.tools.inventory import BOUNDARY
 
 RANKS = 2
 SIZES: dict[str, Any] = {
@@ -46,16 +48,11 @@ class Pass:
     """One pass of a layer, as it is and with collectives slowed.
 
     Attributes:
-        direction: ``"forward"`` or ``"backward"``.
-        ratio: Compress ratio of the layer.
-        balance: ``context_parallel.balance``.
-        overlap: ``context_parallel.overlap``.
         collectives: How many it starts.
         seconds: Of the slowest rank, the least of the repeats: what else ran only adds.
-        slowed_seconds: The same with each collective slowed.
-        waited: Seconds that a rank waited for what came late: of each collective the rank that
-            waited longest, all together, median of the repeats.
-        delay: Seconds by which each was slowed.
+        slowed_seconds: The same with each collective slowed by ``delay`` seconds.
+        waited: Seconds that a rank waited for late collectives: of each the rank that waited most,
+            all together, median of the repeats.
     """
 
     direction: str
@@ -92,38 +89,26 @@ class SlowLink:
         begin = InFlight.begin
 
         def slowed(flight: InFlight, work: Work, filling: Any) -> None:
-            self._free_at = max(self._free_at, time.perf_counter()) + self._delay
+            arrival = self._free_at = max(self._free_at, time.perf_counter()) + self._delay
+            place = len(self.waited)
             self.waited.append(0.0)
-            late = _Slowed(work, self._free_at, self.waited, len(self.waited) - 1)
-            begin(flight, late, filling)  # type: ignore[arg-type]
+
+            def wait() -> None:
+                work.wait()
+                late = max(0.0, arrival - time.perf_counter())
+                self.waited[place] += late
+                time.sleep(late)
+
+            begin(flight, SimpleNamespace(wait=wait), filling)  # type: ignore[arg-type]
 
         with mock.patch.object(InFlight, "begin", slowed):
             yield
 
 
-class _Slowed:
-    """A collective that has arrived no sooner than at a given time; notes what that is waited."""
-
-    def __init__(self, work: Work, arrives_at: float, waited: list[float], place: int) -> None:
-        self._work, self._arrives_at = work, arrives_at
-        self._waited, self._place = waited, place
-
-    def wait(self) -> None:
-        self._work.wait()
-        late = max(0.0, self._arrives_at - time.perf_counter())
-        self._waited[self._place] += late
-        time.sleep(late)
-
-
 def measure(ratio: int, balance: str, *, seq_len: int, delay: float, repeats: int) -> list[Pass]:
     """Time a layer's passes with overlap and without, its collectives as they are and slowed.
 
-    Args:
-        ratio: Compress ratio of the layer.
-        balance: ``context_parallel.balance``.
-        seq_len: S, tokens in the row, on two ranks of one thread each.
-        delay: Seconds by which each collective is slowed.
-        repeats: Measurements of each, in turn, after one that is not counted.
+    On two ranks of one thread each, in turn, after one repeat that does not count.
     """
     passes: list[Pass] = local_ranks.run(_rank, RANKS, ratio, balance, seq_len, delay, repeats)
     return passes
@@ -142,8 +127,8 @@ def _rank(
         )
         for overlap in (True, False)
     }
-    seconds: dict[tuple[str, bool, float], list[float]] = {}
-    waits: dict[tuple[str, bool, float], list[float]] = {}
+    seconds: dict[tuple[str, bool, float], list[float]] = defaultdict(list)
+    waits: dict[tuple[str, bool, float], list[float]] = defaultdict(list)
     counts: dict[str, int] = {}
 
     def timed(direction: str, overlap: bool, slowed_by: float, run: Any) -> Any:
@@ -153,10 +138,9 @@ def _rank(
         with link.slowing():
             result = run()
         barrier(group)
-        timing = (direction, overlap, slowed_by)
-        seconds.setdefault(timing, []).append(time.perf_counter() - begin)
+        seconds[direction, overlap, slowed_by].append(time.perf_counter() - begin)
         waited = all_gather_metadata(torch.tensor([link.waited]), dim=0, cp_group=group)
-        waits.setdefault(timing, []).append(float(waited.amax(0).sum()))
+        waits[direction, overlap, slowed_by].append(float(waited.amax(0).sum()))
         counts[direction] = len(link.waited)
         return result
 
@@ -166,10 +150,6 @@ def _rank(
                 out = timed("forward", overlap, slowed_by, forward)
                 grad = torch.ones_like(out)
                 timed("backward", overlap, slowed_by, lambda out=out, grad=grad: out.backward(grad))
-
-    def least(direction: str, overlap: bool, slowed_by: float) -> float:
-        return min(seconds[direction, overlap, slowed_by][1:])
-
     return [
         Pass(
             direction,
@@ -177,8 +157,8 @@ def _rank(
             balance,
             overlap,
             counts[direction],
-            least(direction, overlap, 0.0),
-            least(direction, overlap, delay),
+            min(seconds[direction, overlap, 0.0][1:]),
+            min(seconds[direction, overlap, delay][1:]),
             statistics.median(waits[direction, overlap, delay][1:]),
             delay,
         )

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory, traffic and launches of one rank, weighed without a device.
+"""Memory, traffic, launches and operations of one rank's layer, profiled without a device.
 
-Fake tensors in a fake process group: every operation of a layer is seen with its shapes, and none
-is computed.
+Fake tensors in a fake process group: every operation of a layer runs on shapes alone.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,13 +21,14 @@ from nemo_automodel.components.models.deepseek_v4 import layers as automodel_lay
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_dsv4_cp.automodel import tilelang
 from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
-from nemo_dsv4_cp.bench.layer import Case, build
+from nemo_dsv4_cp.bench.layer import Case, Forward, build
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.kernels.costs import Cost, cost_of, register_cost
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 _LARGEST = 5
 
@@ -62,24 +64,20 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Launches:
-    """What a device is asked to run.
+    """What a device runs: launched operations, and bytes of the tensors that they read and write.
 
-    Attributes:
-        count: Operations launched; collectives count, views and allocations do not.
-        read_bytes: Bytes of the tensors they read, each as large as the operation sees it.
-        written_bytes: Bytes of the tensors they write.
+    Collectives count, views and allocations do not. A tensor is as large as the operation sees it.
     """
 
     count: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
 
+    def __add__(self, other: Launches) -> Launches:
+        return Launches(*map(operator.add, astuple(self), astuple(other)))
+
     def __sub__(self, other: Launches) -> Launches:
-        return Launches(
-            self.count - other.count,
-            self.read_bytes - other.read_bytes,
-            self.written_bytes - other.written_bytes,
-        )
+        return Launches(*map(operator.sub, astuple(self), astuple(other)))
 
     @property
     def moved_bytes(self) -> int:
@@ -88,13 +86,13 @@ class Launches:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """What one layer's forward and backward took of one rank.
+class LayerProfile:
+    """What one layer's forward and backward take on one rank.
 
-    Parameters and input were there before, and count only where an operation returned a view.
+    Parameters and input are there before, and count only where an operation returns a view.
 
     Attributes:
-        case: What was weighed.
+        case: What was profiled.
         peak_bytes: Most bytes alive at a time.
         saved_bytes: Bytes alive between forward and backward.
         received_forward: Bytes that other ranks sent, in forward.
@@ -118,7 +116,7 @@ class Weight:
         return received / self.case.layout.local_len / max(self.case.cp_size - 1, 1)
 
 
-class _Scale(TorchDispatchMode):
+class Profiler(TorchDispatchMode):
     """Sums the storages alive, the bytes that collectives bring in, and what is launched."""
 
     def __init__(self, case: Case) -> None:
@@ -134,20 +132,20 @@ class _Scale(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        told = cost_of(func, args, kwargs)
-        self._launch(func, args, kwargs, out, told)
+        cost = cost_of(func, args, kwargs)
+        self._launch(func, args, kwargs, out, cost)
         if func.namespace == "c10d":
-            self.received += self._brought(func.overloadpacket.__name__, args)
+            self.received += self._received(func.overloadpacket.__name__, args)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._add(tensor, str(func.overloadpacket))
-        if told is not None:
-            self._note_peak(self.live + told.scratch_bytes)
+        if cost is not None:
+            self._note_peak(self.live + cost.scratch_bytes)
         return out
 
-    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, told: Cost | None) -> None:
-        if told is not None:
-            new = Launches(told.launches, told.read_bytes, told.written_bytes)
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, cost: Cost | None) -> None:
+        if cost is not None:
+            new = Launches(cost.launches, cost.read_bytes, cost.written_bytes)
         elif _only_a_view(func) or func.overloadpacket.__name__ in _NO_LAUNCH:
             return
         else:
@@ -155,11 +153,7 @@ class _Scale(TorchDispatchMode):
             if not written:
                 return  # nothing to run on tensors without entries
             new = Launches(1, read, written)
-        self.launched = Launches(
-            self.launched.count + new.count,
-            self.launched.read_bytes + new.read_bytes,
-            self.launched.written_bytes + new.written_bytes,
-        )
+        self.launched += new
 
     def _add(self, tensor: torch.Tensor, operation: str) -> None:
         storage = tensor.untyped_storage()
@@ -172,17 +166,17 @@ class _Scale(TorchDispatchMode):
         self.live += size
         self._note_peak(self.live)
 
-    def _note_peak(self, taken: int) -> None:
-        if taken > self.peak:
-            self.peak = taken
+    def _note_peak(self, size: int) -> None:
+        if size > self.peak:
+            self.peak = size
             ranked = sorted(self._alive.values(), key=lambda t: t.bytes, reverse=True)
             self.largest = tuple(ranked[:_LARGEST])
 
     def _remove(self, key: int) -> None:
         self.live -= self._alive.pop(key).bytes
 
-    def _brought(self, operation: str, args: tuple[Any, ...]) -> int:
-        """Return what other ranks sent to this one, whatever algorithm carries it."""
+    def _received(self, operation: str, args: tuple[Any, ...]) -> int:
+        """Return the bytes that other ranks send to this one, whatever algorithm carries them."""
         remote = self._ranks - 1
         if operation in ("allgather_", "_allgather_base_"):
             return _bytes(args[0]) * remote // self._ranks
@@ -194,7 +188,7 @@ class _Scale(TorchDispatchMode):
             splits = args[3] or [_bytes(args[0]) // self._ranks] * self._ranks
             row = _bytes(args[0]) // max(args[0].shape[0], 1)
             return sum(size * row for i, size in enumerate(splits) if i != self._rank)
-        raise NotImplementedError(f"c10d.{operation} is not weighed; teach _brought() its bytes")
+        raise NotImplementedError(f"c10d.{operation} is not profiled; add its bytes to _received()")
 
 
 def _bytes(tensors: Any) -> int:
@@ -230,54 +224,85 @@ def _seen(value: Any) -> int:
     )
 
 
-def weigh(case: Case) -> Weight:
-    """Run a V4-Flash layer forward and backward on fake tensors, bfloat16, and weigh it.
-
-    Kernels of the package tell what they launch; of AutoModel's TileLang kernels only the tensors
-    they take, save and return exist here.
-    """
+@contextmanager
+def _layer_of_fakes(case: Case) -> Iterator[Forward]:
+    """Yield the forward of a V4-Flash layer on fake tensors, bfloat16."""
     let_fake_tensors_through_collectives()
+    attn = "tilelang" if case.path == AUTOMODEL else "sdpa"
     with (
         process_group("fake", rank=case.rank, size=case.cp_size) as group,
         FakeTensorMode(),
         _automodel_kernels(),
     ):
-        forward = build(
+        yield build(case, group, dtype=torch.bfloat16, device=torch.device("cpu"), attn=attn)
+
+
+def profile(case: Case) -> LayerProfile:
+    """Profile forward and backward of a V4-Flash layer.
+
+    Kernels of the package register what they launch; of AutoModel's TileLang kernels only the
+    tensors that they take, save and return exist here.
+    """
+    with _layer_of_fakes(case) as forward, Profiler(case) as profiler:
+        out = forward()
+        saved, received, launched = profiler.live, profiler.received, profiler.launched
+        out.backward(torch.empty_like(out))
+        return LayerProfile(
             case,
-            group,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-            attn="tilelang" if case.path == AUTOMODEL else "sdpa",
+            profiler.peak,
+            saved,
+            received,
+            profiler.received - received,
+            launched,
+            profiler.launched - launched,
+            profiler.largest,
         )
-        with _Scale(case) as scale:
+
+
+def count_flops(case: Case) -> tuple[int, int]:
+    """Return the floating-point operations of a V4-Flash layer's products, forward and backward.
+
+    The Triton kernels register theirs: what the causal view hides does not count. The torch path's
+    products count as they are computed, what is masked afterwards too.
+    """
+    with _layer_of_fakes(case) as forward:
+        with FlopCounterMode(display=False) as counted:
             out = forward()
-            saved, received, launched = scale.live, scale.received, scale.launched
+        with FlopCounterMode(display=False) as counted_back:
             out.backward(torch.empty_like(out))
-            return Weight(
-                case,
-                scale.peak,
-                saved,
-                received,
-                scale.received - received,
-                launched,
-                scale.launched - launched,
-                scale.largest,
-            )
+    return counted.get_total_flops(), counted_back.get_total_flops()
 
 
-# AutoModel's kernels as operations that are profiled and never run. One launch a kernel: that the
+def draw_documents(seq_len: int, shortest: int, longest: int, seed: int) -> tuple[int, ...]:
+    """Draw where documents of ``shortest`` to ``longest`` tokens start in a row that they fill."""
+    draw, starts = random.Random(seed), [0]
+    while starts[-1] < seq_len:
+        starts.append(starts[-1] + draw.randint(shortest, longest))
+    return tuple(starts[:-1])
+
+
+# AutoModel's kernels as operations that are profiled and never run. One launch per kernel: that
 # AutoModel takes 16 heads at a time, and copies them before and after, is not counted.
+_AUTOMODEL = torch.library.Library("dsv4_cp", "FRAGMENT")
 
 
-@torch.library.custom_op("dsv4_cp::automodel_attention", mutates_args=())
-def _automodel_attention(
-    q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
+def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an operation of AutoModel by a function of its arguments' shapes."""
+
+    def define(shapes: Callable[..., Any]) -> Callable[..., Any]:
+        _AUTOMODEL.define(schema)
+        name = schema.partition("(")[0]
+        _AUTOMODEL.impl(name, shapes, "Meta")
+        operation: Callable[..., Any] = getattr(torch.ops.dsv4_cp, name)
+        return operation
+
+    return define
 
 
-@_automodel_attention.register_fake
-def _(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@_operation(
+    "automodel_attention(Tensor q, Tensor kv, Tensor sinks, Tensor indices) -> (Tensor, Tensor)"
+)
+def _attention(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -287,36 +312,17 @@ def _(q: torch.Tensor, *keys: torch.Tensor) -> Cost:
     return Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
 
 
-@torch.library.custom_op("dsv4_cp::automodel_attention_backward", mutates_args=())
-def _automodel_attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    sinks: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor,
-    log_sums: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
-
-
-@_automodel_attention_backward.register_fake
-def _(
-    grad: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, *_: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(kv), torch.empty_like(sinks)
+@_operation(
+    "automodel_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor sinks, Tensor indices, "
+    "Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_backward(grad: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(map(torch.empty_like, saved[:3]))
 
 
 @register_cost("dsv4_cp::automodel_attention_backward")
-def _(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    sinks: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor,
-    log_sums: torch.Tensor,
-) -> Cost:
+def _(grad: torch.Tensor, *saved: torch.Tensor) -> Cost:
+    q, kv, sinks, indices, out, log_sums = saved
     # Sums of out * grad; the gradients, the keys' in float32; those rounded.
     summed = kv.numel() * 4
     return Cost(
@@ -327,15 +333,8 @@ def _(
     )
 
 
-@torch.library.custom_op("dsv4_cp::automodel_index_scores", mutates_args=())
-def _automodel_index_scores(
-    q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    raise NotImplementedError
-
-
-@_automodel_index_scores.register_fake
-def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+@_operation("automodel_index_scores(Tensor q, Tensor keys, Tensor weights) -> Tensor")
+def _index_scores(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
 
 
@@ -353,19 +352,16 @@ class _AutoModelAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
     ) -> torch.Tensor:
         out: torch.Tensor
-        out, log_sums = _automodel_attention(q, kv, sinks, indices)
+        out, log_sums = _attention(q, kv, sinks, indices)
         ctx.save_for_backward(q, kv, sinks, indices, out, log_sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads: tuple[torch.Tensor, ...] = _automodel_attention_backward(
-            grad.contiguous(), *ctx.saved_tensors
-        )
-        return *grads, None
+        return *_attention_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
-def _attention_shapes(
+def _sparse_attention(
     q: torch.Tensor,
     kv: torch.Tensor,
     sinks: torch.Tensor,
@@ -379,10 +375,10 @@ def _attention_shapes(
     return out
 
 
-def _score_shapes(
+def _indexer_scores(
     q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
 ) -> torch.Tensor:
-    scores: torch.Tensor = _automodel_index_scores(q, keys, weights)
+    scores: torch.Tensor = _index_scores(q, keys, weights)
     return scores
 
 
@@ -390,10 +386,12 @@ def _score_shapes(
 def _automodel_kernels() -> Iterator[None]:
     with ExitStack() as patched:
         for user in (automodel_layers, tilelang):
-            for name, shapes in (
-                ("dsv4_sparse_attention", _attention_shapes),
-                ("dsv4_indexer_scores", _score_shapes),
-            ):
-                patched.enter_context(mock.patch.object(user, name, shapes))
+            patched.enter_context(
+                mock.patch.multiple(
+                    user,
+                    dsv4_sparse_attention=_sparse_attention,
+                    dsv4_indexer_scores=_indexer_scores,
+                )
+            )
         patched.enter_context(mock.patch.object(tilelang, "HAS_TILELANG", True))
         yield

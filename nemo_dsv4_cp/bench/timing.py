@@ -7,16 +7,18 @@ import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.bench.layer import Case, Forward, build
-from nemo_dsv4_cp.exchange.collectives import barrier, cp_size, process_group
+from nemo_dsv4_cp.exchange.collectives import barrier, process_group
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.paths import AUTOMODEL
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 CPU_SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -31,16 +33,14 @@ CPU_SIZES: dict[str, Any] = {
     "index_topk": 128,
     "torch_dtype": "float32",
 }
-"""A layer of a few hundred hidden units, which CPU ranks get through."""
+"""A layer that is small enough for CPU ranks."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one path, a forward and backward each.
+    """Seconds of one path's forward and backward, one entry per repeat, of the slowest rank.
 
     Attributes:
-        case: What ran.
-        seconds: One entry a repeat, of the slowest rank.
         peak_bytes: Most GPU memory allocated, None on a CPU.
     """
 
@@ -58,12 +58,9 @@ def describe_machine() -> str:
     """Return what the times were measured on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as lines:
-            model = next(line for line in lines if line.startswith("model name")).split(":")[1]
-    except (OSError, StopIteration):
-        model = platform.machine()
+    model = platform.machine()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+        model = next(line for line in lines if line.startswith("model name")).split(":")[1]
     return f"{model.strip()}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
@@ -77,51 +74,26 @@ def time_gloo_ranks(
 ) -> list[Timing]:
     """Time real gloo ranks on this CPU, one thread each, the paths in turn (float32).
 
-    Args:
-        paths: ``"automodel"`` and names of transports.
-        ratio: Compress ratio of the layer.
-        seq_len: S, tokens in the whole row.
-        cp_size: Number of ranks, a process each.
-        repeats: Measurements of each path, after one that is not counted.
-        **options: ``kernels`` and ``balance`` of the transports.
+    Each path runs once before the repeats that count. ``options`` are ``kernels`` and ``balance``
+    of the transports.
     """
-    seconds = local_ranks.run(_gloo_rank, cp_size, paths, ratio, seq_len, repeats, options)
-    return [
-        Timing(Case(path, ratio, seq_len, cp_size, 0, **options), tuple(seconds[path]))
-        for path in paths
-    ]
+    cases = [Case(path, ratio, seq_len, cp_size, 0, **options) for path in paths]
+    seconds = local_ranks.run(_gloo_rank, cp_size, cases, repeats)
+    return [Timing(case, tuple(seconds[case.path])) for case in cases]
 
 
-def _gloo_rank(
-    group: Any,
-    rank: int,
-    paths: list[str],
-    ratio: int,
-    seq_len: int,
-    repeats: int,
-    options: dict[str, Any],
-) -> dict[str, list[float]]:
-    ranks = cp_size(group)
-    forwards = {
-        path: build(
-            Case(path, ratio, seq_len, ranks, rank, **options),
-            group,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            **CPU_SIZES,
-        )
-        for path in paths
-    }
-    seconds: dict[str, list[float]] = {path: [] for path in paths}
-    for repeat in range(repeats + 1):
+def _gloo_rank(group: Any, rank: int, cases: list[Case], repeats: int) -> dict[str, list[float]]:
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), **CPU_SIZES}
+    forwards = {case.path: build(replace(case, rank=rank), group, **on_cpu) for case in cases}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repeats + 1):
         for path, forward in forwards.items():
             barrier(group)
             begin = time.perf_counter()
             _step(forward)
             barrier(group)
-            if repeat:  # the first warms up
-                seconds[path].append(time.perf_counter() - begin)
-    return seconds
+            seconds[path].append(time.perf_counter() - begin)
+    return {path: of_path[1:] for path, of_path in seconds.items()}  # the first warms up
 
 
 def time_one_gpu_rank(
@@ -129,8 +101,8 @@ def time_one_gpu_rank(
 ) -> list[Timing]:
     """Time the last rank alone on this GPU, V4-Flash sizes, bfloat16.
 
-    The process group is a fake one: collectives return at once with whatever memory held, so only
-    computing is timed. The arguments are those of :func:`time_gloo_ranks`.
+    Collectives of its fake process group return at once with whatever memory held, so only
+    computing is timed.
     """
     rank = cp_size - 1
     timings = []

@@ -1,18 +1,449 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench``: what a layer takes, by AutoModel's path and every transport, side by side."""
+"""``bench``: one attention layer of one rank, by AutoModel's path and every transport.
+
+``bytes``, ``memory``, ``launches`` and ``work`` profile it with fake tensors, and ``kernels``
+compiles its kernels, without a GPU; ``time``, ``overlap`` and ``operations`` measure this machine.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
 import typer
 
-from nemo_dsv4_cp.cli import bench_compiled, bench_profiled, bench_timed
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.cli.output import check_outputs, emit, progress, quiet, running, table, two_plots
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
+from nemo_dsv4_cp.tools.sizes import GIB, MODELS, read_model_fields
+
+if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it
+    from nemo_dsv4_cp.bench.profiling import LayerProfile
 
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
-app.command("bytes")(bench_profiled.bytes_)
-app.command()(bench_profiled.memory)
-app.command()(bench_profiled.launches)
-app.command()(bench_profiled.work)
-app.command()(bench_compiled.kernels)
-app.command("time")(bench_timed.time_)
-app.command()(bench_timed.overlap)
-app.command()(bench_timed.operations)
+
+SeqLen = Annotated[int, typer.Option(help="Tokens in the whole row.")]
+CpSize = Annotated[int, typer.Option(help="Number of CP ranks.", min=1)]
+Ratios = Annotated[list[int], typer.Option("--ratio", help="Compress ratio; may be repeated.")]
+Workspace = Annotated[int, typer.Option(help="context_parallel.workspace_mib.", min=1)]
+KernelsName = Annotated[str, typer.Option("--kernels", help="context_parallel.kernels.")]
+Balance = Annotated[str, typer.Option(help="context_parallel.balance: auto, on or off.")]
+Json = Annotated[Path | None, typer.Option("--json", help='Write the figures here; "-" prints.')]
+Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
+
+
+def _paths() -> list[str]:
+    """AutoModel's path, where the installed release has one (since 0.6), and every transport."""
+    with quiet():
+        has_cp = find_spec("nemo_automodel.components.models.deepseek_v4.cp") is not None
+    return [*([AUTOMODEL] if has_cp else []), *plugins.names(plugins.TRANSPORTS)]
+
+
+def _check(seq_len: int, cp_size: int, ratios: Sequence[int], **outputs: Path | None) -> None:
+    """Refuse ratios that are none of V4's, rows that do not cut evenly, and outputs."""
+    for ratio in ratios:
+        if ratio not in (0, 4, 128):
+            raise typer.BadParameter(f"--ratio {ratio} is none of V4's: use 0, 4 or 128")
+    multiple = local_seq_multiple(ratios)
+    if seq_len < 1 or seq_len % (cp_size * multiple):
+        working = padded_seq_len(max(seq_len, 1), cp_size=cp_size, pad_multiple=multiple)
+        raise typer.BadParameter(
+            f"--seq-len {seq_len} does not cut into {cp_size} shards of a multiple of {multiple} "
+            f"tokens; use {working}"
+        )
+    check_outputs(**outputs)
+
+
+def _profiles(
+    seq_len: int, cp_size: int, ratios: Sequence[int], rank: int, **options: Any
+) -> list[LayerProfile]:
+    """Profile a rank's layer of each ratio by every path."""
+    with running():
+        from nemo_dsv4_cp.bench.layer import Case
+        from nemo_dsv4_cp.bench.profiling import profile
+
+        paths = _paths()
+        cases = [Case(path, r, seq_len, cp_size, rank, **options) for r in ratios for path in paths]
+        return [profile(case) for case in progress(cases, "Profiling")]
+
+
+def _figures(profiles: Sequence[LayerProfile]) -> list[dict[str, Any]]:
+    return [
+        asdict(each)
+        | {
+            f"{step}_bytes_per_token_and_remote_rank": each.per_token(
+                getattr(each, f"received_{step}")
+            )
+            for step in ("forward", "backward")
+        }
+        for each in profiles
+    ]
+
+
+_LAYER = {"ratio": lambda each: each.case.ratio, "path": lambda each: each.case.path}
+_RECEIVED = {
+    **_LAYER,
+    "received fwd": lambda each: f"{each.per_token(each.received_forward):,.1f}",
+    "received bwd": lambda each: f"{each.per_token(each.received_backward):,.1f}",
+    "peak GiB": lambda each: f"{each.peak_bytes / GIB:.2f}",
+    "saved GiB": lambda each: f"{each.saved_bytes / GIB:.2f}",
+}
+_BY_TOKEN = "received: bytes per local token and remote rank"
+
+
+def _title(seq_len: int, cp_size: int, rest: str) -> str:
+    return f"V4-Flash, bfloat16, a row of {seq_len:,} tokens on {cp_size} ranks, {rest}"
+
+
+@app.command("bytes")
+def bytes_(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    balance: Balance = AUTO,
+    json_: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Profile what one layer receives from other ranks, with fake tensors.
+
+    Example: python -m nemo_dsv4_cp bench bytes --seq-len 131072 --cp-size 8
+    """
+    _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
+    # A middle rank has neighbors on both sides: halos arrive, and their gradients return.
+    profiles = _profiles(seq_len, cp_size, ratio, cp_size // 2, balance=balance)
+    title = _title(seq_len, cp_size, f"rank {cp_size // 2}; balance: {balance}; {_BY_TOKEN}")
+    emit(_figures(profiles), json_, table(title, profiles, _RECEIVED))
+    if plot is not None:
+        _plot(seq_len // cp_size, ratio, plot)
+
+
+@app.command()
+def memory(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    kernels: KernelsName = AUTO,
+    balance: Balance = AUTO,
+    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    json_: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Profile the memory of one layer's forward and backward, and its largest tensors.
+
+    Example: python -m nemo_dsv4_cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
+    """
+    _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
+    options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
+    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
+    title = _title(seq_len, cp_size, f"rank {cp_size - 1}; balance: {balance}; {_BY_TOKEN}")
+    tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
+    columns = {
+        "ratio": lambda row: row[0].ratio,
+        "path": lambda row: row[0].path,
+        "GiB": lambda row: f"{row[1].bytes / GIB:.2f}",
+        "dtype": lambda row: row[1].dtype,
+        "shape": lambda row: " x ".join(map(str, row[1].shape)),
+        "made by": lambda row: row[1].operation,
+    }
+    largest = table("The largest tensors at the peak", tensors, columns)
+    emit(_figures(profiles), json_, table(title, profiles, _RECEIVED), largest)
+    if plot is not None:
+        _plot(seq_len // cp_size, ratio, plot)
+
+
+@app.command()
+def launches(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    kernels: KernelsName = AUTO,
+    balance: Balance = AUTO,
+    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    json_: Json = None,
+) -> None:
+    """Count what one layer launches, and the GB of tensors that it reads and writes.
+
+    Example: python -m nemo_dsv4_cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
+    """
+    _check(seq_len, cp_size, ratio, json_=json_)
+    options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
+    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
+    settings = f"the last rank; kernels: {kernels}; balance: {balance}"
+    title = _title(seq_len, cp_size, f"{settings}; GB of tensors read and written")
+    columns = {
+        **_LAYER,
+        "launches fwd": lambda each: f"{each.forward.count:,}",
+        "GB fwd": lambda each: f"{each.forward.moved_bytes / 1e9:,.1f}",
+        "launches bwd": lambda each: f"{each.backward.count:,}",
+        "GB bwd": lambda each: f"{each.backward.moved_bytes / 1e9:,.1f}",
+    }
+    emit(_figures(profiles), json_, table(title, profiles, columns))
+
+
+@app.command()
+def work(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [4, 128],  # noqa: B006
+    shortest: Annotated[
+        int | None, typer.Option(help="Pack documents of at least this many tokens, drawn.", min=1)
+    ] = None,
+    longest: Annotated[int, typer.Option(help="And of at most this many.", min=1)] = 200_000,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    json_: Json = None,
+) -> None:
+    """Count what each rank's layer computes, with balance and without, on fake tensors.
+
+    Products of V4-Flash's Triton path in TFLOP; what the causal view hides does not count.
+
+    Example: python -m nemo_dsv4_cp bench work --seq-len 1048576 --cp-size 64 --shortest 1000
+    """
+    _check(seq_len, cp_size, ratio, json_=json_)
+    if shortest is not None and shortest > longest:
+        raise typer.BadParameter(f"--shortest {shortest} is more than --longest {longest}")
+    with running():
+        from nemo_dsv4_cp.bench.layer import Case
+        from nemo_dsv4_cp.bench.profiling import count_flops, draw_documents
+
+        documents = () if shortest is None else draw_documents(seq_len, shortest, longest, seed)
+        layers = [(each, balance) for each in ratio for balance in ("off", "on")]
+        figures = []
+        for each, balance in progress(layers, "Counting"):
+            options: dict[str, Any] = {
+                "kernels": "triton",
+                "balance": balance,
+                "documents": documents,
+            }
+            ranks = [
+                count_flops(Case(BOUNDARY, each, seq_len, cp_size, rank, **options))
+                for rank in range(cp_size)
+            ]
+            for step, flops in zip(("forward", "backward"), zip(*ranks, strict=True), strict=True):
+                over = {"largest_over_mean": max(flops) * cp_size / sum(flops)}
+                over["last_over_first"] = flops[-1] / flops[0]
+                layer = {"ratio": each, "balance": balance, "pass": step, "flops": list(flops)}
+                figures.append(layer | over)
+    holds = f"{len(documents)} documents" if documents else "one document"
+    title = f"V4-Flash, a row of {seq_len:,} tokens, {holds}, on {cp_size} ranks; TFLOP"
+    columns = {
+        "ratio": lambda row: row["ratio"],
+        "balance": lambda row: row["balance"],
+        "pass": lambda row: row["pass"],
+        "least": lambda row: f"{min(row['flops']) / 1e12:,.2f}",
+        "mean": lambda row: f"{sum(row['flops']) / cp_size / 1e12:,.2f}",
+        "largest": lambda row: f"{max(row['flops']) / 1e12:,.2f}",
+        "largest / mean": lambda row: f"{row['largest_over_mean']:.3f}",
+        "last / first": lambda row: f"{row['last_over_first']:.3f}",
+    }
+    emit(figures, json_, table(title, figures, columns))
+
+
+@app.command()
+def kernels(
+    model: Annotated[
+        list[str], typer.Option("--model", help="v4_flash or v4_pro; may be repeated.")
+    ] = list(MODELS),  # noqa: B006
+    arch: Annotated[
+        list[int],
+        typer.Option("--arch", help="Capability times 10: 80, 90, 100; may be repeated."),
+    ] = [80, 90, 100],  # noqa: B006
+    json_: Json = None,
+) -> None:
+    """Compile the Triton kernels for GPUs, without one, and read their binaries.
+
+    Registers and stack are per thread, shared memory per program, in bytes; stack beyond a few
+    bytes is spilled registers.
+
+    Example: python -m nemo_dsv4_cp bench kernels --arch 90
+    """
+    check_outputs(json_=json_)
+    for name in model:
+        if name not in MODELS:
+            raise typer.BadParameter(f"--model {name} is none of {', '.join(MODELS)}")
+    with running(mistakes=RuntimeError):
+        from nemo_dsv4_cp.bench.compiled_kernels import ARCHITECTURES, compile_all
+
+        for number in arch:
+            if number not in ARCHITECTURES:
+                known = ", ".join(map(str, ARCHITECTURES))
+                raise typer.BadParameter(f"--arch {number} is none of {known}")
+        rows = list(progress(compile_all(model, arch), "Compiling"))
+    title = f"Triton kernels of {', '.join(model)}, bfloat16, compiled for sm_*"
+    columns = {
+        header: lambda row, header=header: "-" if row[header] is None else row[header]
+        for header in rows[0]
+    }
+    emit(rows, json_, table(title, rows, columns))
+
+
+@app.command("time")
+def time_(
+    seq_len: SeqLen = 8192,
+    cp_size: CpSize = 2,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    kernels: KernelsName = AUTO,
+    balance: Balance = AUTO,
+    repeats: Annotated[int, typer.Option(help="Measurements of each path.", min=1)] = 5,
+    json_: Json = None,
+) -> None:
+    """Time forward and backward: gloo ranks on the CPU, or one rank on a GPU if there is one.
+
+    Example: python -m nemo_dsv4_cp bench time --seq-len 8192 --cp-size 2 --repeats 5
+    """
+    _check(seq_len, cp_size, ratio, json_=json_)
+    gpu = torch.cuda.is_available()
+    with running():
+        from nemo_dsv4_cp.bench import timing
+
+        measure = timing.time_one_gpu_rank if gpu else timing.time_gloo_ranks
+        sizes, paths = (seq_len, cp_size, repeats), _paths()
+        times = [
+            each
+            for of_layer in progress(ratio, "Timing")
+            for each in measure(paths, of_layer, *sizes, kernels=kernels, balance=balance)
+        ]
+    what = (
+        "V4-Flash sizes, bfloat16, the last rank alone (collectives cost nothing), "
+        "AutoModel's attn: " + timing.automodel_kernels()
+        if gpu
+        else f"hidden {timing.CPU_SIZES['hidden_size']}, float32, gloo ranks of one thread each"
+    )
+    machine = timing.describe_machine()
+    title = (
+        f"{seq_len:,} tokens on {cp_size} ranks, {what}; kernels: {kernels}; balance: {balance}; "
+        f"median of {repeats}, in turn; {machine}"
+    )
+    automodel = dict.fromkeys(ratio, float("nan"))  # AutoModel 0.5 has no path to compare with
+    automodel |= {t.case.ratio: t.median for t in times if t.case.path == AUTOMODEL}
+    columns = {
+        **_LAYER,
+        "seconds": lambda each: f"{each.median:.3f}",
+        "AutoModel / path": lambda each: f"{automodel[each.case.ratio] / each.median:.2f}x",
+        "peak GiB": lambda each: f"{each.peak_bytes / GIB:.2f}" if each.peak_bytes else "-",
+    }
+    figures = [asdict(each) | {"median": each.median} for each in times]
+    emit({"machine": machine, "timings": figures}, json_, table(title, times, columns))
+
+
+@app.command()
+def overlap(
+    seq_len: SeqLen = 8192,
+    ratio: Ratios = [4],  # noqa: B006
+    delay: Annotated[float, typer.Option(help="Seconds that a collective takes longer.")] = 0.2,
+    repeats: Annotated[int, typer.Option(help="Measurements of each.", min=1)] = 3,
+    json_: Json = None,
+) -> None:
+    """Measure how much of delayed collectives overlaps with compute, on two gloo ranks of this CPU.
+
+    Example: python -m nemo_dsv4_cp bench overlap --delay 0.2
+    """
+    with quiet():
+        from nemo_dsv4_cp.bench.overlap import RANKS, SIZES, measure
+        from nemo_dsv4_cp.bench.timing import describe_machine
+    _check(seq_len, RANKS, ratio, json_=json_)
+    if not delay > 0:
+        raise typer.BadParameter(f"--delay {delay} slows nothing; use seconds, such as 0.2")
+    layers = [
+        (each, balance) for each in ratio for balance in (("off", "on") if each else ("off",))
+    ]
+    with running():
+        passes = [
+            each
+            for layer in progress(layers, "Timing")
+            for each in measure(*layer, seq_len=seq_len, delay=delay, repeats=repeats)
+        ]
+    machine = describe_machine()
+    title = (
+        f"{seq_len:,} tokens on {RANKS} gloo ranks of one thread each, hidden "
+        f"{SIZES['hidden_size']}, float32; each collective {delay:g} s longer; least of "
+        f"{repeats}, in turn, waited: median; {machine}"
+    )
+    columns = {
+        "ratio": lambda each: each.ratio,
+        "balance": lambda each: each.balance,
+        "overlap": lambda each: str(each.overlap).lower(),
+        "pass": lambda each: each.direction,
+        "collectives": lambda each: each.collectives,
+        "seconds": lambda each: f"{each.seconds:.3f}",
+        "slowed": lambda each: f"{each.slowed_seconds:.3f}",
+        "waited": lambda each: f"{each.waited:.3f}",
+        "hidden": lambda each: f"{each.hidden:.0%}",
+    }
+    figures = [asdict(each) | {"hidden": each.hidden} for each in passes]
+    shown = table(title, passes, columns, collapse_padding=True)
+    emit({"machine": machine, "passes": figures}, json_, shown)
+
+
+@app.command()
+def operations(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    ratio: Ratios = [0, 4, 128],  # noqa: B006
+    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    repeats: Annotated[int, typer.Option(help="Measurements of each operation.", min=1)] = 5,
+    json_: Json = None,
+) -> None:
+    """Time each Triton operation of a layer alone, on this GPU, with TFLOP/s and share of its peak.
+
+    Example: python -m nemo_dsv4_cp bench operations --seq-len 131072 --cp-size 8 --ratio 4
+    """
+    _check(seq_len, cp_size, ratio, json_=json_)
+    with running():
+        from nemo_dsv4_cp.bench.operation_timing import peak_tflops, time_operations
+        from nemo_dsv4_cp.bench.timing import describe_machine
+
+        fields, workspace = read_model_fields("v4_flash"), workspace_mib << 20
+        times = [
+            each
+            for of_layer in ratio
+            for each in time_operations(
+                fields, of_layer, seq_len, cp_size,
+                dtype=torch.bfloat16, workspace_bytes=workspace, repeats=repeats,
+            )
+        ]  # fmt: skip
+    machine, peak = describe_machine(), peak_tflops()
+    title = _title(seq_len, cp_size, f"the last rank; median of {repeats}; {machine}")
+    columns = {
+        "ratio": lambda each: each.ratio,
+        "operation": lambda each: each.operation,
+        "ms": lambda each: f"{each.seconds * 1e3:,.3f}",
+        "TFLOP/s": lambda each: f"{each.tflops:,.1f}" if each.flops else "-",
+        "of peak": lambda each: f"{each.tflops / peak:.0%}" if peak and each.flops else "-",
+    }
+    figures = [asdict(each) | {"tflops": each.tflops} for each in times]
+    written = {"machine": machine, "peak_tflops": peak, "operations": figures}
+    emit(written, json_, table(title, times, columns))
+
+
+def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
+    """Draw memory and bytes against the row's length at one shard length, log-log."""
+    sizes, paths = [2**power for power in range(1, 7)], _paths()
+    profiles = [each for n in sizes for each in _profiles(shard * n, n, ratios, n - 1)]
+    styles = dict(zip(ratios, ("-", "--", ":"), strict=False))
+    with two_plots(
+        destination,
+        "peak of one layer's forward and backward, GB",
+        "received by one rank in one layer's forward, GB",
+        f"tokens in the row ({shard:,} on each rank)",
+    ) as (left, right):
+        for place, path in enumerate(paths):
+            for ratio in ratios:
+                mine = [p for p in profiles if (p.case.path, p.case.ratio) == (path, ratio)]
+                lengths = [each.case.seq_len for each in mine]
+                style = {
+                    "color": f"C{place}",
+                    "ls": styles[ratio],
+                    "label": f"{path}, ratio {ratio}",
+                }
+                left.plot(lengths, [each.peak_bytes / 1e9 for each in mine], **style)
+                right.plot(lengths, [each.received_forward / 1e9 for each in mine], **style)
+        for capacity in (80, 141):  # GB of an H100 and an H200
+            left.axhline(capacity, color="grey", lw=0.8)
+            left.text(shard * 2, capacity * 1.05, f"{capacity} GB", color="grey")
+        right.legend(fontsize=7)

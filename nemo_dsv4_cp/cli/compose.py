@@ -24,10 +24,8 @@ def _complete_name(incomplete: str) -> list[str]:
 
 
 def _complete_override(incomplete: str) -> list[str]:
-    known = [
-        f"{group}={option}" for group, options in recipes.choices().items() for option in options
-    ]
-    return [choice for choice in known if choice.startswith(incomplete)]
+    known = (f"{group}={name}" for group, names in recipes.choices().items() for name in names)
+    return [override for override in known if override.startswith(incomplete)]
 
 
 def compose(
@@ -55,13 +53,15 @@ def compose(
         recipe = recipes.compose(name, overrides or [])
         check_sizes(recipe.fields, recipe.world_size)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise typer.BadParameter(_explain(name, error)) from error
+        known = name in recipes.names()
+        message = f"{name!r} is none of the recipes {', '.join(recipes.names())}"
+        raise typer.BadParameter(str(error).strip() if known else message) from error
     if launch and output is None:
         raise typer.BadParameter("--launch runs a file; name one with --output recipe.yaml")
     if launch and recipe.nodes > 1:
         raise typer.BadParameter(
             f"--launch runs on this machine, and {name} is made for {recipe.nodes}; the recipe's "
-            "first lines say how to launch it"
+            "first lines show how to launch it"
         )
     if output is not None and not output.parent.is_dir():
         raise typer.BadParameter(f"--output {output}: there is no directory {output.parent}")
@@ -76,12 +76,6 @@ def compose(
         if command[0] == "torchrun":
             command[:1] = [sys.executable, "-m", "torch.distributed.run"]
         raise typer.Exit(subprocess.run(command, check=False).returncode)
-
-
-def _explain(name: str, error: Exception) -> str:
-    if name not in recipes.names():
-        return f"{name!r} is none of the recipes {', '.join(recipes.names())}"
-    return str(error).strip()
 
 
 def launch_command(recipe: Recipe, path: Path) -> str:
@@ -117,15 +111,13 @@ def recipe_text(recipe: Recipe, arguments: list[str], path: Path) -> str:
 class _RecipeDumper(yaml.SafeDumper):
     """Writes lists on a line and long texts as blocks, as people write recipes."""
 
+    def _list(self, value: list[object]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
 
-def _list(dumper: yaml.SafeDumper, value: list[object]) -> yaml.Node:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-    style = "|" if "\n" in value else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    def _text(self, value: str) -> yaml.Node:
+        style = "|" if "\n" in value else None
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
-_RecipeDumper.add_representer(list, _list)
-_RecipeDumper.add_representer(str, _text)
+_RecipeDumper.add_representer(list, _RecipeDumper._list)
+_RecipeDumper.add_representer(str, _RecipeDumper._text)

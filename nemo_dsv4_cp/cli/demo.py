@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a tiny V4 with context parallelism and without, and compares the losses.
+"""Train a tiny V4 with context parallelism and without, and compare the losses.
 
 Run it with `python -m nemo_dsv4_cp.cli.demo`. It needs no GPU and no download.
 """
@@ -26,26 +26,26 @@ from nemo_dsv4_cp.cli.compose import recipe_text
 from nemo_dsv4_cp.tools.recipes import compose
 
 # The runs start from the same weights, so before the first update only rounding can differ. Later,
-# rounding may flip a near-tied choice of expert or of index entry. (Seen so far: 1e-6 at any step.)
+# rounding may flip a near tie of experts or index scores. (Seen so far: 1e-6 at any step.)
 FIRST_STEP_TOLERANCE = 1e-5
 STEP_TOLERANCE = 5e-4
 
 _LOGGED_STEP = re.compile(r"\| step \d+ \| epoch \d+ \| loss ")
-# What a rank died of, without the frames that led there.
+# A rank's error, without the frames that led there.
 _RANK_ERROR = re.compile(r"\[rank\d+\]: (?! |Traceback)")
 _LOG_LINES_SHOWN = 15
 
 
 @dataclass(frozen=True)
 class Training:
-    """What came of one run of the recipe."""
+    """The losses and the time of one run of the recipe."""
 
     losses: list[float]
     seconds: float
 
 
 class TrainingFailed(Exception):
-    """A run that ended with an error; its log says which."""
+    """A run that ended with an error, which its log holds."""
 
     def __init__(self, log: Path, status: int) -> None:
         super().__init__(f"The training ended with status {status}. From its log, {log}:")
@@ -54,7 +54,7 @@ class TrainingFailed(Exception):
     def last_lines(self) -> str:
         """The ranks' last errors, or the end of the log if no rank had one."""
         lines = self.log.read_text(errors="replace").splitlines()
-        # torchrun closes with a page about itself; what went wrong stands above that.
+        # torchrun closes with a page about itself; the errors stand above that.
         errors = [line for line in lines if _RANK_ERROR.match(line)]
         return "\n".join((errors or lines)[-_LOG_LINES_SHOWN:])
 
@@ -62,13 +62,13 @@ class TrainingFailed(Exception):
 def train(
     recipe: Path, *, cp_size: int, directory: Path, on_step: Callable[[int], None]
 ) -> Training:
-    """Runs a recipe with one process per CP rank, through AutoModel's own command line.
+    """Run a recipe with one process per CP rank, through AutoModel's own command line.
 
     Args:
         recipe: The YAML file.
         cp_size: Ranks and processes.
         directory: Empty; receives `log` and AutoModel's `training.jsonl`.
-        on_step: Told how many steps are done, again and again.
+        on_step: Receives how many steps are done, again and again.
 
     Raises:
         TrainingFailed: The run ended with an error.
@@ -77,7 +77,7 @@ def train(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={cp_size}", "-m", "nemo_automodel.cli.app", str(recipe)]
     command += [f"--distributed.cp_size={cp_size}", f"--checkpoint.checkpoint_dir={directory}"]
-    # One thread a process for both: no more threads than cores, and the same order of summation.
+    # One thread per process for both: no more threads than cores, and the same order of summation.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     with (
@@ -100,12 +100,7 @@ def train(
 
 
 def complaints(with_cp: list[float], without_cp: list[float]) -> list[str]:
-    """Says what is wrong with two loss curves that ought to be one; nothing if all is well.
-
-    Args:
-        with_cp: A loss a step.
-        without_cp: The same steps, trained without context parallelism.
-    """
+    """Return what is wrong with the losses of the same steps; nothing if all is well."""
     if len(with_cp) != len(without_cp) or not with_cp:
         return [f"{len(with_cp)} steps with context parallelism and {len(without_cp)} without"]
     found = []
@@ -120,18 +115,14 @@ def complaints(with_cp: list[float], without_cp: list[float]) -> list[str]:
 
 
 def main() -> int:
-    """Runs the demo.
-
-    Returns:
-        The exit status: 1 when a run failed or the losses disagree.
-    """
+    """Run the demo; return 1 when a run failed or the losses disagree."""
     console = Console()
     directory = Path(tempfile.mkdtemp(prefix="nemo-dsv4-cp-demo-"))
     try:
         recipe = directory / "recipe.yaml"
         recipe.write_text(recipe_text(compose("tiny_cpu"), ["tiny_cpu"], recipe))
-        with_cp = _train_in_sight(recipe, 2, directory / "cp2", console)
-        without_cp = _train_in_sight(recipe, 1, directory / "cp1", console)
+        with_cp = _train_with_bar(recipe, 2, directory / "cp2", console)
+        without_cp = _train_with_bar(recipe, 1, directory / "cp1", console)
     except TrainingFailed as failure:
         console.print(failure, style="bold red", soft_wrap=True)
         console.print(failure.last_lines(), markup=False, highlight=False, soft_wrap=True)
@@ -148,7 +139,7 @@ def main() -> int:
     return 1 if found else 0
 
 
-def _train_in_sight(recipe: Path, cp_size: int, directory: Path, console: Console) -> Training:
+def _train_with_bar(recipe: Path, cp_size: int, directory: Path, console: Console) -> Training:
     directory.mkdir()
     steps = yaml.safe_load(recipe.read_text())["step_scheduler"]["max_steps"]
     console.print(f"Training at CP={cp_size}, log: {directory / 'log'}", soft_wrap=True)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nemo_dsv4_cp.cli.quiet import quiet
+from nemo_dsv4_cp.cli.output import quiet
 
 
 def doctor(

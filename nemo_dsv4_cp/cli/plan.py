@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plan``: what each context-parallel size costs a model, and the smallest that fits."""
+"""``plan``: what each context-parallel size costs a model, and the smallest that fits.
+
+Every table fits a terminal of 80 columns.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
-from functools import partial
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
-from nemo_dsv4_cp.cli.plan_tables import print_plan
-from nemo_dsv4_cp.gpus import GPUS, Gpu
-from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.paths import BOUNDARY, PATHS, TRANSPORTS
-from nemo_dsv4_cp.tools.planning import Request, Row
+from nemo_dsv4_cp.cli.output import check_outputs, emit, two_plots, warn
+from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu
+from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
+from nemo_dsv4_cp.tools.planning import Plan, Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
+from nemo_dsv4_cp.tools.step_time import Time
 
-_DRAWN_AS = (".png", ".pdf", ".svg")
-_BALANCES = ("auto", "on", "off")
+_IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "automodel": "auto-\nmodel"}
 _GPU_OPTIONS = {
     "memory": "--gpu-memory",
     "tflops": "--tflops",
@@ -84,7 +84,7 @@ def plan(
     """
     if transport not in TRANSPORTS:
         raise typer.BadParameter(f"--transport {transport} is unknown; use boundary or all_gather")
-    if balance not in _BALANCES:
+    if balance not in ("auto", "on", "off"):
         raise typer.BadParameter(f"--balance {balance} is unknown; use auto, on or off")
     machine = _gpu(
         gpu, memory=gpu_memory, tflops=tflops, nvlink_gbs=nvlink_gbs, network_gbs=network_gbs
@@ -96,55 +96,33 @@ def plan(
         )
     if cp_size is not None and cp_size > ranks:
         raise typer.BadParameter(
-            f"--cp-size {cp_size} needs as many GPUs, --ranks says {ranks}; use {ranks} or fewer, "
+            f"--cp-size {cp_size} needs as many GPUs, --ranks is {ranks}; use {ranks} or fewer, "
             f"or --ranks {cp_size}"
         )
-    _check_output("--json", json_)
-    _check_output("--plot", plot)
-    if plot is not None:
-        if plot.suffix.lower() not in _DRAWN_AS:
-            raise typer.BadParameter(f"--plot {plot} is no picture's name; end it with .png")
-        if find_spec("matplotlib") is None:
-            raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
-    tell = partial(Console(stderr=True).print, style="yellow", markup=False, soft_wrap=True)
+    check_outputs(json_=json_, plot=plot)
     try:
-        sizes = ModelSizes.of_fields(read_model_fields(model, tell))
+        sizes = ModelSizes.of_fields(read_model_fields(model, warn))
     except ValueError as error:
         raise typer.BadParameter(f"MODEL: {error}") from error
 
     request = Request(sizes, seq_len, ranks, batch, transport, machine, reserved, balance, overlap)
-    every = [planning.row(request, size) for size in planning.powers_of_two(ranks)]
-    rows = every if cp_size is None else [planning.row(request, cp_size)]
-    smallest = planning.smallest_that_fits(request, every)
-    fastest = planning.fastest_that_fits(request, every)
-    warnings = planning.warnings(request, rows, every, chosen=cp_size)
-    printed = json_ is not None and str(json_) == "-"
-    if json_ is not None:
-        text = json.dumps(_figures(request, rows, smallest, fastest, warnings), indent=2)
-        if printed:
-            typer.echo(text)
-        else:
-            json_.write_text(text + "\n")
-    if not printed:
-        print_plan(model, request, rows, smallest=smallest, fastest=fastest, warnings=warnings)
+    made = Plan.of(request, cp_size)
+    figures = {
+        "request": asdict(request),
+        "smallest_cp_size_that_fits": made.smallest,
+        "fastest_cp_size_that_fits": made.fastest,
+        "rows": [asdict(row) for row in made.rows],
+        "warnings": made.warnings,
+    }
+    emit(figures, json_)
+    if str(json_) != "-":
+        _print(model, made)
     if plot is not None:
-        _plot(model, request, every, plot)
-        Console(stderr=True).print(f"Drawn: {plot}", markup=False, soft_wrap=True)
-
-
-def _check_output(option: str, output: Path | None) -> None:
-    if output is None or (option == "--json" and str(output) == "-"):
-        return
-    if not output.parent.is_dir() or output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise typer.BadParameter(
-            f"{option} {output} cannot be written; name a file in a directory you may write to"
-        )
-    if output.exists() and not os.access(output, os.W_OK):
-        raise typer.BadParameter(f"{option} {output} is read-only; name another file")
+        _plot(model, made, plot)
 
 
 def _gpu(name: str, **given: float | None) -> Gpu:
-    """Return a GPU with what the options say instead of its own figures."""
+    """Return a GPU with the figures that options override."""
     if name not in GPUS:
         raise typer.BadParameter(f"--gpu {name} is unknown; use {', '.join(GPUS)}")
     gpu = GPUS[name]
@@ -153,56 +131,161 @@ def _gpu(name: str, **given: float | None) -> Gpu:
         if not (math.isfinite(figure) and figure > 0):
             option, example = _GPU_OPTIONS[field], getattr(gpu, field)
             raise typer.BadParameter(f"{option} {figure:g} is no GPU's; use such as {example:g}")
-    return dataclasses.replace(gpu, **own)
+    return replace(gpu, **own)
 
 
-def _figures(
-    request: Request,
-    rows: Sequence[Row],
-    smallest: int | None,
-    fastest: int | None,
-    warnings: Sequence[str],
-) -> dict[str, Any]:
-    return {
-        "request": dataclasses.asdict(request),
-        "smallest_cp_size_that_fits": smallest,
-        "fastest_cp_size_that_fits": fastest,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "warnings": list(warnings),
-    }
+def _print(model: str, made: Plan) -> None:
+    """Print the tables, their legends, and what is poor."""
+    console, request = Console(), made.request
 
+    def legend(text: str) -> None:
+        console.print(text, markup=False)
 
-def _plot(model: str, request: Request, rows: Sequence[Row], destination: Path) -> None:
-    """Draw memory and bytes against cp_size, log-log."""
-    import matplotlib  # an extra that only plots need
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    sizes = [row.cp_size for row in rows]
-    for path in PATHS:
-        left.plot(
-            sizes, [row.of(path).attention_bytes / GIB for row in rows], marker="o", label=path
+    rows_of = f"{request.batch} row{'s' if request.batch > 1 else ''}"
+    legend(
+        f"{model}: {rows_of} of {request.seq_len:,} tokens, {request.ranks} {request.gpu.name} of "
+        f"{request.gpu.memory:g} GiB; {request.transport} against AutoModel's own path; "
+        "GiB of one rank"
+    )
+    console.print(_memory(made))
+    legend(
+        "recv: received in a step, all layers, forward and backward. attn: peak of the worst "
+        f"layer's attention. need: attn, one checkpointed input per layer, and --reserved "
+        f"{request.reserved:g}."
+    )
+    console.print(_time(made))
+    legend(
+        "last / first, largest / mean: multiply-adds of the ranks. moved: what balance adds to "
+        f"recv. step and tokens: with balance {request.balance} "
+        f"{'and overlap' if request.overlap else 'without overlap'}; *: the fastest that fits."
+    )
+    detailed = next((row for row in made.rows if row.cp_size == made.fastest), made.rows[-1])
+    console.print(_layers(detailed))
+    legend(_assumed(request.gpu))
+    if made.smallest is None:
+        console.print(
+            "No cp_size up to --ranks fits: use more ranks, shorter or fewer rows, or a smaller "
+            "--reserved.",
+            style="bold red",
         )
-        # A single rank receives nothing, which a logarithm cannot show.
-        received = [(r.cp_size, r.of(path).received_bytes / GIB) for r in rows if r.cp_size > 1]
-        right.plot([r[0] for r in received], [r[1] for r in received], marker="o", label=path)
-    needed = [row.needed_bytes / GIB for row in rows]
-    left.plot(sizes, needed, color="black", ls="--", label=f"{request.transport}, all needed")
-    limit = f"--gpu-memory {request.gpu.memory:g}"
-    left.axhline(request.gpu.memory, color="grey", lw=0.8, label=limit)
-    left.set_ylabel("peak of the worst layer's attention, GiB")
-    right.set_ylabel("received by one rank in a step, GiB")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        if axes is left or len(rows) > 1:
-            axes.set_yscale("log")
-        axes.set_xlabel("cp_size")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.grid(alpha=0.3)
-    left.legend(fontsize=7)
-    figure.suptitle(f"{model}, {request.batch} x {request.seq_len:,} tokens")
-    figure.tight_layout()
-    figure.savefig(destination, dpi=150)
-    plt.close(figure)
+    else:
+        console.print(f"Smallest cp_size that fits: {made.smallest}", style="bold green")
+        console.print(f"Fastest cp_size that fits: {made.fastest}", style="bold green")
+    for warning in made.warnings:
+        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False)
+
+
+def _table(headers: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, collapse_padding=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True, vertical="bottom")
+    return table
+
+
+def _memory(made: Plan) -> Table:
+    transport = made.request.transport
+    headers = ["cp\nsize", "shard\ntokens", "pad\n%"]
+    headers += [f"recv\n{_IN_HEADERS[path]}" for path in PATHS]
+    headers += [f"attn\n{_IN_HEADERS[path]}" for path in (transport, AUTOMODEL)]
+    table = _table([*headers, "need", "fits"])
+    for row in made.rows:
+        table.add_row(
+            str(row.cp_size),
+            f"{row.shard_len:,}",
+            f"{row.padding * 100:.1f}",
+            *(_gib(row.of(path).received_bytes) for path in PATHS),
+            *(_gib(row.of(path).attention_bytes) for path in (transport, AUTOMODEL)),
+            _gib(row.needed_bytes),
+            "yes" if row.fits else "no",
+            style="bold" if row.cp_size == made.smallest else None,
+        )
+    return table
+
+
+def _time(made: Plan) -> Table:
+    moving = made.rows[0].moving.balance
+    headers = ["cp\nsize", "last /\nfirst\noff", moving, "largest\n/ mean\noff", moving]
+    headers += ["moved\nGiB", "at\nratios", "step\ns\noff", moving, "tokens\nper second "]
+    table = _table(headers)
+    for row in made.rows:
+        sharings = (row.staying, row.moving)
+        seconds = (each.step.seconds(overlap=made.request.overlap) for each in sharings)
+        table.add_row(
+            str(row.cp_size),
+            *(f"{each.last_over_first:.2f}" for each in sharings),
+            *(f"{each.largest_over_mean:.2f}" for each in sharings),
+            _gib(row.moving.moved_bytes),
+            ", ".join(map(str, row.moving.moved_ratios)) or "-",
+            *map(_figure, seconds),
+            f"{row.tokens_a_second:,.0f}{'*' if row.cp_size == made.fastest else ' '}",
+            style="bold" if row.cp_size in (made.smallest, made.fastest) else None,
+        )
+    return table
+
+
+def _layers(row: Row) -> Table:
+    headers = [f"cp_size {row.cp_size}\nratio", "layers"]
+    for sharing in (row.staying, row.moving):
+        headers += [f"balance {sharing.balance}\ncomputes", "waits", "without\noverlap"]
+    table = _table(headers)
+    steps = (row.staying.step, row.moving.step)
+    for each in zip(*(step.layers for step in steps), strict=True):
+        table.add_row(str(each[0].ratio), str(each[0].layers), *_milliseconds(each, digits=1))
+    table.add_row("step", "", *_milliseconds(steps, digits=0))
+    return table
+
+
+def _milliseconds(times: Sequence[Time], *, digits: int) -> list[str]:
+    return [
+        f"{seconds * 1e3:,.{digits}f}"
+        for time in times
+        for seconds in (time.computing, time.exposed, time.communicating)
+    ]
+
+
+def _assumed(gpu: Gpu) -> str:
+    links = (
+        f"{gpu.nvlink_gbs * LINK_SHARE:.0f} GB/s over NVLink, {gpu.network_gbs * LINK_SHARE:.0f}"
+    )
+    return (
+        "ms of a layer in a step (forward, recomputation, backward): what its busiest rank "
+        "computes, and what collectives add. An estimate, by "
+        f"{gpu.products_per_second / 1e12:.0f} TFLOP/s of matrix products, "
+        f"{gpu.kernels_per_second / 1e12:.0f} of attention and index scores, "
+        f"{gpu.float32_per_second / 1e12:.0f} in float32; {links} between nodes. Left out: traffic "
+        "of FSDP and of expert parallelism, the optimizer, and what memory bounds."
+    )
+
+
+def _figure(number: float) -> str:
+    return f"{number:,.{2 if number < 10 else 1 if number < 100 else 0}f}"
+
+
+def _gib(size: int) -> str:
+    return _figure(size / GIB)
+
+
+def _plot(model: str, made: Plan, destination: Path) -> None:
+    """Draw memory and bytes of all powers of two against cp_size, log-log."""
+    request, rows = made.request, made.every
+    sizes = [row.cp_size for row in rows]
+    with two_plots(
+        destination,
+        "peak of the worst layer's attention, GiB",
+        "received by one rank in a step, GiB",
+        "cp_size",
+    ) as (left, right):
+        for path in PATHS:
+            peaks = [row.of(path).attention_bytes / GIB for row in rows]
+            left.plot(sizes, peaks, marker="o", label=path)
+            # A single rank receives nothing, which a logarithm cannot show.
+            received = [row.of(path).received_bytes / GIB for row in rows if row.cp_size > 1]
+            right.plot(sizes[1:], received, marker="o", label=path)
+        needed = [row.needed_bytes / GIB for row in rows]
+        left.plot(sizes, needed, color="black", ls="--", label=f"{request.transport}, all needed")
+        limit = f"--gpu-memory {request.gpu.memory:g}"
+        left.axhline(request.gpu.memory, color="grey", lw=0.8, label=limit)
+        for axes in (left, right):
+            axes.set_xticks(sizes, [str(size) for size in sizes])
+        left.legend(fontsize=7)
+        left.figure.suptitle(f"{model}, {request.batch} x {request.seq_len:,} tokens")

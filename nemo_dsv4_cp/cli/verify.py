@@ -6,9 +6,7 @@ Or its kernels against the torch path.
 
 from __future__ import annotations
 
-import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +14,8 @@ import torch
 import typer
 import yaml
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from nemo_dsv4_cp.cli.quiet import quiet
+from nemo_dsv4_cp.cli.output import emit, running, table, warn
 from nemo_dsv4_cp.tools.sizes import complete_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import
@@ -63,88 +59,73 @@ def verify(
         return
     if ranks is None:
         ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
-    with quiet():
-        from nemo_dsv4_cp.tools.local_ranks import RankFailed
+    with running(f"{recipe}: ", mistakes=(TypeError, ValueError)):
         from nemo_dsv4_cp.tools.verification import verify as run
 
-    console, errors = Console(), Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    try:
-        with quiet(), Progress(*columns, console=errors, transient=True) as progress:
-            progress.add_task(f"Running on 1 and on {ranks} ranks")
+        with Console(stderr=True).status(f"Running on 1 and on {ranks} ranks"):
             found = run(fields, config, cp_size=ranks, packed=packed)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{recipe}: {error}") from error
-    except RankFailed as error:
-        errors.print(f"{error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-    what = "packed documents" if packed else "one document a row"
-    title = f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}"
-    differences = found.differences
-    failed = _show(console, title, differences, json_)
-    if found.left_out:
-        line = f"Left out of the comparison: {', '.join(found.left_out)}."
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if failed:
-        console.print(
-            f"[red]Differs:[/red] {len(failed)} of {len(differences)} tensors, above all "
-            f"{failed[0].name}. Do not train with this set-up; transport: all_gather tells whether "
-            "it is the transport's."
-        )
-        raise typer.Exit(1)
-    console.print(f"[green]The same:[/green] all {len(differences)} tensors agree.")
+    what = "packed documents" if packed else "one document per row"
+    _report(
+        f"{recipe.name}, shrunk: CP={ranks} against CP=1, float32, {what}",
+        found.differences,
+        json_,
+        kind="tensors",
+        advice="Do not train with this set-up; transport: all_gather shows whether it is the "
+        "transport's.",
+        left_out=found.left_out,
+    )
 
 
 def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Path | None) -> None:
     """Compare the kernels that a recipe names with the torch path."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{recipe}: torch_dtype {dtype} is no dtype of activations")
-    with quiet():
+    with running(f"{recipe}: ", mistakes=(TypeError, ValueError)):
         from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
         from nemo_dsv4_cp.tools.kernel_verification import verify_kernels
-    console = Console()
-    try:
+
         options = ContextParallelOptions.from_block(config.get("context_parallel"))
         name = "triton" if options.kernels == AUTO else options.kernels
-        with quiet():
-            differences = verify_kernels(
-                config,
-                name,
-                dtype=getattr(torch, dtype),
-                workspace_bytes=options.workspace_mib << 20,
-            )
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{recipe}: {error}") from error
+        workspace = options.workspace_mib << 20
+        differences = verify_kernels(
+            config, name, dtype=getattr(torch, dtype), workspace_bytes=workspace
+        )
     title = f"{recipe.name}: kernels: {name} against the torch path, {dtype}"
-    failed = _show(console, title, differences, json_)
+    advice = "Set context_parallel.kernels: torch."
+    _report(title, differences, json_, kind="results", advice=advice)
+
+
+def _report(
+    title: str,
+    differences: list[Difference],
+    json_: Path | None,
+    *,
+    kind: str,
+    advice: str,
+    left_out: list[str] | None = None,
+) -> None:
+    """Print the largest differences, write them all, and exit with 1 if one is over its limit."""
+    console, worst = Console(), sorted(differences, key=lambda d: -d.share)
+    columns = {
+        "tensor": lambda d: d.name,
+        "difference": lambda d: f"{d.value:.1e}",
+        "allowed": lambda d: f"{d.limit:.0e}",
+        "": lambda d: "ok" if d.passes else "[red]differs[/red]",
+    }
+    shown = table(title, worst[:_SHOWN], columns)
+    shown.columns[0].overflow = "fold"
+    emit([d.__dict__ | {"passes": d.passes} for d in differences], json_, shown)
+    if left_out:
+        line = f"Left out of the comparison: {', '.join(left_out)}."
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    failed = [d for d in worst if not d.passes]
     if failed:
         console.print(
-            f"[red]Differs:[/red] {len(failed)} of {len(differences)} results, above all "
-            f"{failed[0].name}. Set context_parallel.kernels: torch."
+            f"[red]Differs:[/red] {len(failed)} of {len(differences)} {kind}, above all "
+            f"{failed[0].name}. {advice}"
         )
         raise typer.Exit(1)
-    console.print(f"[green]The same:[/green] all {len(differences)} results agree.")
-
-
-def _show(
-    console: Console, title: str, differences: list[Difference], json_: Path | None
-) -> list[Difference]:
-    """Print the largest differences, write them all, and return those beyond their limits."""
-    if json_ is not None:
-        figures = [d.__dict__ | {"passes": d.passes} for d in differences]
-        json_.write_text(json.dumps(figures, indent=2))
-    worst = sorted(differences, key=lambda d: -d.share)
-    table = Table(title=title)
-    table.add_column("tensor", overflow="fold")
-    for header in ("difference", "allowed"):
-        table.add_column(header, justify="right")
-    table.add_column("")
-    for d in worst[:_SHOWN]:
-        verdict = "ok" if d.passes else "[red]differs[/red]"
-        table.add_row(d.name, f"{d.value:.1e}", f"{d.limit:.0e}", verdict)
-    console.print(table)
-    return [d for d in worst if not d.passes]
+    console.print(f"[green]The same:[/green] all {len(differences)} {kind} agree.")
 
 
 def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:
@@ -165,11 +146,8 @@ def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:
             f"{recipe}: model.config._target_ is {target!r}; the one changed line is "
             "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained"
         )
-    tell = partial(Console(stderr=True).print, style="yellow", markup=False, soft_wrap=True)
-    try:
-        config = complete_fields(config, tell)
-    except ValueError as error:
-        raise typer.BadParameter(f"{recipe}: {error}") from error
+    with running(f"{recipe}: "):
+        config = complete_fields(config, warn)
     cp_size = int((fields.get("distributed") or {}).get("cp_size") or 1)
     packed = bool((fields.get("packed_sequence") or {}).get("packed_sequence_size"))
     return fields, config, cp_size, packed

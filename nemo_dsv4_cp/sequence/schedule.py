@@ -38,39 +38,62 @@ class _Rates(Protocol):
     """What a GPU computes and receives, as :class:`nemo_dsv4_cp.gpus.Gpu` has it."""
 
     @property
-    def kernels_a_second(self) -> float: ...
+    def kernels_per_second(self) -> float: ...
     def exchange_seconds(self, received: float, ranks: int) -> float: ...
+
+
+ATTENTION_PRODUCTS = (2, 5)
+"""Products of queries and keys in forward and in backward: the scores are computed again there."""
 
 
 @dataclass(frozen=True)
 class QueryCost:
-    """What a layer's queries cost, forward and backward.
+    """What one query of a layer costs; bytes cross where another rank computes it.
 
     Attributes:
-        flops_per_entry: Floating-point operations per query and visible entry.
-        sent_forward: Bytes that cross in forward for a remote query, activations in bfloat16:
-            low-rank query, raw key, angles and index weights, and the layer's output back.
-        sent_backward: Bytes of their gradients.
+        flops_per_entry: Floating-point operations per visible entry, forward and backward.
+        low_rank: Bytes of its low-rank query, in bfloat16 as all activations.
+        key: Of its raw key.
+        angles: Of its cos and sin.
+        index_weights: Of its index heads' weights, float32.
+        output: Of the layer's output.
     """
 
     flops_per_entry: int
-    sent_forward: int
-    sent_backward: int
+    low_rank: int
+    key: int
+    angles: int
+    index_weights: int
+    output: int
 
     @classmethod
     def of(cls, sizes: Any, ratio: int) -> QueryCost:
         """Return the cost in a layer of a model, from its ``DeepseekV4Config``.
 
-        What grows with the visible entries is, at ratio 4, the indexer's scores, in forward alone;
-        else the two products of attention, and five in backward.
+        What grows with the visible entries is, at ratio 4, the indexer's scores, in forward only;
+        else the products of attention.
         """
-        differentiable = 2 * (sizes.q_lora_rank + sizes.head_dim + sizes.hidden_size)
-        forward = differentiable + 2 * 2 * sizes.qk_rope_head_dim
-        if ratio == OVERLAP_RATIO:
-            scores = 2 * sizes.index_n_heads * sizes.index_head_dim
-            return cls(scores, forward + 4 * sizes.index_n_heads, differentiable)
+        overlaps = ratio == OVERLAP_RATIO
         product = 2 * sizes.num_attention_heads * sizes.head_dim
-        return cls((2 + 5) * product, forward, differentiable)
+        scores = 2 * sizes.index_n_heads * sizes.index_head_dim
+        return cls(
+            flops_per_entry=scores if overlaps else sum(ATTENTION_PRODUCTS) * product,
+            low_rank=2 * sizes.q_lora_rank,
+            key=2 * sizes.head_dim,
+            angles=2 * 2 * sizes.qk_rope_head_dim,
+            index_weights=4 * sizes.index_n_heads if overlaps else 0,
+            output=2 * sizes.hidden_size,
+        )
+
+    @property
+    def sent_forward(self) -> int:
+        """Bytes that cross in forward for a query computed elsewhere."""
+        return self.sent_backward + self.angles + self.index_weights
+
+    @property
+    def sent_backward(self) -> int:
+        """Bytes of their gradients."""
+        return self.low_rank + self.key + self.output
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +156,7 @@ def schedule_of(
     moved = max(sum(map(len, runs)) for runs in move.remote) * layout.rows
     sent = moved * (cost.sent_forward + cost.sent_backward)
     exchanged = rates.exchange_seconds(sent, layout.cp_size) + LAUNCH_SECONDS
-    return move if spared * cost.flops_per_entry / rates.kernels_a_second > exchanged else stay
+    return move if spared * cost.flops_per_entry / rates.kernels_per_second > exchanged else stay
 
 
 def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list[int]:

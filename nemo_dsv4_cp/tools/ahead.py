@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels compiled without a GPU, and what the binary says of them.
+"""Kernels compiled without a GPU, and what their binaries need.
 
-Launches are recorded instead of run, so that what is compiled is what a GPU would be given. Triton
-must not be interpreting.
+Launches are recorded instead of run, so that what is compiled is what a GPU would get. Triton must
+not be interpreting.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from triton.runtime.jit import JITFunction
 
 from nemo_dsv4_cp.kernels.triton import tiles
 
-# What PTX calls a product on tensor cores, newest first.
+# A product on tensor cores in PTX, newest first.
 _TENSOR_CORE = {
     "tcgen05": r"\btcgen05\.mma\b",
     "wgmma": r"\bwgmma\.mma_async\b",
     "mma.sync": r"\bmma\.sync\b",
 }
-
-
 # Multiplications of the largest of those instructions, and the warps that issue one together; one
 # thread issues tcgen05 for its whole program.
 _LARGEST = {
@@ -56,11 +54,9 @@ class Specimen:
     Attributes:
         kernel: The function under ``triton.jit``.
         types: Type of each argument that is no constant, by name: ``"*bf16"``, ``"fp32"``,
-            ``"i32"``; ``"i32:16"`` for a whole number that 16 divides. Pointers count as aligned to
+            ``"i32"``; ``"i32:16"`` for an integer that 16 divides. Pointers count as aligned to
             16 bytes, as torch's allocations are.
         constants: Value of each ``tl.constexpr``, and of what else Triton takes for one.
-        warps: Warps a program.
-        stages: Steps whose loads are in flight.
     """
 
     kernel: Any
@@ -79,10 +75,7 @@ class Specimen:
 def record(run: Callable[[], Any], arch: int) -> list[Specimen]:
     """Return what ``run`` would launch on devices of capability ``arch`` / 10, each kind once.
 
-    Nothing is launched: what kernels would write holds whatever the memory held.
-
-    Raises:
-        RuntimeError: If triton is interpreting.
+    Nothing is launched: the outputs of kernels hold whatever the memory held.
     """
     _refuse_to_interpret()
     found: list[Specimen] = []
@@ -128,11 +121,9 @@ class Compiled:
     """What the binary of a kernel takes.
 
     Attributes:
-        kernel: Its name.
-        arch: 80, 90, 100.
-        registers: A thread.
-        stack: Bytes a thread; more than a few are spilled registers.
-        shared: Bytes a program.
+        registers: Per thread.
+        stack: Bytes per thread; more than a few are spilled registers.
+        shared: Bytes per program.
         tensor_core: ``"mma.sync"``, ``"wgmma"`` or ``"tcgen05"``; None where nothing multiplies.
         products: How many of that instruction.
         needed: How many the products in the kernel's source take at least.
@@ -149,11 +140,7 @@ class Compiled:
 
 
 def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
-    """Compile for CUDA devices of capability ``arch`` / 10 and read the binary.
-
-    Raises:
-        RuntimeError: If triton is interpreting.
-    """
+    """Compile for CUDA devices of capability ``arch`` / 10 and read the binary."""
     _refuse_to_interpret()
     names = specimen.kernel.arg_names
     signature, attributes = {}, {}
@@ -194,17 +181,17 @@ def _needed(ttir: str, arch: int, warps: int) -> int:
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
-    """Return registers and stack bytes, as the tool that comes with triton reads them."""
+    """Return registers and stack bytes, as triton's cuobjdump prints them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
+        printed = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
             check=True,
             capture_output=True,
             text=True,
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
     if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage told no registers:\n{told}")
+        raise RuntimeError(f"cuobjdump -res-usage printed no registers:\n{printed}")
     return int(found[1]), int(found[2])

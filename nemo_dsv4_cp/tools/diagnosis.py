@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
@@ -26,8 +26,6 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        subject: What.
-        found: What is there.
         remedy: What to do about it; None if nothing need be done.
         fatal: Whether training would fail.
         note: What to know about it, where nothing need be done.
@@ -42,13 +40,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at versions, entry points, AutoModel's contracts, devices, kernels and known traps."""
-    looks: list[Callable[[], Iterator[Finding]]] = [
-        _versions,
-        _plugins,
-        _automodel_contracts,
-        _devices,
-        _kernels,
-    ]
+    looks = (_versions, _plugins, _automodel_contracts, _devices, _kernels)
     return [finding for look in looks for finding in look()]
 
 
@@ -57,33 +49,23 @@ def _versions() -> Iterator[Finding]:
     old = sys.version_info < (3, 11)
     yield Finding("Python", python, "install Python 3.11 or newer" if old else None, fatal=old)
     for name in ("nemo_dsv4_cp", "nemo_automodel", "torch", "transformers", "triton"):
-        found = _version(name)
-        remedy = None
-        if name == "nemo_automodel" and found is None:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            found = ""
+        remedy = note = None
+        if name == "nemo_automodel" and not found:
             remedy = f"pip install nemo_automodel=={_NEWEST}"
-        elif name == "triton" and found is None and torch.cuda.is_available():
+        elif name == "triton" and not found and torch.cuda.is_available():
             remedy = "AutoModel's LoRA and MoE kernels need it: pip install triton==3.7.1"
-        elif name == "triton" and found is not None and found.startswith("3.9"):
+        elif name == "triton" and found.startswith("3.9"):
             remedy = "AutoModel's LoRA kernels do not import with it: pip install triton==3.7.1"
-        fatal = name == "nemo_automodel" and found is None
-        note = _untested(name, found) if found else None
+        tested = _TESTED.get(name, ())
+        # A build's own label, as of 2.10.0+cu128 or of NVIDIA's containers, makes no other version.
+        if found and tested and found.partition("+")[0] not in tested:
+            note = f"not tested; tested with {', '.join(tested)}"
+        fatal = name == "nemo_automodel" and not found
         yield Finding(name, found or "not installed", remedy, fatal, note)
-
-
-def _untested(name: str, found: str) -> str | None:
-    """Return what to know of a version that no test ran with: it may well work."""
-    tested = _TESTED.get(name, ())
-    # A build's own label, as of 2.10.0+cu128 or of NVIDIA's containers, makes no other version.
-    if not tested or found.partition("+")[0] in tested:
-        return None
-    return f"not tested; tested with {', '.join(tested)}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _plugins() -> Iterator[Finding]:
@@ -103,7 +85,7 @@ def _plugins() -> Iterator[Finding]:
                 yield Finding(
                     f"{group}: {point.name}",
                     f"{point.value} does not load: {error}",
-                    f"mend or uninstall the distribution {point.dist and point.dist.name}, or "
+                    f"fix or uninstall the distribution {point.dist and point.dist.name}, or "
                     "choose another in context_parallel",
                 )
             else:
@@ -111,7 +93,7 @@ def _plugins() -> Iterator[Finding]:
 
 
 def _automodel_contracts() -> Iterator[Finding]:
-    remedy = f"pip install nemo_automodel=={_NEWEST}; the error tells what it misses"
+    remedy = f"pip install nemo_automodel=={_NEWEST}; the error names what is missing"
     try:
         from nemo_automodel.components.models.deepseek_v4 import model as automodel
 

@@ -17,7 +17,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,11 @@ from nemo_dsv4_cp.exchange.collectives import process_group
 
 
 class RankFailed(RuntimeError):
-    """A rank failed, and the others were ended.
-
-    Attributes:
-        rank: Which one; the first, if several did.
-        error: What of, in a line.
-        log: The file with all that the ranks wrote, tracebacks among it.
-    """
+    """A rank failed, and the others were ended: the first one, its error in a line, the log."""
 
     def __init__(self, rank: int, error: str, log: Path) -> None:
         super().__init__(f"rank {rank} failed: {error} (log: {log})")
         self.rank, self.error, self.log = rank, error, log
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a rank tells at its end: the job's result, or what it failed of."""
-
-    rank: int
-    result: Any = None
-    error: str | None = None
 
 
 def device_of(rank: int, ranks: int) -> torch.device:
@@ -59,21 +43,21 @@ def device_of(rank: int, ranks: int) -> torch.device:
 def run(job: Callable[..., Any], ranks: int, *args: Any) -> Any:
     """Run ``job(group, rank, *args)`` on every rank and return what rank 0 returns.
 
-    What the ranks write goes to a log file, which stays if one fails. Warnings that torch and the
-    AutoModel give about themselves are left out.
+    What the ranks write goes to a log file, which stays if one fails. Warnings of torch and
+    AutoModel are left out.
 
     Args:
-        job: A function of a module, for processes to import.
+        job: A function of a module, which the processes import.
         ranks: How many processes.
-        *args: What the job takes besides; pickled.
+        *args: Its other arguments; pickled.
 
     Raises:
-        RankFailed: If a rank raised, or ended without a word.
+        RankFailed: If a rank raised, or ended silently.
     """
     descriptor, file = tempfile.mkstemp(prefix="nemo-dsv4-cp-", suffix=".log")
     os.close(descriptor)
     log = Path(file)
-    # One queue for all: the first failure comes first, and those that follow from it later.
+    # One queue of (rank, result, error): the first failure comes before those that follow from it.
     answers = get_context("spawn").SimpleQueue()
     name = (job.__module__, job.__qualname__)
     # As bytes: what arguments import, with its warnings, comes after the log is there.
@@ -97,10 +81,9 @@ def run(job: Callable[..., Any], ranks: int, *args: Any) -> Any:
 
 @contextmanager
 def _reserved_port() -> Iterator[int]:
-    """Bind a port that the system picks, and keep it bound but not listening.
+    """Bind a port that the system picks, so that no other process gets it, without listening.
 
-    The system gives a bound port to no other process. Rank 0's store can still listen on it, since
-    both sockets set SO_REUSEADDR and this one does not listen.
+    Rank 0's store can still listen on it, since both sockets set SO_REUSEADDR.
     """
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -109,10 +92,10 @@ def _reserved_port() -> Iterator[int]:
 
 
 def _collect(processes: Sequence[Any], answers: Any, log: Path) -> Any:
-    """Return rank 0's result when every rank has told and ended."""
+    """Return rank 0's result when every rank has answered and ended."""
     results: dict[int, Any] = {}
     while len(results) < len(processes):
-        # Asked before the queue is: whoever has ended by now has told all that it will.
+        # Read before the queue is: a process that has ended by now has sent all that it will.
         ended = {rank: process.exitcode for rank, process in enumerate(processes)}
         killed = [rank for rank, status in ended.items() if status is not None and status < 0]
         silent = [rank for rank, status in ended.items() if status and rank not in results]
@@ -124,23 +107,17 @@ def _collect(processes: Sequence[Any], answers: Any, log: Path) -> Any:
         if answers.empty():
             time.sleep(0.1)
             continue
-        answer: _Answer = answers.get()
-        if answer.error is not None:
-            raise RankFailed(answer.rank, answer.error, log)
-        results[answer.rank] = answer.result
+        rank, result, failure = answers.get()
+        if failure is not None:
+            raise RankFailed(rank, failure, log)
+        results[rank] = result
     for process in processes:
         process.join()
     return results[0]
 
 
 def _rank(
-    rank: int,
-    ranks: int,
-    port: int,
-    name: tuple[str, str],
-    packed: bytes,
-    log: Path,
-    answers: Any,
+    rank: int, ranks: int, port: int, name: tuple[str, str], packed: bytes, log: Path, answers: Any
 ) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -149,7 +126,7 @@ def _rank(
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    with ExitStack() as stack:  # the error is told before the group's end makes others fail
+    with ExitStack() as stack:  # the error is sent before the group's end makes others fail
         try:
             # Imported here, since AutoModel already warns while it is imported.
             job = getattr(importlib.import_module(name[0]), name[1])
@@ -159,9 +136,8 @@ def _rank(
             backend = "nccl" if device.type == "cuda" else "gloo"
             group = stack.enter_context(process_group(backend, rank=rank, size=ranks, port=port))
             result = job(group, rank, *pickle.loads(packed))
-            answer = _Answer(rank, result if rank == 0 else None)
+            answers.put((rank, result if rank == 0 else None, None))
         except Exception as error:
             print(f"rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             line = traceback.format_exception_only(error)[-1].splitlines()[0]
-            answer = _Answer(rank, error=line)
-        answers.put(answer)
+            answers.put((rank, None, line))

@@ -15,33 +15,37 @@ def parallel_sizes(fields: Mapping[str, Any]) -> dict[str, int]:
     """Return ``cp_size``, ``pp_size`` and ``tp_size`` of a recipe, 1 where it names none.
 
     Raises:
-        ValueError: If one is no whole number from 1.
+        ValueError: If one is not an integer of 1 or more.
     """
-    distributed = fields.get("distributed") or {}
-    return {name: _whole(distributed, name, "distributed") for name in _OF_A_ROW}
+    return {name: _size(fields, "distributed", name) for name in _OF_A_ROW}
 
 
 def check_sizes(fields: Mapping[str, Any], world: int) -> None:
-    """Refuse sizes that AutoModel would refuse, once all ranks have started.
-
-    Args:
-        fields: A recipe.
-        world: Number of ranks that it is launched on.
+    """Refuse sizes that AutoModel would refuse once all ``world`` ranks have started.
 
     Raises:
         ValueError: With the setting, the rule it breaks and values that keep it.
     """
     distributed, steps = fields.get("distributed") or {}, fields.get("step_scheduler") or {}
     sizes = parallel_sizes(fields)
-    of_a_row = math.prod(sizes.values())
+    of_a_row, product = math.prod(sizes.values()), _product(sizes)
     if world % of_a_row:
-        _refuse_product(sizes, world)
+        others = {name: of_a_row // size for name, size in sizes.items()}
+        use = [  # each size that would work if it alone were another
+            f"distributed.{name}: {_divisors(world // product_of_others)}"
+            for name, product_of_others in others.items()
+            if world % product_of_others == 0
+        ]
+        raise ValueError(
+            f"distributed.{product} = {of_a_row} does not divide the {world} ranks; what works is "
+            f"{'; or '.join(use) or f'sizes whose product divides {world}'}"
+        )
     data = world // of_a_row
     if distributed.get("dp_size") is not None:
-        given = _whole(distributed, "dp_size", "distributed")
+        given = _size(fields, "distributed", "dp_size")
         if given != data:
             raise ValueError(
-                f"distributed.dp_size={given} times {_product(sizes)} is not the number of ranks, "
+                f"distributed.dp_size={given} times {product} is not the number of ranks, "
                 f"{world}; use {data}, or leave it out"
             )
     _check_experts(fields, world // sizes["pp_size"])
@@ -51,24 +55,24 @@ def check_sizes(fields: Mapping[str, Any], world: int) -> None:
             "distributed.pipeline; add +distributed.pipeline.pp_schedule=1f1b"
         )
     if steps.get("global_batch_size") is not None:
-        local = _whole(steps, "local_batch_size", "step_scheduler")
-        batch = _whole(steps, "global_batch_size", "step_scheduler")
+        local = _size(fields, "step_scheduler", "local_batch_size")
+        batch = _size(fields, "step_scheduler", "global_batch_size")
         share = local * data
         if batch % share:
             below = batch // share * share
-            use = f"{below} or {below + share}" if below else f"{share}"
+            working = f"{below} or {below + share}" if below else f"{share}"
             raise ValueError(
                 f"step_scheduler.global_batch_size={batch} is not a multiple of {share}, which is "
-                f"local_batch_size={local} on each of {data} data-parallel ranks; use {use}"
+                f"local_batch_size={local} on each of {data} data-parallel ranks; use {working}"
             )
 
 
-def _whole(section: Mapping[str, Any], name: str, of: str) -> int:
-    value = section.get(name)
+def _size(fields: Mapping[str, Any], section: str, name: str) -> int:
+    value = (fields.get(section) or {}).get(name)
     if value is None:
         return 1
     if type(value) is not int or value < 1:
-        raise ValueError(f"{of}.{name}={value!r} is no size; use a whole number from 1")
+        raise ValueError(f"{section}.{name}={value!r} is not a size; use an integer of 1 or more")
     return value
 
 
@@ -76,35 +80,19 @@ def _product(sizes: Mapping[str, int]) -> str:
     return " * ".join(f"{name}={size}" for name, size in sizes.items())
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _refuse_product(sizes: Mapping[str, int], world: int) -> None:
-    """Raise, naming each size that could be mended alone, with what would mend it."""
-    whole = math.prod(sizes.values())
-    mends = []
-    for name, size in sizes.items():
-        others = whole // size
-        if world % others == 0:
-            working = ", ".join(map(str, _divisors(world // others)))
-            mends.append(f"distributed.{name}: {working}")
-    said = "; or ".join(mends) or f"sizes whose product divides {world}"
-    raise ValueError(
-        f"distributed.{_product(sizes)} = {whole} does not divide the {world} ranks; what works is "
-        f"{said}"
-    )
+def _divisors(number: int) -> str:
+    return ", ".join(str(size) for size in range(1, number + 1) if number % size == 0)
 
 
 def _check_experts(fields: Mapping[str, Any], ranks: int) -> None:
     """Refuse an ``ep_size`` that does not divide the ranks of a stage, or a model's experts."""
-    size = _whole(fields.get("distributed") or {}, "ep_size", "distributed")
+    size = _size(fields, "distributed", "ep_size")
     experts = {}
     for section in ("model", "teacher_model"):
         config = (fields.get(section) or {}).get("config") or {}
         if type(config.get("n_routed_experts")) is int:
             experts[f"{section}.config.n_routed_experts"] = config["n_routed_experts"]
-    use = f"use {', '.join(map(str, _divisors(math.gcd(ranks, *experts.values()))))}"
+    use = f"use {_divisors(math.gcd(ranks, *experts.values()))}"
     if ranks % size:
         raise ValueError(
             f"distributed.ep_size={size} does not divide {ranks}, the ranks of a pipeline stage "

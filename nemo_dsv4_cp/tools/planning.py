@@ -5,26 +5,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
-from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes, stream_bytes
-from nemo_dsv4_cp.tools.paths import AUTOMODEL, BOUNDARY, PATHS
+from nemo_dsv4_cp.tools.inventory import (
+    AUTOMODEL,
+    BOUNDARY,
+    PATHS,
+    Shape,
+    attention_bytes,
+    received_bytes,
+    stream_bytes,
+    work_of_ranks,
+)
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes
 from nemo_dsv4_cp.tools.step_time import StepTime, step_time
-from nemo_dsv4_cp.tools.work import work_of_ranks
 
 
 @dataclass(frozen=True)
 class PathCost:
-    """What one path costs a rank.
+    """What one of ``inventory.PATHS`` costs a rank.
 
     Attributes:
-        path: One of ``paths.PATHS``.
         received_bytes: What other ranks send it in a step, all layers, forward and backward.
         attention_bytes: Peak of the worst layer's attention, forward and backward.
     """
@@ -36,17 +43,14 @@ class PathCost:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a setting of ``context_parallel.balance`` shares out the queries, and what comes of it.
+    """How a setting of ``context_parallel.balance`` distributes the queries, and what follows.
 
     Attributes:
-        balance: The setting.
-        moved_ratios: Compress ratios of the layers whose queries are computed elsewhere.
+        moved_ratios: Compress ratios of the layers whose queries other ranks compute.
         last_over_first: Multiply-adds of the last rank, forward and backward of all layers, as a
             multiple of the first's.
         largest_over_mean: Of the busiest rank, as a multiple of the mean.
-        moved_bytes: What moves for it to a rank in a step, all layers, forward and backward: part
-            of ``received_bytes``.
-        step: What a step takes.
+        moved_bytes: The part of ``received_bytes`` that comes of it.
     """
 
     balance: str
@@ -62,18 +66,15 @@ class Row:
     """One context-parallel size.
 
     Attributes:
-        cp_size: R, number of CP ranks.
         shard_len: L, tokens on each rank.
         padding: Padding tokens as a share of the padded row.
         idle_ranks: Ranks that hold nothing but padding.
-        costs: One for each of ``paths.PATHS``.
         stream_bytes: The checkpointed layer inputs, [L, hc_mult, E] bfloat16 each.
         staying: Where every rank computes its own queries.
-        moving: With the balance that was asked for, ``auto`` where that is ``off``.
-        step_seconds: A step with the balance and overlap that were asked for.
+        moving: With the requested balance, ``auto`` where that is ``off``.
+        step_seconds: A step with the requested balance and overlap.
         tokens_a_second: What the whole job then trains, padding not counted.
-        needed_bytes: Attention with the chosen transport, layer inputs, and what is reserved.
-        fits: Whether a GPU holds that.
+        needed_bytes: Attention with the requested transport, layer inputs, and what is reserved.
     """
 
     cp_size: int
@@ -103,15 +104,11 @@ class Request:
     """What a plan is made for.
 
     Attributes:
-        sizes: The model's sizes.
         seq_len: Tokens in a row, before padding.
         ranks: Number of GPUs.
-        batch: B, rows.
         transport: The plugin's transport whose memory must fit and whose time counts.
-        gpu: What computes, and its memory.
-        reserved: What weights, optimizer state and experts take of it, in GiB.
-        balance: ``context_parallel.balance``: ``auto``, ``on`` or ``off``.
-        overlap: ``context_parallel.overlap``.
+        reserved: What weights, optimizer state and experts take of a GPU's memory, in GiB.
+        balance: ``context_parallel.balance``, as ``overlap`` is ``context_parallel.overlap``.
     """
 
     sizes: ModelSizes
@@ -125,18 +122,46 @@ class Request:
     overlap: bool = True
 
 
-def powers_of_two(ranks: int) -> list[int]:
-    """Return 1, 2, 4, ... up to ``ranks``."""
-    return [1 << power for power in range(ranks.bit_length())]
+@dataclass(frozen=True)
+class Plan:
+    """The planned sizes: one ``cp_size``, or ``every`` power of two up to the number of ranks."""
+
+    request: Request
+    cp_size: int | None
+    every: tuple[Row, ...]
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def of(cls, request: Request, cp_size: int | None = None) -> Plan:
+        """Plan one size, or all powers of two."""
+        powers = (1 << power for power in range(request.ranks.bit_length()))
+        every = tuple(row(request, size) for size in powers)
+        return cls(request, cp_size, every, every if cp_size is None else (row(request, cp_size),))
+
+    @cached_property
+    def _fitting(self) -> list[Row]:
+        """The sizes that fit a GPU and divide the ranks, ascending."""
+        return [row for row in self.every if row.fits and self.request.ranks % row.cp_size == 0]
+
+    @property
+    def smallest(self) -> int | None:
+        """The smallest cp_size that divides the ranks and fits, None if none does."""
+        return self._fitting[0].cp_size if self._fitting else None
+
+    @property
+    def fastest(self) -> int | None:
+        """The one of those that trains most tokens per second, the smaller one of equals."""
+        fastest = max(self._fitting, key=lambda row: row.tokens_a_second, default=None)
+        return fastest.cp_size if fastest else None
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each kind of poor setting, with the sizes that have it and what is better."""
+        return list(_warnings(self))
 
 
 def row(request: Request, cp_size: int) -> Row:
-    """Return what ``cp_size`` ranks a row cost.
-
-    Args:
-        request: What the plan is made for.
-        cp_size: R, number of CP ranks.
-    """
+    """Return what ``cp_size`` ranks per row cost."""
     sizes, batch = request.sizes, request.batch
     multiple = local_seq_multiple(sizes.compress_ratios)
     padded = padded_seq_len(request.seq_len, cp_size=cp_size, pad_multiple=multiple)
@@ -144,19 +169,19 @@ def row(request: Request, cp_size: int) -> Row:
     shape, length = Shape(layout, batch), layout.local_len
     staying = _sharing(request, shape, "off")
     moving = _sharing(request, shape, "auto" if request.balance == "off" else request.balance)
-    chosen = staying if request.balance == "off" else moving
+    requested = staying if request.balance == "off" else moving
     costs = tuple(
         PathCost(
             path,
-            _received_bytes(sizes, shape, path, chosen.moved_ratios),
-            max(attention_bytes(sizes, shape, ratio, path) for ratio in sizes.compress_ratios),
+            _received_bytes(sizes, shape, path, requested.moved_ratios),
+            max(attention_bytes(sizes, shape, ratio, path) for ratio in set(sizes.compress_ratios)),
         )
         for path in PATHS
     )
     stream = stream_bytes(sizes, shape)
     attention = next(cost for cost in costs if cost.path == request.transport).attention_bytes
     needed = attention + stream + round(request.reserved * GIB)
-    seconds = chosen.step.seconds(overlap=request.overlap)
+    seconds = requested.step.seconds(overlap=request.overlap)
     return Row(
         cp_size=cp_size,
         shard_len=length,
@@ -174,7 +199,6 @@ def row(request: Request, cp_size: int) -> Row:
 
 
 def _sharing(request: Request, shape: Shape, balance: str) -> Sharing:
-    """Return how a setting shares out the queries of a batch."""
     sizes, layout = request.sizes, shape.layout
     schedules = {
         ratio: schedule_of(layout, ratio, balance, QueryCost.of(sizes, ratio), request.gpu)
@@ -198,108 +222,77 @@ def _sharing(request: Request, shape: Shape, balance: str) -> Sharing:
 def _received_bytes(sizes: ModelSizes, shape: Shape, path: str, moved: Sequence[int]) -> int:
     """Return what a rank receives in a step where the queries of some ratios' layers move."""
     return sum(
-        sum(received_bytes(sizes, shape, ratio, path, balanced=ratio in moved))
-        for ratio in sizes.compress_ratios
+        layers * sum(received_bytes(sizes, shape, ratio, path, balanced=ratio in moved))
+        for ratio, layers in Counter(sizes.compress_ratios).items()
     )
 
 
-def that_fit(request: Request, rows: Sequence[Row]) -> list[Row]:
-    """Return the sizes that fit a GPU and divide the ranks."""
-    return [row for row in rows if row.fits and request.ranks % row.cp_size == 0]
-
-
-def smallest_that_fits(request: Request, rows: Sequence[Row]) -> int | None:
-    """Return the smallest cp_size that divides the ranks and fits, None if none does."""
-    return min((row.cp_size for row in that_fit(request, rows)), default=None)
-
-
-def fastest_that_fits(request: Request, rows: Sequence[Row]) -> int | None:
-    """Return the cp_size that trains most tokens a second of those, the smaller one of equals."""
-    fitting = sorted(that_fit(request, rows), key=lambda row: row.cp_size)
-    fastest = max(fitting, key=lambda row: row.tokens_a_second, default=None)
-    return fastest.cp_size if fastest else None
-
-
-def _longer(request: Request, row: Row) -> float:
-    """Return a step's seconds as a multiple of what they are without balance."""
-    return row.step_seconds / row.staying.step.seconds(overlap=request.overlap)
-
-
-def warnings(
-    request: Request, rows: Sequence[Row], every: Sequence[Row], *, chosen: int | None
-) -> list[str]:
-    """Say which settings are poor, and what is better.
-
-    Args:
-        request: What the plan is made for.
-        rows: The sizes that are planned.
-        every: All sizes that could be.
-        chosen: The user's own choice of cp_size, None for a table of all.
-
-    Returns:
-        A line for each kind of trouble, with the sizes that have it.
-    """
-    sizes, memory = request.sizes, request.gpu.memory
+def _warnings(plan: Plan) -> Iterator[str]:
+    request, rows = plan.request, plan.rows
+    sizes, memory, balance = request.sizes, request.gpu.memory, request.balance
     multiple = local_seq_multiple(sizes.compress_ratios)
+
+    def longer(row: Row) -> float:
+        """A step's seconds as a multiple of those without balance."""
+        return row.step_seconds / row.staying.step.seconds(overlap=request.overlap)
+
+    def busier(row: Row) -> float:
+        return row.sharing(balance).last_over_first
+
+    def automodel(row: Row) -> float:
+        return row.of(AUTOMODEL).attention_bytes / GIB
 
     def having(troubled: Sequence[Row]) -> str:
         return "cp_size " + ", ".join(str(each.cp_size) for each in troubled)
 
-    lines = []
     if request.seq_len > sizes.max_position_embeddings:
-        lines.append(
+        yield (
             f"--seq-len {request.seq_len} is more than max_position_embeddings="
             f"{sizes.max_position_embeddings}, the longest row the model knows positions for"
         )
     if short := [each for each in rows if each.shard_len < sizes.sliding_window]:
-        lines.append(
+        yield (
             f"{having(short)}: a shard is shorter than sliding_window={sizes.sliding_window}, so "
             "keys come from several ranks before; use a smaller cp_size or longer rows"
         )
     if wasteful := [each for each in rows if each.padding > 0.05]:
-        most = max(each.padding for each in wasteful)
-        lines.append(
-            f"{having(wasteful)}: up to {most:.0%} of the row is padding (shards hold a multiple "
-            f"of {multiple} tokens); use a smaller cp_size, or rows of a multiple of cp_size * "
-            f"{multiple} tokens"
+        yield (
+            f"{having(wasteful)}: up to {max(each.padding for each in wasteful):.0%} of the row is "
+            f"padding (shards hold a multiple of {multiple} tokens); use a smaller cp_size, or "
+            f"rows of a multiple of cp_size * {multiple} tokens"
         )
     if idle := [each for each in rows if each.idle_ranks > 0]:
         useful = -(-request.seq_len // max(multiple, 2))
-        lines.append(
+        yield (
             f"{having(idle)}: some ranks hold padding only; {request.seq_len} tokens fill "
             f"{useful} ranks at most"
         )
-    balance = request.balance
-    unequal = [each for each in rows if each.sharing(balance).last_over_first > 1.5]
-    if unequal:
-        most = max(each.sharing(balance).last_over_first for each in unequal)
+    if unequal := [each for each in rows if busier(each) > 1.5]:
         better = "balance: auto shares the work out, and a" if balance == "off" else "a"
-        lines.append(
-            f"{having(unequal)}: the last rank works up to {most:.1f} times as much as the first, "
-            f"which waits for it; {better} smaller cp_size wastes less"
+        yield (
+            f"{having(unequal)}: the last rank works up to {max(map(busier, unequal)):.1f} times "
+            f"as much as the first, which waits for it; {better} smaller cp_size wastes less"
         )
-    slower = [each for each in rows if _longer(request, each) > 1.005]
-    if slower:
-        most = max(_longer(request, each) for each in slower) - 1
-        lines.append(
-            f"{having(slower)}: by these rates, balance: {balance} moves more than it spares, and "
-            f"a step takes up to {most:.0%} longer than with balance: off"
+    if slower := [each for each in rows if longer(each) > 1.005]:
+        yield (
+            f"{having(slower)}: by these rates, balance: {balance} costs more time than it saves, "
+            f"and a step takes up to {max(map(longer, slower)) - 1:.0%} longer than with balance: "
+            "off"
         )
     if uneven := [each for each in rows if request.ranks % each.cp_size]:
-        lines.append(
-            f"{having(uneven)}: --ranks {request.ranks} is not divisible by it, and no whole "
-            "number of data-parallel groups is left; use a divisor"
+        yield (
+            f"{having(uneven)}: --ranks {request.ranks} is not divisible by it, which leaves a "
+            "fraction of a data-parallel group; use a divisor"
         )
-    smallest, fastest = smallest_that_fits(request, every), fastest_that_fits(request, every)
-    if chosen not in (None, fastest) and smallest is not None and chosen > smallest:
-        lines.append(
-            f"--cp-size {chosen} is larger than the memory needs: {smallest} fits, and the other "
-            "ranks could work on other rows"
+    too_large = plan.smallest is not None and (plan.cp_size or 0) > plan.smallest
+    if too_large and plan.cp_size != plan.fastest:
+        yield (
+            f"--cp-size {plan.cp_size} is larger than the memory needs: {plan.smallest} fits, and "
+            "the other ranks could work on other rows"
         )
-    if masked := [each for each in rows if each.of(AUTOMODEL).attention_bytes > memory * GIB]:
-        most = max(each.of(AUTOMODEL).attention_bytes for each in masked) / GIB
-        lines.append(
-            f"{having(masked)}: AutoModel's own path needs up to {most:,.0f} GiB for attention "
-            f"(its mask is dense), more than --gpu-memory {memory:g}"
+    if masked := [each for each in rows if automodel(each) > memory]:
+        yield (
+            f"{having(masked)}: AutoModel's own path needs up to "
+            f"{max(map(automodel, masked)):,.0f} GiB for attention (its mask is "
+            f"dense), more than --gpu-memory {memory:g}"
         )
-    return lines

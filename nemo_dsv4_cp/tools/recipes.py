@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,7 @@ _CONFIGS = "nemo_dsv4_cp.configs"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A composed recipe.
-
-    Attributes:
-        fields: What AutoModel's CLI loads, everything resolved.
-        nodes: Machines that it is made for.
-        processes_per_node: Processes on each, a GPU or a CPU rank each.
-    """
+    """A composed recipe: what AutoModel's CLI loads, resolved, and the processes to start."""
 
     fields: dict[str, Any]
     nodes: int
@@ -48,25 +43,21 @@ class Recipe:
 
 def names() -> list[str]:
     """Return the recipes that can be composed."""
-    return sorted(Path(f.name).stem for f in files(_CONFIGS).iterdir() if f.name.endswith(".yaml"))
+    return _stems(files(_CONFIGS))
 
 
 def choices() -> dict[str, list[str]]:
     """Return the options of every config group."""
-    groups = {
-        group.name: sorted(Path(f.name).stem for f in group.iterdir() if f.name.endswith(".yaml"))
-        for group in files(_CONFIGS).iterdir()
-        if group.is_dir()
-    }
+    groups = {group.name: _stems(group) for group in files(_CONFIGS).iterdir() if group.is_dir()}
     return {name: options for name, options in sorted(groups.items()) if options}
 
 
-def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Compose a recipe and resolve everything in it.
+def _stems(folder: Traversable) -> list[str]:
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
 
-    Args:
-        name: One of :func:`names`.
-        overrides: In Hydra's grammar, such as ``data=packed`` or ``distributed.cp_size=16``.
+
+def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Compose one of :func:`names` with overrides in Hydra's grammar, and resolve everything in it.
 
     Raises:
         hydra.errors.HydraException: For a name, group or override that does not exist or parse.
@@ -104,10 +95,7 @@ def register_resolvers() -> None:
 
 
 def compress_ratios(source: str) -> list[int]:
-    """Return the compress ratios of a published model, one a layer.
-
-    Args:
-        source: As :func:`~nemo_dsv4_cp.tools.sizes.published_fields` takes it.
+    """Return the compress ratios of a published model, one per layer.
 
     Raises:
         ValueError: If there is no such config, or it has no compress ratios.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A recipe's model in a size that any machine runs, and what of the recipe is not run with it."""
+"""A recipe's model in a size that any machine runs, and what of the recipe does not run with it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SMALL = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "index_head_dim": 16,
-    # Index scores are sums of relu: with few heads many tie at exactly 0, and any choice is right.
+    # Index scores are sums of relu: with few heads many tie at exactly 0, and any top-k is right.
     "index_n_heads": 16,
-    # No fewer than there are entries: rounding before a choice could swap two near ties.
+    # As many as there are entries: rounding before the selection could swap two near ties.
     "index_topk": 4096,
     "num_hash_layers": 1,
     "max_position_embeddings": 1 << 16,
@@ -44,8 +44,8 @@ _SIZES_OF_EXPERTS = {
 """What of ``model.moe_overrides`` the shrunk model sets by itself; it computes in float32."""
 _SECTIONS = {
     "peft": "LoRA",
-    "quantization": "quantisation",
-    "qat": "quantisation-aware training",
+    "quantization": "quantization",
+    "qat": "quantization-aware training",
     "fp8": "FP8",
     "compile": "compilation",
     "teacher_model": "the teacher",
@@ -58,7 +58,7 @@ _DEGREES = {
 }
 _BACKEND = {"attn": ("sdpa", "eager"), "experts": ("torch",), "dispatcher": ("torch",)}
 """What of ``model.backend`` runs as the recipe has it."""
-_KEPT = (
+_AS_GIVEN = (
     "sliding_window",
     "hc_mult",
     "num_nextn_predict_layers",
@@ -69,9 +69,6 @@ _KEPT = (
 
 def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config of a few layers that has every kind of layer of the given one.
-
-    Args:
-        fields: A model config's fields, ``compress_ratios`` and ``context_parallel`` among them.
 
     Raises:
         ValueError: If there are no compress ratios to go by.
@@ -86,12 +83,12 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
     kinds = list(dict.fromkeys(int(ratio) for ratio in ratios[:layers]))
     predicting = int(fields.get("num_nextn_predict_layers") or 0)
     of_predicting = [int(ratio) for ratio in ratios[layers : layers + predicting]]
-    kept = {key: fields[key] for key in _KEPT if fields.get(key) is not None}
+    as_given = {key: fields[key] for key in _AS_GIVEN if fields.get(key) is not None}
     return {
         **_SMALL,
-        **kept,
+        **as_given,
         "num_hidden_layers": len(kinds) + 1,
-        # Once more the first kind that compresses: a layer that sees what compression gave.
+        # Once more the first kind that compresses: a layer above compressed ones.
         "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],
         "context_parallel": fields.get("context_parallel"),
     }

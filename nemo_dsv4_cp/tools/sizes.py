@@ -22,8 +22,8 @@ _PUBLISHED = {
 }
 
 
-def _ignore(line: str) -> None:
-    """Tell nobody."""
+Warn = Callable[[str], object]
+"""Receives a line if the package's own sizes stand in for a config of the hub."""
 
 
 @dataclass(frozen=True)
@@ -71,30 +71,30 @@ class ModelSizes:
         for name in wanted[1:]:
             value = fields[name]
             if type(value) is not int or value < (0 if name == "n_shared_experts" else 1):
-                raise ValueError(f"{name}={value!r} is not a size; use a whole number from 1")
+                raise ValueError(f"{name}={value!r} is not a size; use an integer of 1 or more")
         ratios, layers = fields["compress_ratios"], fields["num_hidden_layers"]
         if not isinstance(ratios, Sequence) or isinstance(ratios, str):
-            raise ValueError(f"compress_ratios={ratios!r} is not a list; use one ratio a layer")
+            raise ValueError(f"compress_ratios={ratios!r} is not a list; use one ratio per layer")
         for ratio in ratios:
             if type(ratio) is not int or ratio < 0:
                 raise ValueError(f"compress_ratios holds {ratio!r}; use 0, 4 or 128 for each layer")
         if len(ratios) < layers:
             raise ValueError(
                 f"compress_ratios holds {len(ratios)} ratios for num_hidden_layers={layers}; give "
-                "one a layer"
+                "one per layer"
             )
         sizes = {name: fields[name] for name in wanted[1:]}
         return cls(compress_ratios=tuple(ratios[:layers]), **sizes)
 
 
-def read_model_fields(source: str, tell: Callable[[str], None] = _ignore) -> dict[str, Any]:
+def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     """Read a model's config fields.
 
     Args:
         source: One of :data:`MODELS`; the path of a config.json or YAML file whose fields, or the
             published model they name, stand at the top, under ``config``, ``model`` or
             ``model.config``; or a published model itself, as :func:`published_fields` takes it.
-        tell: Is told if the package's own sizes stand in for a config of the hub.
+        warn: See :data:`Warn`.
 
     Raises:
         ValueError: If there is no such file or no such fields in it.
@@ -102,12 +102,12 @@ def read_model_fields(source: str, tell: Callable[[str], None] = _ignore) -> dic
     if source in MODELS:
         return _packaged(source)
     if source in _PUBLISHED or Path(source).is_dir():
-        return published_fields(source, tell)
+        return published_fields(source, warn)
     try:
         text = Path(source).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         if _cached(source):
-            return published_fields(source, tell)
+            return published_fields(source, warn)
         raise ValueError(
             f"model {source!r} cannot be read; use {' or '.join(MODELS)}, the path of a "
             "config.json or YAML file, or a model of the hub whose config is cached"
@@ -127,21 +127,15 @@ def read_model_fields(source: str, tell: Callable[[str], None] = _ignore) -> dic
         if isinstance(tree, dict) and tree.get("pretrained_model_name_or_path"):
             naming = tree
     if naming is not None:
-        return complete_fields(naming, tell)
+        return complete_fields(naming, warn)
     raise ValueError(
         f"model {source!r} names no compress_ratios, at the top, under config or under "
         "model.config; give a DeepSeek-V4 config"
     )
 
 
-def complete_fields(
-    fields: Mapping[str, Any], tell: Callable[[str], None] = _ignore
-) -> dict[str, Any]:
+def complete_fields(fields: Mapping[str, Any], warn: Warn | None = None) -> dict[str, Any]:
     """Return a recipe's config fields, with those of the published model that they name beneath.
-
-    Args:
-        fields: Complete where they hold ``compress_ratios``.
-        tell: As in :func:`published_fields`.
 
     Raises:
         ValueError: If the published model's config is not to be had.
@@ -149,16 +143,16 @@ def complete_fields(
     named = fields.get("pretrained_model_name_or_path")
     if fields.get("compress_ratios") or not named:
         return dict(fields)
-    return published_fields(str(named), tell) | dict(fields)
+    return published_fields(str(named), warn) | dict(fields)
 
 
-def published_fields(source: str, tell: Callable[[str], None] = _ignore) -> dict[str, Any]:
+def published_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     """Return the fields of a published model's config.
 
     Args:
         source: Path of a ``config.json`` or of the directory that holds it, or the id of a model on
             the hub: one whose config is cached, or one whose sizes the package holds.
-        tell: Is told if the package's own sizes stand in for a config of the hub.
+        warn: See :data:`Warn`.
 
     Raises:
         ValueError: If there is no such config.
@@ -177,10 +171,11 @@ def published_fields(source: str, tell: Callable[[str], None] = _ignore) -> dict
             f"{source} config.json"
         )
     name = _PUBLISHED[source]
-    tell(
-        f"The config of {source} is not in the hub's cache, so the package's sizes of {name} "
-        f"stand in for it; to cache it: hf download {source} config.json"
-    )
+    if warn is not None:
+        warn(
+            f"The config of {source} is not in the hub's cache, so the package's sizes of {name} "
+            f"stand in for it; to cache it: hf download {source} config.json"
+        )
     fields = _packaged(name)
     # The packaged recipes leave out the layers for multi-token prediction; the ratios name them.
     predicting = len(fields["compress_ratios"]) - fields["num_hidden_layers"]
@@ -197,7 +192,7 @@ def _cached(source: str) -> Path | None:
     """Return the config of a model of the hub, where its cache holds it."""
     if source.count("/") != 1:
         return None
-    from huggingface_hub import try_to_load_from_cache  # half a second that few need
+    from huggingface_hub import try_to_load_from_cache  # takes half a second
 
     try:
         cached = try_to_load_from_cache(source, "config.json")

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 
 class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
-    """Windows of the standard library's source, one byte a token (a vocabulary of 256).
+    """Windows of the standard library's source, one byte per token (a vocabulary of 256).
 
     Needs no download and no tokenizer, and every rank of a machine reads the same bytes. A recipe
     names it under `dataset`, and AutoModel's default collater batches what it yields.
@@ -21,8 +21,8 @@ class StandardLibraryBytes(Dataset[dict[str, list[int]]]):
         num_samples: How many samples to serve; all that the files hold when None.
         shortest: Samples are of every length from this to ``seq_length``, for packing; all of
             ``seq_length`` when None.
-        tokenizer: Not used; AutoModel 0.5 hands it to any dataset.
-        split: Not used; AutoModel 0.5 asks for it when it packs.
+        tokenizer: Not used; AutoModel 0.5 passes it to any dataset.
+        split: Not used; AutoModel 0.5 reads it when it packs.
     """
 
     def __init__(

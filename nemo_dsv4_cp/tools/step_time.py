@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a layer and a training step take, estimated: computing, and what ranks wait for.
 
-A layer runs forward, forward again (activation checkpointing of whole layers, the index choice
-kept), and backward. Computing is the multiply-adds of ``work`` at the rates of ``gpus``;
-communication the bytes of ``costs`` over its links. What of it is exposed follows the order in
-which ``attention/layer.py`` starts collectives and waits for them.
+A layer runs forward, forward again (activation checkpointing of whole layers, with kept top-k
+indices), and backward. Computing and communicating are the operations and collectives of
+``inventory`` at the rates of ``gpus``. What of the collectives is exposed follows from
+:data:`ORDERS`, the order of work in ``attention/layer.py``.
 
 Left out, on every path alike: what memory bounds (norms, rotary, pooling, top-k,
 hyper-connections, the optimizer), traffic of FSDP and of expert parallelism and their uneven
-experts, launches, and what a collective takes from the kernels it hides behind. Rows of one
+experts, launches, and what a collective takes from the kernels it overlaps with. Rows hold one
 document.
 """
 
@@ -16,26 +16,71 @@ document.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.sequence.schedule import Schedule
-from nemo_dsv4_cp.tools.costs import Crossing, LayerCrossings, Shape, crossings
+from nemo_dsv4_cp.tools.inventory import (
+    PASSES,
+    Operation,
+    Pass,
+    Shape,
+    crossings,
+    head_operation,
+    query_operations,
+    shard_operations,
+)
 from nemo_dsv4_cp.tools.sizes import ModelSizes
-from nemo_dsv4_cp.tools.work import (
-    Count,
-    QueryWork,
-    ShardWork,
-    head_work,
-    query_work,
-    shard_work,
+
+Event = tuple[str, str]
+"""The start of a collective or the wait for it, by name; or whose queries, and their stage."""
+
+WINDOW_ONLY: tuple[Event, ...] = (
+    ("start", "fetch"),
+    ("local", "project"),
+    ("wait", "fetch"),
+    ("local", "attend"),
+)
+ALL_LOCAL: tuple[Event, ...] = (
+    ("start", "fetch"),
+    ("local", "project_index"),
+    ("wait", "fetch"),
+    ("start", "index_keys"),
+    ("start", "entries"),
+    ("local", "project"),
+    ("wait", "index_keys"),
+    ("local", "choose"),
+    ("wait", "entries"),
+    ("local", "attend"),
+)
+SOME_REMOTE: tuple[Event, ...] = (
+    ("start", "fetch"),
+    ("local", "project_index"),
+    ("local", "project"),
+    ("wait", "fetch"),
+    ("start", "index_keys"),
+    ("start", "entries"),
+    ("remote", "project_index"),
+    ("remote", "project"),
+    ("wait", "index_keys"),
+    ("remote", "choose"),
+    ("local", "choose"),
+    ("wait", "entries"),
+    ("remote", "attend"),
+    ("start", "returned"),
+    ("local", "attend"),
+    ("wait", "returned"),
 )
 
-Pass = Literal["forward", "repeated", "backward"]
-"""A pass through a layer, by the name that counts and crossings give it."""
-PASSES: tuple[Pass, ...] = ("forward", "repeated", "backward")
+
+def order_of(ratio: int, *, moves: bool) -> tuple[Event, ...]:
+    """Return forward's order of collectives and stages in a layer; backward's is the reverse.
+
+    A layer that has no indexer skips what only that needs. A test compares the three orders with
+    the layer's own.
+    """
+    return SOME_REMOTE if moves else ALL_LOCAL if ratio else WINDOW_ONLY
 
 
 @dataclass(frozen=True)
@@ -44,7 +89,7 @@ class Time:
 
     Attributes:
         computing: What the busiest rank computes.
-        communicating: What collectives take, as if they hid behind nothing.
+        communicating: What collectives take without overlap.
         exposed: What it takes longer than ``computing`` where they overlap with it.
     """
 
@@ -59,12 +104,7 @@ class Time:
 
 @dataclass(frozen=True)
 class LayerTime(Time):
-    """Seconds of one layer in a step.
-
-    Attributes:
-        ratio: The layer's compress ratio.
-        layers: How many layers have it.
-    """
+    """Seconds of one layer in a step, of all ``layers`` that have its compress ratio."""
 
     ratio: int
     layers: int
@@ -72,142 +112,82 @@ class LayerTime(Time):
 
 @dataclass(frozen=True)
 class StepTime(Time):
-    """Seconds of a step: its layers, one after another, and the language-model head.
-
-    Attributes:
-        layers: One for each compress ratio, ascending.
-        head: The language-model head, which computes alone.
-    """
+    """Seconds of a step: its layers by ascending ratio, and the head, which computes alone."""
 
     layers: tuple[LayerTime, ...]
     head: float
 
 
-@dataclass(frozen=True)
-class _PartSeconds:
-    """One pass of some queries through what hides a collective."""
-
-    index_projection: float
-    projection: float
-    choice: float
-    attending: float
-
-    @property
-    def all(self) -> float:
-        return self.index_projection + self.projection + self.choice + self.attending
+def _seconds(operations: Iterable[Operation], gpu: Gpu, batch: int, step: Pass) -> float:
+    return sum(
+        2 * batch * int(getattr(each, step)) / float(getattr(gpu, f"{each.rate}_per_second"))
+        for each in operations
+    )
 
 
-@dataclass(frozen=True)
-class _CrossingSeconds:
-    """One pass of what crosses for a layer."""
-
-    fetch: float
-    index_keys: float
-    entries: float
-    home: float
-
-    @property
-    def all(self) -> float:
-        return self.fetch + self.index_keys + self.entries + self.home
-
-
-class _Rates:
-    """Seconds of counts in one pass, of all rows of a batch."""
-
-    def __init__(self, gpu: Gpu, batch: int, step: Pass) -> None:
-        self._gpu, self._batch, self._step = gpu, batch, step
-
-    def of_products(self, *counts: Count) -> float:
-        return self._flops(counts) / self._gpu.products_a_second
-
-    def of_float32(self, *counts: Count) -> float:
-        return self._flops(counts) / self._gpu.float32_a_second
-
-    def of_kernels(self, *counts: Count) -> float:
-        return self._flops(counts) / self._gpu.kernels_a_second
-
-    def _flops(self, counts: tuple[Count, ...]) -> int:
-        return sum(2 * self._batch * int(getattr(count, self._step)) for count in counts)
-
-    def part(self, work: QueryWork) -> _PartSeconds:
-        return _PartSeconds(
-            index_projection=self.of_products(work.index_projection),
-            projection=self.of_products(work.projection),
-            choice=self.of_kernels(work.choice),
-            attending=self.of_kernels(work.attention) + self.of_products(work.output),
-        )
-
-    def shard(self, work: ShardWork) -> float:
-        products = self.of_products(work.projections, work.index_weights, work.experts)
-        return products + self.of_float32(work.compression, work.index_compression)
-
-
-def _waiting(
-    kept: _PartSeconds, taken: _PartSeconds, crossing: _CrossingSeconds, *, ratio: int, moves: bool
+def waiting(
+    order: Iterable[Event], computing: Mapping[Event, float], crossing: Mapping[str, float]
 ) -> float:
-    """Return what one pass waits for where collectives overlap with what is computed.
+    """Return what a rank waits for in one pass, whose collectives follow one after the other.
 
-    Forward's order; backward's is the reverse, between the same starts and waits.
+    ``computing`` holds the seconds of each stage, ``crossing`` those of each collective.
     """
-    # The exchange, behind what of the kept queries is computed before it is waited for.
-    beside = kept.index_projection + (kept.projection if moves or not ratio else 0)
-    fetch = max(0, crossing.fetch - beside)
-    # Both gathers one after the other, behind projections, that of entries behind the choice, too.
-    between = taken.index_projection + taken.projection if moves else kept.projection
-    index_keys = max(0, crossing.index_keys - between)
-    between += index_keys + kept.choice + taken.choice
-    entries = max(0, crossing.index_keys + crossing.entries - between)
-    # The way home of what the taken queries yield, behind attention of the kept ones.
-    home = max(0, crossing.home - kept.attending)
-    return fetch + index_keys + entries + home
+    now = free = waited = 0.0  # free: when the link is
+    arrives: dict[str, float] = {}
+    for event in order:
+        what, name = event
+        if what == "start":
+            arrives[name] = free = max(now, free) + crossing.get(name, 0.0)
+        elif what == "wait":
+            late = max(0.0, arrives[name] - now)
+            now, waited = now + late, waited + late
+        else:
+            now += computing.get(event, 0.0)
+    return waited
 
 
 def layer_time(
     sizes: ModelSizes, shape: Shape, ratio: int, schedule: Schedule, gpu: Gpu, transport: str
 ) -> LayerTime:
-    """Return the seconds of a layer, whose ranks wait for the one that is done last.
+    """Return the seconds of a layer, whose ranks wait for the last one.
 
-    Args:
-        sizes: The model's sizes.
-        shape: The batch and how it is cut.
-        ratio: The layer's compress ratio.
-        schedule: Which rank computes which queries.
-        gpu: What computes and what bytes cross.
-        transport: One of ``paths.TRANSPORTS``.
+    ``transport`` is one of ``inventory.TRANSPORTS``.
     """
-    crossed = crossings(sizes, shape, ratio, transport, balanced=schedule.moves)
-    shard = shard_work(sizes, ratio, shape.layout.local_len)
+    collectives = crossings(sizes, shape, ratio, transport, balanced=schedule.moves)
+    order = order_of(ratio, moves=schedule.moves)
+    shard = shard_operations(sizes, ratio, shape.layout.local_len)
     queries = [
-        (query_work(sizes, ratio, kept), query_work(sizes, ratio, taken))
-        for kept, taken in zip(schedule.local, schedule.remote, strict=True)
+        {
+            "local": query_operations(sizes, ratio, local),
+            "remote": query_operations(sizes, ratio, remote),
+        }
+        for local, remote in zip(schedule.local, schedule.remote, strict=True)
     ]
-    communicating = own = 0.0
+    communicating = of_shard = 0.0
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank
     for step in PASSES:
-        rates, crossing = _Rates(gpu, shape.batch, step), _of_crossings(crossed, step, gpu, shape)
-        communicating += crossing.all
-        own += rates.shard(shard)
-        for rank, works in enumerate(queries):
-            kept, taken = map(rates.part, works)
-            computing[rank] += kept.all + taken.all
-            waits = _waiting(kept, taken, crossing, ratio=ratio, moves=schedule.moves)
-            done[rank] += kept.all + taken.all + waits
+        crossing = {
+            each.name: (gpu.gather_seconds if each.from_all else gpu.exchange_seconds)(
+                getattr(each, step), shape.ranks
+            )
+            for each in collectives
+        }
+        communicating += sum(crossing.values())
+        of_shard += _seconds(shard, gpu, shape.batch, step)
+        for rank, operations in enumerate(queries):
+            stages: dict[Event, float] = {}
+            for whose, of_queries in operations.items():
+                for each in of_queries:
+                    seconds = _seconds([each], gpu, shape.batch, step)
+                    stages[whose, each.stage] = stages.get((whose, each.stage), 0.0) + seconds
+            computing[rank] += sum(stages.values())
+            done[rank] += sum(stages.values()) + waiting(order, stages, crossing)
     return LayerTime(
-        computing=own + max(computing),
+        computing=of_shard + max(computing),
         communicating=communicating,
         exposed=max(done) - max(computing),
         ratio=ratio,
         layers=sizes.compress_ratios.count(ratio),
-    )
-
-
-def _of_crossings(layer: LayerCrossings, step: Pass, gpu: Gpu, shape: Shape) -> _CrossingSeconds:
-    def seconds(crossing: Crossing) -> float:
-        link = gpu.gather_seconds if crossing.from_all else gpu.exchange_seconds
-        return link(getattr(crossing, step), shape.ranks)
-
-    return _CrossingSeconds(
-        seconds(layer.fetch), seconds(layer.index_keys), seconds(layer.entries), seconds(layer.home)
     )
 
 
@@ -216,16 +196,11 @@ def step_time(
 ) -> StepTime:
     """Return the seconds of a step: forward, recomputation and backward of one batch.
 
-    Args:
-        sizes: The model's sizes.
-        shape: The batch and how it is cut.
-        schedules: Of each compress ratio, which rank computes which queries.
-        gpu: What computes and what bytes cross.
-        transport: One of ``paths.TRANSPORTS``.
+    ``schedules`` are those of each compress ratio.
     """
     # The head is not checkpointed, so nothing of it is repeated.
-    multiply_adds = shape.batch * head_work(sizes, shape.layout.local_len).total
-    head = 2 * multiply_adds / gpu.products_a_second
+    product = head_operation(sizes, shape.layout.local_len)
+    head = sum(_seconds([product], gpu, shape.batch, step) for step in ("forward", "backward"))
     layers = tuple(
         layer_time(sizes, shape, ratio, schedules[ratio], gpu, transport)
         for ratio in sorted(schedules)

@@ -6,7 +6,7 @@ Both run AutoModel's own code from the batch to the update of the gates' biases
 without activation checkpointing, with one document per row.
 """
 
-# B batch rows   S tokens a row   V vocabulary   E hidden size   M hyper-connection streams
+# B batch rows   S tokens per row   V vocabulary   E hidden size   M hyper-connection streams
 # X experts
 
 from __future__ import annotations
@@ -66,12 +66,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found.
-
-    Attributes:
-        differences: One of each tensor.
-        left_out: What the recipe trains with and was not run, in words and by setting.
-    """
+    """What :func:`verify` found: differences, and what of the recipe did not run, by setting."""
 
     differences: list[Difference]
     left_out: list[str]
@@ -97,10 +92,7 @@ class Case:
 def documents_for(packed: bool, cp_size: int, multiple: int) -> list[list[int]]:
     """Return lengths of documents, row by row, that put cuts at awkward places.
 
-    Args:
-        packed: Several documents a row, or one.
-        cp_size: Number of CP ranks.
-        multiple: What shards are a multiple of when rows are not packed.
+    Shards are a multiple of ``multiple`` when rows are not packed.
     """
     shard = max(2 * multiple, 64)
     whole = cp_size * shard - shard // 3
@@ -112,11 +104,7 @@ def documents_for(packed: bool, cp_size: int, multiple: int) -> list[list[int]]:
 def case_of(
     recipe: Mapping[str, Any], config: Mapping[str, Any], *, cp_size: int, packed: bool
 ) -> Case:
-    """Return what to run for a recipe: two microbatches that differ in their documents.
-
-    Raises:
-        ValueError: If the config cannot be made.
-    """
+    """Return what to run for a recipe: two microbatches that differ in their documents."""
     # The model section may hold it as well as the config.
     hidden = (recipe.get("model") or {}).get("output_hidden_states")
     extra = {} if hidden is None else {"output_hidden_states": hidden}
@@ -132,18 +120,11 @@ def verify(
 ) -> Verification:
     """Train the shrunk model for one step on one rank and on ``cp_size``, float32, and compare.
 
-    Both start from the same weights and see the same batches, with the recipe's own loss, auxiliary
-    loss and gates. Under CP the recipe's activation checkpointing runs too.
-
-    Args:
-        recipe: A recipe, for ``model``, ``loss_fn`` and ``distributed``.
-        config: Its model config, complete.
-        cp_size: Number of local ranks.
-        packed: Whether rows hold several documents.
-
-    Returns:
-        Loss, logits, the gradient of every parameter that has one, and of each gate that balances
-        its experts the auxiliary loss, the experts' loads and their biases after the step.
+    Both start from the same weights and see the same batches, with the loss, auxiliary loss and
+    gates of ``recipe``, whose complete model config is ``config``. Under CP its activation
+    checkpointing runs too. Compared are the loss, logits, the gradient of every parameter that has
+    one, and of each gate that balances its experts the auxiliary loss, the experts' loads and their
+    biases after the step.
 
     Raises:
         RankFailed: If a rank raised.
@@ -161,11 +142,8 @@ def gradient_limit(name: str, reference: Mapping[str, torch.nn.Parameter]) -> fl
     it is more. A scale s is one number for all tokens, ``s * (fn @ x) + base``, so its gradient is
     a sum over tokens, streams and features that can cancel to a thousandth of its terms and less,
     while each term keeps its rounding. It is also ``(fn * fn.grad).sum() / s``, which gives the
-    size of the terms, for this model and this batch, from the reference's own gradients.
-
-    Args:
-        name: A parameter's name in the model.
-        reference: The reference's parameters by name, with their gradients.
+    size of the terms, for this model and this batch, from the reference's own parameters and
+    gradients.
     """
     if not name.endswith(("_hc.scale", "hc_head.hc_scale")):
         return GRADIENT_LIMIT
@@ -238,27 +216,21 @@ def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
 def _document_rows(
     batch: dict[str, Any], documents: list[list[int]], spare: int
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return each document as a row of its own, and where its tokens come from.
+    """Return each document as a row of its own, and which of the B S tokens each slot holds.
 
     Args:
         batch: Rows of documents, one after the other.
         documents: Their lengths, row by row.
-        spare: Slots of padding behind the longest one, for what MTP looks ahead.
-
-    Returns:
-        The batch, and which of the B S tokens each of its slots holds, -1 for padding.
+        spare: Slots of padding, -1, behind the longest one, for what MTP looks ahead.
     """
-    length = batch["input_ids"].shape[1]
-    longest = max(map(max, documents)) + spare
-    sources = []
-    for row, of_row in enumerate(documents):
-        begin = row * length
-        for tokens in of_row:
-            source = torch.full((longest,), -1)
-            source[:tokens] = torch.arange(begin, begin + tokens)
-            sources.append(source)
-            begin += tokens
-    source = torch.stack(sources)
+    slots = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])
+    sources = [
+        source
+        for row, of_row in zip(slots, documents, strict=True)
+        for source in row[: sum(of_row)].split(of_row)
+    ]
+    padded = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=-1)
+    source = torch.nn.functional.pad(padded, (0, spare), value=-1)
     padding = source < 0
     rows = {
         key: batch[key].flatten()[source].masked_fill(padding, fill)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What computing hides of slowed collectives, on a clock that only moves when it is told to."""
+"""How much of slowed collectives overlaps with compute, on a clock that only sleep moves."""
 
 import pytest
 import torch
@@ -33,10 +33,10 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "computing", "taken"),
+    ("overlaps", "computing", "seconds"),
     [(True, 5.0, 5.0), (True, 0.5, 2.0), (False, 5.0, 7.0)],
 )
-def test_a_slow_link_carries_one_collective_after_the_other(clock, overlaps, computing, taken):
+def test_a_slow_link_carries_one_collective_after_the_other(clock, overlaps, computing, seconds):
     link = SlowLink(1.0)
     with link.slowing():
         flights = [InFlight(overlap=overlaps) for _ in range(2)]
@@ -44,9 +44,9 @@ def test_a_slow_link_carries_one_collective_after_the_other(clock, overlaps, com
             flight.begin(Arrived(), "rows")
         clock.sleep(computing)
         assert [flight.end() for flight in flights] == ["rows"] * 2
-    assert clock.now == taken
+    assert clock.now == seconds
     assert len(link.waited) == 2
-    assert sum(link.waited) == taken - computing
+    assert sum(link.waited) == seconds - computing
 
 
 def test_hidden_is_what_no_rank_waited_for():

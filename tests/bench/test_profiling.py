@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from nemo_dsv4_cp.bench.layer import Case
-from nemo_dsv4_cp.bench.profiling import Launches, weigh
-from nemo_dsv4_cp.bench.profiling import _Scale as Scale
+from nemo_dsv4_cp.bench.profiling import Launches, Profiler, profile
 from nemo_dsv4_cp.kernels.costs import Cost, register_cost
 
 GIB = 1 << 30
@@ -13,19 +12,19 @@ AT_128K = {"seq_len": 131072, "cp_size": 8, "rank": 4}
 
 @pytest.mark.parametrize(("ratio", "received"), [(4, 11584), (128, 1032), (0, 1024)])
 def test_automodels_traffic_is_what_was_measured_on_it(ratio, received):
-    weight = weigh(Case("automodel", ratio, **AT_128K))
-    assert weight.per_token(weight.received_forward) == pytest.approx(received, abs=0.5)
+    found = profile(Case("automodel", ratio, **AT_128K))
+    assert found.per_token(found.received_forward) == pytest.approx(received, abs=0.5)
 
 
 @pytest.mark.parametrize(("ratio", "at_most"), [(4, 330), (128, 10), (0, 2)])
 def test_boundary_receives_no_more_than_attention_needs(ratio, at_most):
     # Bytes received are the same with any kernels, and Triton's are few.
     options = {"kernels": "triton", "balance": "off"}
-    weight = weigh(Case("boundary", ratio, **AT_128K, **options))
+    found = profile(Case("boundary", ratio, **AT_128K, **options))
     entries = {4: 256 + 64, 128: 8, 0: 0}[ratio]
-    assert entries < weight.per_token(weight.received_forward) <= at_most
+    assert entries < found.per_token(found.received_forward) <= at_most
     # Backward mirrors forward but for the index keys, which need no gradient.
-    assert weight.per_token(weight.received_backward) <= at_most - (64 if ratio == 4 else 0)
+    assert found.per_token(found.received_backward) <= at_most - (64 if ratio == 4 else 0)
 
 
 @pytest.mark.parametrize("ratio", [0, 128])
@@ -33,7 +32,8 @@ def test_boundary_receives_no_more_than_attention_needs(ratio, at_most):
 def test_memory_grows_by_the_entries_alone_when_length_and_ranks_double(kernels, ratio):
     options = {"kernels": kernels, "balance": "off"}
     small, large = (
-        weigh(Case("boundary", ratio, 4096 * size, size, size - 1, **options)) for size in (64, 128)
+        profile(Case("boundary", ratio, 4096 * size, size, size - 1, **options))
+        for size in (64, 128)
     )
     entries = 64 * 4096 // ratio if ratio else 0
     # Each new entry is held in bfloat16 as it arrives and in order, its gradient in float32.
@@ -41,18 +41,18 @@ def test_memory_grows_by_the_entries_alone_when_length_and_ranks_double(kernels,
 
 
 def test_what_is_saved_for_backward_is_queries_keys_and_little_else():
-    weight = weigh(Case("boundary", 0, 131072, 8, 7))
+    found = profile(Case("boundary", 0, 131072, 8, 7))
     per_head = 16384 * 64 * 512 * 2  # queries before the norm, after it, and the output
-    assert 3 * per_head <= weight.saved_bytes <= 4 * per_head
-    assert len(weight.largest) == 5
-    assert weight.largest[0].bytes == per_head
+    assert 3 * per_head <= found.saved_bytes <= 4 * per_head
+    assert len(found.largest) == 5
+    assert found.largest[0].bytes == per_head
 
 
 @pytest.mark.parametrize(
     ("ratio", "launches", "gb"), [(0, 91, 101), (4, 246, 157), (128, 147, 114)]
 )
 def test_automodels_launches_are_what_was_counted_on_it(ratio, launches, gb):
-    forward = weigh(Case("automodel", ratio, 131072, 8, 7)).forward
+    forward = profile(Case("automodel", ratio, 131072, 8, 7)).forward
     assert forward.count == pytest.approx(launches, rel=0.1)
     assert forward.moved_bytes == pytest.approx(gb * 1e9, rel=0.1)
 
@@ -67,26 +67,26 @@ LIMITS = {  # ratio, ranks: launches forward and backward, GB forward and backwa
 
 def by_triton(ratio, ranks, balance):
     size = {"seq_len": 16384 * ranks, "cp_size": ranks, "rank": ranks - 1}
-    return weigh(Case("boundary", ratio, **size, kernels="triton", balance=balance))
+    return profile(Case("boundary", ratio, **size, kernels="triton", balance=balance))
 
 
 @pytest.mark.parametrize("balance", ["on", "off"])
 @pytest.mark.parametrize(("ratio", "ranks"), LIMITS)
 def test_triton_launches_few_operations_that_touch_little(ratio, ranks, balance):
-    weight = by_triton(ratio, ranks, balance)
+    found = by_triton(ratio, ranks, balance)
     forward, backward, gb_forward, gb_backward = LIMITS[ratio, ranks]
-    assert weight.forward.count <= forward
-    assert weight.backward.count <= backward
-    assert weight.forward.moved_bytes <= gb_forward * 1e9
-    assert weight.backward.moved_bytes <= gb_backward * 1e9
-    assert weight.peak_bytes <= 7 * GIB
+    assert found.forward.count <= forward
+    assert found.backward.count <= backward
+    assert found.forward.moved_bytes <= gb_forward * 1e9
+    assert found.backward.moved_bytes <= gb_backward * 1e9
+    assert found.peak_bytes <= 7 * GIB
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 @pytest.mark.parametrize("kernels", ["triton", pytest.param("torch", marks=pytest.mark.slow)])
-def test_a_query_computed_elsewhere_moves_little(kernels, ratio):
+def test_a_remote_query_moves_little(kernels, ratio):
     on, off = (
-        weigh(Case("boundary", ratio, 16384, 2, 0, kernels=kernels, balance=balance))
+        profile(Case("boundary", ratio, 16384, 2, 0, kernels=kernels, balance=balance))
         for balance in ("on", "off")
     )
     tokens = 8192 // 2
@@ -96,9 +96,9 @@ def test_a_query_computed_elsewhere_moves_little(kernels, ratio):
 
 
 def launched(run):
-    with Scale(Case("automodel", 0, 256, 2, 0)) as scale:
+    with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
         run()
-    return scale.launched
+    return profiler.launched
 
 
 def test_an_operation_reads_and_writes_the_tensors_it_sees():
@@ -123,7 +123,7 @@ def costly(x: torch.Tensor) -> torch.Tensor:
 
 def test_the_registered_cost_of_an_operation_is_counted_and_its_scratch_is_in_the_peak():
     register_cost("dsv4_cp_tests::costly")(lambda x: Cost(7, 11, 13, scratch_bytes=1000))
-    with Scale(Case("automodel", 0, 256, 2, 0)) as scale:
-        kept = costly(torch.zeros(8, 4))
-    assert scale.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
-    assert scale.peak == 128 + kept.nbytes + 1000
+    with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
+        out = costly(torch.zeros(8, 4))
+    assert profiler.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)
+    assert profiler.peak == 128 + out.nbytes + 1000

@@ -11,7 +11,7 @@ COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "printed"),
     [
         (["--help"], "Context parallelism for DeepSeek-V4 in NeMo AutoModel"),
         (["plan", "v4_pro", "--seq-len", "131072", "--ranks", "16"], "Smallest cp_size that fits"),
@@ -19,9 +19,9 @@ COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
         (["bench", "bytes", "--seq-len", "1024", "--cp-size", "2", "--ratio", "0"], "boundary"),
     ],
 )
-def test_a_command_answers(arguments, said):
+def test_a_command_answers(arguments, printed):
     done = subprocess.run(
         [COMMAND, *arguments], capture_output=True, text=True, timeout=1800, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert said in " ".join(done.stdout.split())
+    assert printed in " ".join(done.stdout.split())

@@ -63,7 +63,7 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
     assert "Traceback" not in done.output
 
 
-def test_launches_counts_what_kernels_tell():
+def test_launches_counts_what_kernels_register():
     done = run("launches", *SMALL, "--kernels", "triton", "--json", "-")
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout[done.stdout.index("[") :])

@@ -71,7 +71,7 @@ def test_the_launch_line_starts_a_process_for_each_rank_and_stage(overrides, pro
             ["flash_packed", "distributed.cp_size=7"],
             "does not divide the 128 ranks; what works is distributed.cp_size: 1, 2, 4, 8, 16",
         ),
-        (["tiny_cpu", "distributed.cp_size=0"], "distributed.cp_size=0 is no size"),
+        (["tiny_cpu", "distributed.cp_size=0"], "distributed.cp_size=0 is not a size"),
         (["tiny_cpu", "--launch"], "name one with --output"),
         (["flash_sft_1m", "--launch", "-o", "x.yaml"], "is made for 16"),
         (["tiny_cpu", "-o", "nowhere/x.yaml"], "there is no directory nowhere"),

@@ -58,8 +58,8 @@ def test_what_would_make_training_fail_is_named_with_its_remedy(
         )
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1
-    said = " ".join(done.output.split())
-    assert f"Training would fail: {subject}" in said
+    printed = " ".join(done.output.split())
+    assert f"Training would fail: {subject}" in printed
     whole = CliRunner().invoke(app, ["doctor", "--json"]).stdout
     found = [f for f in json.loads(whole[whole.index("[") : whole.rindex("]") + 1]) if f["fatal"]]
     assert found[0]["remedy"].count(remedy) == 1

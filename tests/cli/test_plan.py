@@ -167,7 +167,7 @@ def test_the_plot_is_drawn(ranks, tmp_path):
     ("arguments", "message"),
     [
         (["--transport", "carrier_pigeon"], "use boundary or all_gather"),
-        (["--cp-size", "16"], "--cp-size 16 needs as many GPUs, --ranks says 8"),
+        (["--cp-size", "16"], "--cp-size 16 needs as many GPUs, --ranks is 8"),
         (["--gpu-memory", "0"], "--gpu-memory 0 is no GPU's; use such as 80"),
         (["--reserved", "80"], "from 0 to below 80, such as 40"),
         (["--gpu", "v100"], "--gpu v100 is unknown; use a100, h100, h200, b200"),
@@ -222,7 +222,7 @@ def test_a_file_that_is_no_model_is_refused(text, message, tmp_path, monkeypatch
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch, tmp_path):
-    monkeypatch.setattr("nemo_dsv4_cp.cli.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("nemo_dsv4_cp.cli.output.find_spec", lambda name: None)
     done = run("v4_flash", "--seq-len", "16384", "--plot", str(tmp_path / "out.png"))
     assert done.exit_code == 2
     assert "--plot needs matplotlib" in flat(done.output)
@@ -233,6 +233,6 @@ def test_help_shows_an_example():
     assert "Example: nemo-dsv4-cp plan v4_flash --seq-len 1048576 --ranks 64" in help_text
 
 
-def test_planning_never_imports_the_host():
+def test_planning_never_imports_automodel():
     script = "import sys, nemo_dsv4_cp.cli.plan; sys.exit('nemo_automodel' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -118,10 +118,10 @@ def test_a_lost_term_of_attention_is_found_and_named(verify_broken, tmp_path, mo
     install(BROKEN, "NoWindowBeforeTheCut", tmp_path, monkeypatch)
     done = verify_broken()
     assert done.exit_code == 1, done.output
-    said = " ".join(done.stdout.split())
-    assert "Differs:" in said
-    assert "gradient of model.layers." in said
-    assert "above all logits" in said
+    printed = " ".join(done.stdout.split())
+    assert "Differs:" in printed
+    assert "gradient of model.layers." in printed
+    assert "above all logits" in printed
 
 
 def test_a_rank_that_fails_is_a_line_and_a_log(verify_broken, tmp_path, monkeypatch):
@@ -131,8 +131,8 @@ def test_a_rank_that_fails_is_a_line_and_a_log(verify_broken, tmp_path, monkeypa
     assert done.exit_code == 1, done.output
     assert done.stdout == ""
     (log,) = tmp_path.glob("nemo-dsv4-cp-*.log")
-    told = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"
-    assert done.stderr.strip() == told
+    expected = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"
+    assert done.stderr.strip() == expected
     assert "Traceback (most recent call last)" in log.read_text()
 
 
@@ -188,6 +188,6 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(text, message, tmp_path
 def test_kernels_that_cannot_run_here_are_refused_with_what_to_set(recipe):
     done = CliRunner().invoke(app, ["verify", str(recipe("tiny_cpu")), "--kernels"])
     assert done.exit_code == 2
-    told = " ".join(done.output.replace("│", " ").split())
-    assert "needs a CUDA device" in told
-    assert "kernels: torch" in told
+    printed = " ".join(done.output.replace("│", " ").split())
+    assert "needs a CUDA device" in printed
+    assert "kernels: torch" in printed

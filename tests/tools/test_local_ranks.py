@@ -19,7 +19,7 @@ def temporary_files(tmp_path, monkeypatch):
 
 def answering(group, rank, text):
     barrier(group)
-    print("said by a rank")
+    print("printed by a rank")
     return [rank, cp_size(group), text * 100_000]  # more than a pipe holds
 
 
@@ -38,10 +38,10 @@ def killed(group, rank):
 def test_rank_0s_result_is_returned_and_no_log_left(tmp_path, capfd):
     assert local_ranks.run(answering, 2, "ab") == [0, 2, "ab" * 100_000]
     assert list(tmp_path.iterdir()) == []
-    assert "said by a rank" not in "".join(capfd.readouterr())
+    assert "printed by a rank" not in "".join(capfd.readouterr())
 
 
-def test_an_error_is_told_in_a_line_and_its_traceback_logged(forked_local_ranks, capfd):
+def test_an_error_is_reported_in_a_line_and_its_traceback_logged(forked_local_ranks, capfd):
     with pytest.raises(RankFailed) as failed:
         local_ranks.run(raising, 2)
     error = failed.value

@@ -38,8 +38,11 @@ def test_sizes_that_divide_the_ranks_are_accepted(size):
         ),
         (["distributed.cp_size=8", "distributed.pp_size=3"], r"is distributed.pp_size: 1, 2, 4, 8"),
         (["distributed.cp_size=7", "distributed.pp_size=3"], r"sizes whose product divides 128"),
-        (["distributed.cp_size=0"], r"distributed.cp_size=0 is no size; use a whole number from 1"),
-        (["distributed.cp_size=two"], r"distributed.cp_size='two' is no size"),
+        (
+            ["distributed.cp_size=0"],
+            r"distributed.cp_size=0 is not a size; use an integer of 1 or more",
+        ),
+        (["distributed.cp_size=two"], r"distributed.cp_size='two' is not a size"),
         (["+distributed.dp_size=4"], r"distributed.dp_size=4 .* is not .* 128; use 16"),
         (["distributed.pp_size=2"], r"add \+distributed.pipeline.pp_schedule=1f1b"),
         (

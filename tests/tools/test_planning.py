@@ -7,18 +7,13 @@ from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.costs import Shape, received_bytes
-from nemo_dsv4_cp.tools.planning import Request
+from nemo_dsv4_cp.tools.inventory import Shape, received_bytes, work_of_ranks
+from nemo_dsv4_cp.tools.planning import Plan, Request
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import step_time
-from nemo_dsv4_cp.tools.work import work_of_ranks
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 PRO = ModelSizes.of_fields(read_model_fields("v4_pro"))
-
-
-def all_sizes(request):
-    return [planning.row(request, size) for size in planning.powers_of_two(request.ranks)]
 
 
 def test_without_balance_the_last_rank_works_the_more_the_longer_the_row():
@@ -107,27 +102,21 @@ def test_a_faster_gpu_or_link_makes_a_step_shorter(field, cp_size):
 
 def test_the_sizes_that_fit_divide_the_ranks():
     for seq_len, ranks, smallest in ((1 << 20, 64, 64), (1 << 20, 96, None), (4096, 8, 1)):
-        request = Request(FLASH, seq_len, ranks)
-        assert planning.smallest_that_fits(request, all_sizes(request)) == smallest
+        assert Plan.of(Request(FLASH, seq_len, ranks)).smallest == smallest
 
 
 def test_the_fastest_size_is_of_those_that_fit_and_not_always_the_smallest():
-    request = Request(PRO, 1 << 14, 64)
-    rows = all_sizes(request)
-    # One rank would be faster still, without room for it.
-    assert max(rows, key=lambda row: row.tokens_a_second).cp_size == 1
-    assert planning.smallest_that_fits(request, rows) == 2
-    fastest = planning.fastest_that_fits(request, rows)
-    assert fastest == 4
-    speeds = {row.cp_size: row.tokens_a_second for row in rows if row.fits}
-    assert speeds[fastest] == max(speeds.values())
-    nothing = Request(FLASH, 1 << 20, 8)
-    assert planning.fastest_that_fits(nothing, all_sizes(nothing)) is None
+    plan = Plan.of(Request(PRO, 1 << 14, 64))
+    # One rank would be faster still, but does not fit.
+    assert max(plan.rows, key=lambda row: row.tokens_a_second).cp_size == 1
+    assert (plan.smallest, plan.fastest) == (2, 4)
+    speeds = {row.cp_size: row.tokens_a_second for row in plan.rows if row.fits}
+    assert speeds[plan.fastest] == max(speeds.values())
+    assert Plan.of(Request(FLASH, 1 << 20, 8)).fastest is None
 
 
 def warned(request, cp_size):
-    row = planning.row(request, cp_size)
-    return " ".join(planning.warnings(request, [row], all_sizes(request), chosen=cp_size))
+    return " ".join(Plan.of(request, cp_size).warnings)
 
 
 @pytest.mark.parametrize(
@@ -155,11 +144,11 @@ def test_ranks_that_wait_are_named_only_where_they_do():
 
 def test_balance_that_costs_more_than_it_spares_is_named():
     request = Request(PRO, 24576, 64, gpu=GPUS["b200"], overlap=False, balance="on")
-    assert "cp_size 32: by these rates, balance: on moves more" in warned(request, 32)
+    assert "cp_size 32: by these rates, balance: on costs more time" in warned(request, 32)
     assert "a step takes up to 11% longer" in warned(request, 32)
-    assert "moves more" not in warned(dataclasses.replace(request, overlap=True), 32)
+    assert "costs more time" not in warned(dataclasses.replace(request, overlap=True), 32)
     for balance in ("off", "auto"):  # auto decides by the same rates
-        assert "moves more" not in warned(dataclasses.replace(request, balance=balance), 32)
+        assert "costs more time" not in warned(dataclasses.replace(request, balance=balance), 32)
 
 
 def test_a_size_that_is_fastest_is_not_called_too_large():

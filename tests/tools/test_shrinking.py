@@ -24,7 +24,7 @@ def test_settings_of_the_gates_and_of_mtp_are_kept_and_sizes_are_not():
         ({"peft": {"dim": 8}}, ["LoRA (peft)"]),
         ({"peft": None, "fp8": {"enabled": False}}, []),
         ({"fp8": {"enabled": True}}, ["FP8 (fp8)"]),
-        ({"quantization": {"load_in_4bit": True}}, ["quantisation (quantization)"]),
+        ({"quantization": {"load_in_4bit": True}}, ["quantization (quantization)"]),
         ({"distributed": {"pp_size": 2}}, ["pipeline stages (distributed.pp_size: 2)"]),
         ({"distributed": {"pp_size": 1, "ep_size": None}}, []),
         ({"distributed": {"activation_checkpointing": True}}, []),

@@ -42,45 +42,45 @@ HUB = "deepseek-ai/DeepSeek-V4-Flash"
 
 
 @pytest.fixture
-def told(monkeypatch):
-    """What is told where nothing is cached."""
+def warned(monkeypatch):
+    """The warnings where nothing is cached."""
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
     return []
 
 
 @pytest.mark.parametrize("model", ["Flash", "Pro"])
-def test_packaged_sizes_stand_in_for_a_config_that_is_not_cached_and_it_is_told(model, told):
+def test_packaged_sizes_stand_in_for_a_config_that_is_not_cached_with_a_warning(model, warned):
     source = f"deepseek-ai/DeepSeek-V4-{model}"
-    fields = read_model_fields(source, told.append)
+    fields = read_model_fields(source, warned.append)
     packaged = read_model_fields(f"v4_{model.lower()}")
     assert ModelSizes.of_fields(fields) == ModelSizes.of_fields(packaged)
     assert fields["num_nextn_predict_layers"] == 1  # as published
-    (line,) = told
+    (line,) = warned
     assert f"sizes of v4_{model.lower()} stand in for it" in line
     assert f"hf download {source} config.json" in line
 
 
-def test_a_cached_config_comes_before_the_packaged_one(told, tmp_path, monkeypatch):
+def test_a_cached_config_comes_before_the_packaged_one(warned, tmp_path, monkeypatch):
     cached = tmp_path / "config.json"
     cached.write_text(json.dumps({"compress_ratios": [0, 4]}))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: str(cached))
-    assert read_model_fields(HUB, told.append) == {"compress_ratios": [0, 4]}
-    assert read_model_fields("another/model", told.append) == {"compress_ratios": [0, 4]}
-    assert told == []
+    assert read_model_fields(HUB, warned.append) == {"compress_ratios": [0, 4]}
+    assert read_model_fields("another/model", warned.append) == {"compress_ratios": [0, 4]}
+    assert warned == []
 
 
-def test_a_recipe_that_only_names_a_model_has_its_sizes_and_its_own_changes(told, tmp_path):
+def test_a_recipe_that_only_names_a_model_has_its_sizes_and_its_own_changes(warned, tmp_path):
     path = tmp_path / "recipe.yaml"
     named = {"pretrained_model_name_or_path": HUB, "index_topk": 256}
     for tree in ({"model": {"config": named}}, {"model": named}, named):
         path.write_text(json.dumps(tree))
-        fields = read_model_fields(str(path), told.append)
+        fields = read_model_fields(str(path), warned.append)
         assert (fields["index_topk"], fields["hidden_size"]) == (256, 4096)
-    assert len(told) == 3
+    assert len(warned) == 3
 
 
-def test_another_model_that_is_not_cached_is_refused(told, tmp_path):
+def test_another_model_that_is_not_cached_is_refused(warned, tmp_path):
     with pytest.raises(ValueError, match=r"hf download deepseek-ai/V3 config.json"):
-        published_fields("deepseek-ai/V3", told.append)
+        published_fields("deepseek-ai/V3", warned.append)
     with pytest.raises(ValueError, match=r"cannot be read; use v4_flash or v4_pro, the path"):
-        read_model_fields("deepseek-ai/V3", told.append)
+        read_model_fields("deepseek-ai/V3", warned.append)

@@ -14,16 +14,19 @@ from nemo_dsv4_cp.exchange.collectives import InFlight, process_group
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
-from nemo_dsv4_cp.tools import step_time, work
-from nemo_dsv4_cp.tools.costs import Shape, crossings
+from nemo_dsv4_cp.tools import inventory, step_time
+from nemo_dsv4_cp.tools.inventory import Shape, crossings
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
-from nemo_dsv4_cp.tools.step_time import _CrossingSeconds, _PartSeconds, _waiting
+from nemo_dsv4_cp.tools.step_time import order_of, waiting
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 GPU = Gpu("none", 80, 1000, 10, kernel_share=0.1, nvlink_gbs=100, network_gbs=10)
-NOTHING = _PartSeconds(0, 0, 0, 0)
-KEPT, TAKEN = _PartSeconds(1, 2, 4, 8), _PartSeconds(16, 32, 64, 128)
-COLLECTIVES = ("fetch", "index_keys", "entries", "home")
+STAGES = ("project_index", "project", "choose", "attend")
+SECONDS = {
+    (whose, stage): 2.0 ** (4 * (whose == "remote") + place)
+    for whose in ("local", "remote")
+    for place, stage in enumerate(STAGES)
+}
 
 
 def shape_and_schedule(cp_size, *, moves, batch=1, local_len=1024):
@@ -32,109 +35,110 @@ def shape_and_schedule(cp_size, *, moves, batch=1, local_len=1024):
 
 
 class Recorder:
-    """What one rank's layer starts, ends and computes, in its order, forward and backward.
+    """What one rank's layer starts, waits for and computes, in its order.
 
     Attributes:
-        events: ("start" or "end", number of the collective, pass), and (whose queries, field of
-            their seconds, pass).
+        forward: As an order of ``step_time`` has it.
+        backward: The same of the gradients.
     """
 
-    def __init__(self, monkeypatch, own):
-        self.events, self.step = [], "forward"
+    def __init__(self, monkeypatch, own, collectives):
+        self.forward, self.backward = [], []
+        self.events = self.forward
         self._own, self._flights, self._patch = own, [], monkeypatch.setattr
         begin, end = InFlight.begin, InFlight.end
 
         def on_begin(flight, *arguments):
             if flight not in self._flights:
                 self._flights.append(flight)
-            self.events.append(("start", self._flights.index(flight), self.step))
+            self.events.append(("start", collectives[self._flights.index(flight)]))
             begin(flight, *arguments)
 
         def on_end(flight):
-            self.events.append(("end", self._flights.index(flight), self.step))
+            self.events.append(("wait", collectives[self._flights.index(flight)]))
             return end(flight)
 
         self._patch(InFlight, "begin", on_begin)
         self._patch(InFlight, "end", on_end)
-        self._watch("_project_index", "index_projection")
-        self._watch("_project", "projection")
-        self._watch("_choose", "choice")
-        self._watch("_attend", "attending")
+        for stage in STAGES:
+            self._watch(stage)
 
-    def _watch(self, method, field):
-        original = getattr(ContextParallelAttention, method)
+    def _watch(self, stage):
+        original = getattr(ContextParallelAttention, f"_{stage}")
 
         def run(layer, queries, *others):
             first = queries.rows.attention.queries.runs[0].start
-            whose = "kept" if first in self._own else "taken"
+            event = ("local" if first in self._own else "remote", stage)
             result = original(layer, queries, *others)
-            self.events.append((whose, field, "forward"))
+            self.forward.append(event)
             if result.requires_grad:
-                result.register_hook(lambda _: self.events.append((whose, field, "backward")))
+                result.register_hook(lambda _: self.backward.append(event))
             return result
 
-        self._patch(ContextParallelAttention, method, run)
+        self._patch(ContextParallelAttention, f"_{stage}", run)
 
-    def between(self, collective, step):
-        """What is computed while a collective is under way; None if it never is."""
-        start, end = ("start", collective, step), ("end", collective, step)
-        if start not in self.events:
-            return None
-        begun, ended = self.events.index(start), self.events.index(end)
-        return [(whose, field) for whose, field, _ in self.events[begun + 1 : ended]]
+
+def between(events, collective):
+    """What is computed while a collective is under way."""
+    begun, ended = events.index(("start", collective)), events.index(("wait", collective))
+    return {event for event in events[begun:ended] if event in SECONDS}
 
 
 @pytest.mark.parametrize(
-    ("ratio", "moves", "crossing"),
-    [
-        (0, False, ["fetch"]),
-        (4, False, ["fetch", "index_keys", "entries"]),
-        (4, True, ["fetch", "index_keys", "entries", "home"]),
-        (128, False, ["fetch", "entries"]),
-        (128, True, ["fetch", "entries", "home"]),
-    ],
+    ("ratio", "moves"), [(0, False), (4, False), (4, True), (128, False), (128, True)]
 )
-def test_collectives_hide_behind_what_the_layer_computes_meanwhile(
-    ratio, moves, crossing, monkeypatch
-):
+def test_the_orders_are_those_of_the_layer(ratio, moves, monkeypatch):
     case = Case("boundary", ratio, 1024, 4, 1, kernels="torch", balance="on" if moves else "off")
-    recorder = Recorder(monkeypatch, case.layout.own)
+    shape = Shape(case.layout)
+    names = [each.name for each in crossings(FLASH, shape, ratio, "boundary", balanced=moves)]
+    recorder = Recorder(monkeypatch, case.layout.own, names)
     let_fake_tensors_through_collectives()
     with process_group("fake", rank=1, size=4) as group, FakeTensorMode():
         out = build(case, group, dtype=torch.bfloat16, device=torch.device("cpu"))()
-        recorder.step = "backward"
+        recorder.events = recorder.backward
         out.backward(torch.empty_like(out))
 
-    def part(seconds, step):
-        chooses = ratio == 4 and step == "forward"
-        return seconds if chooses else dataclasses.replace(seconds, index_projection=0, choice=0)
+    of_indexer = {"project_index", "index_keys", "choose"}
+    order = [
+        event for event in order_of(ratio, moves=moves) if ratio == 4 or event[1] not in of_indexer
+    ]
+    assert recorder.forward == order
+    stages = {operation.stage for operation in inventory.query_operations(FLASH, ratio, ())}
+    assert {event[1] for event in order if event in SECONDS} == stages
+    # Between the same starts and waits, and nothing of the indexer.
+    for name in names:
+        if name != "index_keys":
+            hidden = {event for event in between(order, name) if event[1] not in of_indexer}
+            assert between(recorder.backward, name) == hidden, name
+    assert not of_indexer & {name for _, name in recorder.backward}
 
-    for step in ("forward", "backward"):
-        parts = {"kept": part(KEPT, step), "taken": part(TAKEN if moves else NOTHING, step)}
-        for place, name in enumerate(crossing):
-            between = recorder.between(place, step)
-            if between is None:
-                assert (name, step) == ("index_keys", "backward")
-                continue
-            # Another collective may start or end meanwhile.
-            hidden = sum(getattr(parts[w], field) for w, field in between if w in parts)
-            alone = _CrossingSeconds(**{each: 1000 * (each == name) for each in COLLECTIVES})
-            waits = _waiting(parts["kept"], parts["taken"], alone, ratio=ratio, moves=moves)
-            assert waits == 1000 - hidden, (name, step)
-            assert hidden or (name == "fetch" and not moves)
+
+@pytest.mark.parametrize(
+    ("ratio", "moves", "hidden"),
+    [
+        (0, False, {"fetch": 2}),
+        (4, False, {"fetch": 1, "index_keys": 2, "entries": 2 + 4}),
+        (4, True, {"fetch": 1 + 2, "index_keys": 16 + 32, "entries": 48 + 64 + 4, "returned": 8}),
+    ],
+)
+def test_a_collective_is_waited_for_less_what_is_computed_meanwhile(ratio, moves, hidden):
+    for name, seconds in hidden.items():
+        order = order_of(ratio, moves=moves)
+        assert waiting(order, SECONDS, {name: 1000}) == 1000 - seconds
 
 
 def test_the_second_gather_starts_when_the_first_is_done():
-    both = _CrossingSeconds(fetch=0, index_keys=50, entries=10, home=0)
+    both = {"index_keys": 50, "entries": 10}
     # 48 projecting; 2 until index keys are here; 68 choosing, while entries arrive.
-    assert _waiting(KEPT, TAKEN, both, ratio=4, moves=True) == 2
-    quick = dataclasses.replace(KEPT, choice=1), dataclasses.replace(TAKEN, choice=3)
-    assert _waiting(*quick, both, ratio=4, moves=True) == 2 + 10 - 4
+    order = order_of(4, moves=True)
+    assert waiting(order, SECONDS, both) == 2
+    quick = SECONDS | {("local", "choose"): 1, ("remote", "choose"): 3}
+    assert waiting(order, quick, both) == 2 + 10 - 4
 
 
 def test_what_is_short_is_not_waited_for():
-    short = _CrossingSeconds(1, 1, 1, 1)
-    assert _waiting(KEPT, TAKEN, short, ratio=4, moves=True) == 0
+    short = dict.fromkeys(("fetch", "index_keys", "entries", "returned"), 1)
+    assert waiting(order_of(4, moves=True), SECONDS, short) == 0
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])
@@ -142,17 +146,22 @@ def test_what_is_short_is_not_waited_for():
 def test_a_layer_computes_as_long_as_its_busiest_rank(ratio, moves):
     shape, schedule = shape_and_schedule(16, moves=moves and ratio > 0, batch=2)
     found = step_time.layer_time(FLASH, shape, ratio, schedule, GPU, "boundary")
-    in_float32 = {"compression", "index_compression"}
-    in_kernels = {"attention", "choice"}
+    in_float32 = {"compressor", "indexer.compressor"}
+    in_kernels = {"attention", "index scores"}
     ranks = []
-    for rank in range(16):
-        layer, seconds = work.layer_work(FLASH, ratio, schedule, rank, 1024), 0
-        for part in (layer.kept, layer.taken, layer.shard):
-            for name, count in vars(part).items():
-                # Twice forward but for the index choice; two rows, two operations each.
-                flops = 4 * ((1 + (count.backward > 0)) * count.forward + count.backward)
-                rate = 7e12 if name in in_float32 else 100e12 if name in in_kernels else 700e12
-                seconds += flops / rate
+    for local, remote in zip(schedule.local, schedule.remote, strict=True):
+        seconds = 0
+        for operation in (
+            *inventory.query_operations(FLASH, ratio, local),
+            *inventory.query_operations(FLASH, ratio, remote),
+            *inventory.shard_operations(FLASH, ratio, 1024),
+        ):
+            # Forward twice but for top-k selection; two rows, two operations each.
+            repeats = 1 + (operation.backward > 0)
+            flops = 4 * (repeats * operation.forward + operation.backward)
+            name = operation.name
+            rate = 7e12 if name in in_float32 else 100e12 if name in in_kernels else 700e12
+            seconds += flops / rate
         ranks.append(seconds)
     assert found.computing == pytest.approx(max(ranks))
     assert found.layers == {0: 2, 4: 21, 128: 20}[ratio]
@@ -162,15 +171,15 @@ def test_a_layer_computes_as_long_as_its_busiest_rank(ratio, moves):
 def test_a_layer_communicates_forward_again_and_backward(transport):
     shape, schedule = shape_and_schedule(16, moves=True)
     found = step_time.layer_time(FLASH, shape, 4, schedule, GPU, transport)
-    layer = crossings(FLASH, shape, 4, transport, balanced=True)
-    fetch = GPU.exchange_seconds if transport == "boundary" else GPU.gather_seconds
-    sent = (layer.fetch.forward, layer.fetch.repeated, layer.fetch.backward)
-    expected = sum(fetch(received, 16) for received in sent)
-    expected += GPU.gather_seconds(layer.index_keys.forward, 16)
-    expected += 3 * GPU.gather_seconds(layer.entries.forward, 16)
-    expected += 3 * GPU.exchange_seconds(layer.home.forward, 16)
+    fetch, index_keys, entries, returned = crossings(FLASH, shape, 4, transport, balanced=True)
+    link = GPU.exchange_seconds if transport == "boundary" else GPU.gather_seconds
+    sent = (fetch.forward, fetch.repeated, fetch.backward)
+    expected = sum(link(received, 16) for received in sent)
+    expected += GPU.gather_seconds(index_keys.forward, 16)
+    expected += 3 * GPU.gather_seconds(entries.forward, 16)
+    expected += 3 * GPU.exchange_seconds(returned.forward, 16)
     assert found.communicating == pytest.approx(expected)
-    assert layer.fetch.forward > layer.fetch.repeated > layer.fetch.backward
+    assert fetch.forward > fetch.repeated > fetch.backward
 
 
 def test_a_layer_is_done_when_its_last_rank_is():

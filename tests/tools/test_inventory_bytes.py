@@ -2,12 +2,17 @@
 import pytest
 
 from nemo_dsv4_cp.bench.layer import Case
-from nemo_dsv4_cp.bench.profiling import weigh
+from nemo_dsv4_cp.bench.profiling import profile
 from nemo_dsv4_cp.config import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.tools import costs
-from nemo_dsv4_cp.tools.costs import Shape, attention_bytes, received_bytes
-from nemo_dsv4_cp.tools.paths import AUTOMODEL, PATHS
+from nemo_dsv4_cp.tools import inventory
+from nemo_dsv4_cp.tools.inventory import (
+    AUTOMODEL,
+    PATHS,
+    Shape,
+    attention_bytes,
+    received_bytes,
+)
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
@@ -27,13 +32,13 @@ def last_rank(seq_len, cp_size, batch=1):
         ("all_gather", 16384, 8, 1),
     ],
 )
-def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, ratio):
-    weight = weigh(Case(path, ratio, seq_len, cp_size, cp_size - 1, batch, balance="off"))
+def test_memory_and_bytes_are_what_is_profiled(path, seq_len, cp_size, batch, ratio):
+    found = profile(Case(path, ratio, seq_len, cp_size, cp_size - 1, batch, balance="off"))
     shape = last_rank(seq_len, cp_size, batch)
     peak = attention_bytes(FLASH, shape, ratio, path)
-    assert peak == pytest.approx(weight.peak_bytes, rel=0.03)
-    # The last rank gets no halo's gradient back: only a rank in the middle has both neighbours.
-    assert received_bytes(FLASH, shape, ratio, path)[0] == weight.received_forward
+    assert peak == pytest.approx(found.peak_bytes, rel=0.03)
+    # The last rank gets no halo's gradient back: only a rank in the middle has both neighbors.
+    assert received_bytes(FLASH, shape, ratio, path)[0] == found.received_forward
 
 
 @pytest.mark.parametrize(
@@ -45,23 +50,23 @@ def test_memory_and_bytes_are_what_is_weighed(path, seq_len, cp_size, batch, rat
     ],
 )
 def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
-    weight = weigh(Case(path, ratio, 131072, 8, 4, balance="off"))
+    found = profile(Case(path, ratio, 131072, 8, 4, balance="off"))
     shape = last_rank(131072, 8)
     peak = attention_bytes(FLASH, shape, ratio, path)
-    assert peak == pytest.approx(weight.peak_bytes, rel=0.03)
-    received = (weight.received_forward, weight.received_backward)
+    assert peak == pytest.approx(found.peak_bytes, rel=0.03)
+    received = (found.received_forward, found.received_backward)
     assert received_bytes(FLASH, shape, ratio, path) == received
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 @pytest.mark.parametrize(("path", "batch"), [("boundary", 2), ("all_gather", 1)])
-def test_bytes_of_balanced_queries_are_what_is_weighed_and_memory_no_more(path, batch, ratio):
-    weight = weigh(Case(path, ratio, 8192, 4, 2, batch, balance="on"))
+def test_bytes_of_balanced_queries_are_what_is_profiled_and_memory_no_more(path, batch, ratio):
+    found = profile(Case(path, ratio, 8192, 4, 2, batch, balance="on"))
     shape = last_rank(8192, 4, batch)
-    received = (weight.received_forward, weight.received_backward)
+    received = (found.received_forward, found.received_backward)
     assert received_bytes(FLASH, shape, ratio, path, balanced=True) == received
     # Halves of several rows are copied; those of one are not.
-    assert weight.peak_bytes <= 1.06 * attention_bytes(FLASH, shape, ratio, path)
+    assert found.peak_bytes <= 1.06 * attention_bytes(FLASH, shape, ratio, path)
 
 
 @pytest.mark.parametrize(
@@ -104,4 +109,4 @@ def test_a_single_rank_receives_nothing():
 
 
 def test_the_workspace_is_the_packages_own():
-    assert ContextParallelOptions().workspace_mib << 20 == 2 * costs._WORKSPACE_BYTES
+    assert ContextParallelOptions().workspace_mib << 20 == 2 * inventory._WORKSPACE_BYTES
