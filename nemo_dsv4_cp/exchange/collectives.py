@@ -118,7 +118,7 @@ class Pending(Generic[T]):
     wait: Callable[[], T]
 
 
-@dataclass
+@dataclass(eq=False)
 class InFlight:
     """One collective at a time and the memory that it fills: forward's, later backward's.
 

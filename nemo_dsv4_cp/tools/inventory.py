@@ -34,7 +34,7 @@ Pass = Literal["forward", "repeated", "backward"]
 """A pass through a layer; ``repeated`` is the recomputation under activation checkpointing."""
 PASSES: tuple[Pass, ...] = ("forward", "repeated", "backward")
 
-Stage = Literal["shard", "project_index", "project", "choose", "attend"]
+Stage = Literal["shard", "project_index", "project", "select", "attend"]
 """What computes a product: the shard's tokens, or for some queries a method of the layer."""
 
 _BF16, _FP32, _INT32 = 2, 4, 4
@@ -117,7 +117,7 @@ def query_operations(sizes: ModelSizes, ratio: int, runs: Runs) -> Operations:
     return (
         *operations,
         Operation("indexer.wq_b", "project_index", "products", projected),
-        Operation("index scores", "choose", "kernels", visible * index_width),
+        Operation("index scores", "select", "kernels", visible * index_width),
     )
 
 

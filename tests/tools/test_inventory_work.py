@@ -99,7 +99,7 @@ def test_a_shards_own_tokens_stay_whatever_moves(ratio, features):
 
 def test_a_recomputation_repeats_what_takes_a_gradient():
     assert Operation("attention", "attend", "kernels", 2, 5).repeated == 2
-    assert Operation("index scores", "choose", "kernels", 2).repeated == 0
+    assert Operation("index scores", "select", "kernels", 2).repeated == 0
 
 
 def test_all_layers_and_the_head_make_a_ranks_work():

@@ -21,7 +21,7 @@ from nemo_dsv4_cp.tools.step_time import order_of, waiting
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 GPU = Gpu("none", 80, 1000, 10, kernel_share=0.1, nvlink_gbs=100, network_gbs=10)
-STAGES = ("project_index", "project", "choose", "attend")
+STAGES = ("project_index", "project", "select", "attend")
 SECONDS = {
     (whose, stage): 2.0 ** (4 * (whose == "remote") + place)
     for whose in ("local", "remote")
@@ -67,7 +67,7 @@ class Recorder:
         original = getattr(ContextParallelAttention, f"_{stage}")
 
         def run(layer, queries, *others):
-            first = queries.rows.attention.queries.runs[0].start
+            first = queries.plan.queries.runs[0].start
             event = ("local" if first in self._own else "remote", stage)
             result = original(layer, queries, *others)
             self.forward.append(event)
@@ -98,7 +98,7 @@ def test_the_orders_are_those_of_the_layer(ratio, moves, monkeypatch):
         recorder.events = recorder.backward
         out.backward(torch.empty_like(out))
 
-    of_indexer = {"project_index", "index_keys", "choose"}
+    of_indexer = {"project_index", "index_keys", "select"}
     order = [
         event for event in order_of(ratio, moves=moves) if ratio == 4 or event[1] not in of_indexer
     ]
@@ -132,7 +132,7 @@ def test_the_second_gather_starts_when_the_first_is_done():
     # 48 projecting; 2 until index keys are here; 68 choosing, while entries arrive.
     order = order_of(4, moves=True)
     assert waiting(order, SECONDS, both) == 2
-    quick = SECONDS | {("local", "choose"): 1, ("remote", "choose"): 3}
+    quick = SECONDS | {("local", "select"): 1, ("remote", "select"): 3}
     assert waiting(order, quick, both) == 2 + 10 - 4
 
 
