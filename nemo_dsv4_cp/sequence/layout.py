@@ -272,33 +272,23 @@ def entries_seen(span: range, ratio: int) -> int:
     return after - before
 
 
+def entries_before(ends: Iterable[int], ratio: int) -> list[int]:
+    """Return the sum of (i + 1) // ratio over a document's positions i before each end.
+
+    With f = end // ratio, each w < f is seen by end - (w + 1) * ratio + 1 queries.
+    """
+    return [end // ratio * (2 * end + 2 - ratio * (end // ratio + 1)) // 2 for end in ends]
+
+
 def _entries_before(bounds: Sequence[int], cuts: Sequence[int], ratio: int) -> list[int]:
     """Return what the queries of one row before each cut see, document by document."""
     before: list[int] = []
     seen, place = 0, bisect_right(bounds, cuts[0], hi=len(bounds) - 1) - 1
     for begin, end in pairwise(bounds[place:]):
-        ends = (*cuts[len(before) : bisect_right(cuts, end, lo=len(before))], end)
-        *inside, whole = entries_before(ends, ratio, begin)
-        before += [seen + count for count in inside]
+        inside = cuts[len(before) : bisect_right(cuts, end, lo=len(before))]
+        *of_cuts, whole = entries_before([cut - begin for cut in (*inside, end)], ratio)
+        before += [seen + count for count in of_cuts]
         seen += whole
         if len(before) == len(cuts):
             break
     return before
-
-
-def entries_before(ends: Iterable[int], ratio: int, begin: int = 0) -> list[int]:
-    """Return the sum of (i + 1) // ratio over the positions i of a document before each end.
-
-    With f = end // ratio, each w < f is seen by end - (w + 1) * ratio + 1 queries.
-
-    Args:
-        ends: Positions in the row.
-        ratio: Compress ratio.
-        begin: Where the document begins.
-    """
-
-    def before(end: int) -> int:
-        full = end // ratio
-        return full * (2 * end + 2 - ratio * (full + 1)) // 2
-
-    return [before(end - begin) for end in ends]
