@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device runs: index choice, attention, norm and rotary, behind one protocol."""
+"""What the device runs: top-k selection, attention, norm and rotary, behind one protocol."""

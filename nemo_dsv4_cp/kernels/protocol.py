@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention asks of the device: three operations that a kernel backend computes.
+"""What attention needs from the device: three operations that a kernel backend computes.
 
 A backend subclasses :class:`nemo_dsv4_cp.kernels.reference.TorchKernels`, which computes all of
 them on any device, and overrides those that it has. One that has only the core of an operation
@@ -92,7 +92,7 @@ class AttentionConstants:
 class Kernels(Protocol):
     """One way to compute a layer's attention.
 
-    It sees this rank's tensors and positions only: nothing of process groups, nothing of modules.
+    It receives this rank's tensors and positions only, no process groups and no modules.
     """
 
     score_bytes: int | None

@@ -165,7 +165,7 @@ def _chunks(
     batch, _, heads, width = q.shape
     seen = plan.queries.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
     if selected is not None:
-        # Selected entries are copied out for each query: D numbers a key beside its N scores.
+        # Selected entries are copied out for each query: D numbers per key beside its N scores.
         seen = selected.shape[-1] * (1 + width // heads)
     # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
     scores = 4 * batch * heads * (2 * plan.window + seen)

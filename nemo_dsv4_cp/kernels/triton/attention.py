@@ -62,7 +62,8 @@ def attend_op(
     """
     x = x.contiguous()
     batch, length, heads, width = x.shape
-    out, lse = torch.empty_like(x), x.new_empty(x.shape[:3], dtype=torch.float32)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    lse = x.new_empty(x.shape[:3], dtype=torch.float32)
     tile = tiles.of(tiles.FORWARD, x)
     block_heads, block_d = min(tile.heads, padded(heads)), padded(width)
     norm_rotate_kernel[batch * length, triton.cdiv(heads, HEADS)](

@@ -5,8 +5,9 @@
 
 It must equal ``kernels/reference/attention.py``, log Z included. The heads of one query are the
 rows of both products, for they share keys: a program walks the keys of its query once, window
-first, with the running maximum and sum of online softmax, begun with the sink. Which keys those
-are it reads in ``ranges``; positions and masks it has none. Everything is in powers of two.
+first, with the running maximum and sum of online softmax, begun with the sink. It reads in
+``ranges`` which keys those are; there are no positions and no masks. Everything is in powers of
+two.
 """
 
 # B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries

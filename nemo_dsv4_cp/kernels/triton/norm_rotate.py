@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norm and rotary of per-head rows, one launch each way; bound by bytes.
+"""Norm and rotary of per-head rows, one launch each way, and rotary alone; bound by bytes.
 
 With s = rsqrt(mean(x^2) + eps), y = s x, and R the rotation of the last r dims (pairs 2k, 2k + 1):
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from nemo_dsv4_cp.kernels.costs import Cost, register_cost
 
 HEADS = 8
-"""Rows a program: 8 x 512 numbers are 16 a thread, in 8-byte loads and more."""
+"""Rows per program: 8 x 512 numbers are 16 per thread, in loads of at least 8 bytes."""
 
 
 @triton.jit

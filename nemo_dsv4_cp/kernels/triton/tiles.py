@@ -3,8 +3,8 @@
 
 Shared memory of a block is 163 KiB on sm_80 and 227 KiB on sm_90 and sm_100. At head dim 512 one
 query's 64 heads fill a tensor-core tile, and the float32 sums [64, 512] take 128 registers of each
-of 256 threads: fewer warps spill, and so do more than 32 keys a step. Two stages and more load keys
-straight to shared memory; one takes them through registers that are not there.
+of 256 threads: fewer warps spill, and so do more than 32 keys per step. Two stages and more load
+keys straight to shared memory; one takes them through registers that are not there.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ INDEX_SCORES = {
     100: Tile(heads=1024, keys=256, columns=0, warps=8, stages=3),
 }
 
-# Keys: groups a step of the last pass. K groups are held at a time, 32 numbers each.
+# Keys: groups per step of the last pass. K groups are held at a time, 32 numbers each.
 TOP_K = {
     80: Tile(heads=0, keys=64, columns=0, warps=8, stages=1),
 }

@@ -54,8 +54,8 @@ class TritonKernels(TorchKernels):
         _check_device()
         super().__init__(workspace_bytes=workspace_bytes)
 
-    # Each operation is one function here, and what a step computes once is under one key: a layer
-    # runs these in every forward.
+    # Each operation makes few calls, for every layer runs it in every forward. What all layers of a
+    # step share is made once, under a key that holds all that it depends on.
 
     def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Return keys or entries with their last r dims rotated."""

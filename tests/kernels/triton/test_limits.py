@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels do not take goes through torch, and one line of the log says so."""
+"""Sizes that the kernels do not take go through torch, and the log reports it once."""
 
 import logging
 
