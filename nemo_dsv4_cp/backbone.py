@@ -30,7 +30,6 @@ from nemo_dsv4_cp.exchange.collectives import (
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.lengths import document_starts, packed_padding
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.packing import is_packed
 
 
@@ -95,7 +94,7 @@ def step_of(
                 "packed rows (qkv_format: thd) need `seq_lens` or `cu_seqlens` beside them; "
                 "nothing else tells where documents end"
             )
-        layout = PackedLayout.of_documents(starts, length, cp_rank=rank, cp_size=size)
+        layout = SequenceLayout.of_documents(starts, length, cp_rank=rank, cp_size=size)
         if padding is not None:
             padding_mask = padding[:, layout.start : layout.end]
     kwargs[STEP_KEY] = StepContext(layout, group, options)

@@ -295,7 +295,8 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             )
         if shifted_ids is None:
             layout = step.layout
-            documents = layout.first_keys(layout.positions(input_ids.device))
+            starts, _ = layout.documents_at(layout.positions(input_ids.device))
+            documents = starts if layout.packed else None
             shifted_ids = [tokens_ahead(input_ids, depth, documents) for depth in depths]
         if position_ids is None:
             position_ids = step.layout.document_positions(input_ids.device)

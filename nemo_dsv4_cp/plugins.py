@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -17,6 +18,7 @@ def names(group: str) -> list[str]:
     return sorted(entry_points(group=group).names)
 
 
+@functools.cache  # a step loads its transport: metadata is files
 def load(group: str, name: str) -> Any:
     """Import and return what ``name`` stands for in ``group``.
 

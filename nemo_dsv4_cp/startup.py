@@ -18,7 +18,6 @@ from nemo_dsv4_cp.attention.step import StepContext
 from nemo_dsv4_cp.automodel import patches
 from nemo_dsv4_cp.exchange.collectives import is_first_rank
 from nemo_dsv4_cp.options import ContextParallelOptions
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def log_first_step(
         return
     options = ContextParallelOptions.of(model.config)
     rows, length = tokens.shape[:2]
-    cp_size, packed = step.layout.cp_size, isinstance(step.layout, PackedLayout)
+    cp_size = step.layout.cp_size
     attention = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
     overlap = "overlapped with compute" if options.overlap else "waited for"
     exchange = f"{options.transport}, collectives {overlap}" if cp_size > 1 else "none"
@@ -57,7 +56,7 @@ def log_first_step(
         f"- kernels: {', '.join(sorted({layer.kernels_name for layer in attention}))}",
         f"- load balancing ({options.balance}): {balancing}",
         f"- first batch: {rows} x {length} local tokens, "
-        f"{'packed' if packed else 'one document per row'}, {padding}",
+        f"{'packed' if step.layout.packed else 'one document per row'}, {padding}",
         f"- loss: {_loss(model, rows, length, all_logits)}",
         f"- patched: {len(patched)} functions of AutoModel and others (names at DEBUG)",
     ]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from nemo_dsv4_cp.attention.recompute import KeptChoices
+from nemo_dsv4_cp.attention.recompute import KeptIndices
 from nemo_dsv4_cp.automodel import patches
 
 
@@ -61,7 +61,7 @@ class Held:
             resident_mib=round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
             tensors=len(tensors),
             tensor_bytes=sum(storages.values()),
-            choices=sum(len(o._choices) for o, kind in objects if kind is KeptChoices),
+            choices=sum(len(o._indices) for o, kind in objects if kind is KeptIndices),
             layouts=sum(memory.cache_info().currsize for memory in _memories()),
             groups=len(distributed_c10d._world.pg_map) if dist.is_initialized() else 0,
             files=len(os.listdir("/proc/self/fd")),

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.tools.verification import (
     GRADIENT_LIMIT,
     OUTPUT_LIMIT,
@@ -108,7 +108,7 @@ def packed_attention_job(
             (out[0] * weight[row, own]).sum().backward()
             begin += length
 
-    layout = PackedLayout.of_documents(
+    layout = SequenceLayout.of_documents(
         starts_of(documents, seq_len), local_len, cp_rank=rank, cp_size=size
     )
     own = slice(layout.start, layout.end)

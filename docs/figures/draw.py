@@ -27,7 +27,6 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.profiling import profile
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
@@ -64,7 +63,7 @@ def balance() -> Figure:
     starts = [0, 5, 17, 20, 56, 60, 61]  # of packed documents, in 64ths of the row
     tokens, ranks = 65_536, len(RANKS)
     plain = SequenceLayout(tokens // ranks, 0, ranks)
-    packed = PackedLayout.of_documents(
+    packed = SequenceLayout.of_documents(
         torch.tensor([[start * tokens // 64 for start in starts]]),
         tokens // ranks,
         cp_rank=0,
@@ -89,7 +88,7 @@ def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
     first, stop = layout.visible_entries(positions, 4)
     seen = (stop - first)[0]
     for rank, color in enumerate(RANKS):
-        for run in (*schedule.kept[rank], *schedule.taken[rank]):
+        for run in (*schedule.local[rank], *schedule.remote[rank]):
             inside = (positions >= run.start) & (positions < run.stop)
             x = [*positions[inside].tolist(), run.stop]
             y = [*seen[inside].tolist(), seen[inside][-1].item()]

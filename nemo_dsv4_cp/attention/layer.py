@@ -7,8 +7,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,35 +14,48 @@ import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.attention.compressor import overlap_half, pool_windows, window_features
-from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
-from nemo_dsv4_cp.attention.recompute import KeptChoices, unseen_by_checkpointing
-from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, QueryRows, StepContext
+from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
+from nemo_dsv4_cp.attention.indexer import (
+    head_weights,
+    index_features,
+    index_queries,
+    pool_index_keys,
+)
+from nemo_dsv4_cp.attention.recompute import KeptIndices, unseen_by_checkpointing
+from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
 from nemo_dsv4_cp.automodel.deepseek_v4 import (
     kernel_backend,
-    keywords_of,
     make_norms_uniform,
 )
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
-from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
+from nemo_dsv4_cp.exchange.transport import Transport
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Kernels,
+    Rope,
+)
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.row_plan import take
 
 _IMAGE_PATH_KEYS = ("packed_seq_ids", "vision_token_types")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Queries:
     """Queries that are computed together, from low-rank query to attention.
 
     Attributes:
-        rows: Which.
-        low_BCA: Normalised low-rank queries.
+        plan: Which keys each sees.
+        low_BCA: Normalized low-rank queries.
         rope: Cos and sin of their positions, [B, C, r] each.
-        weights_BCI: Weights of the index heads, float32; None where nothing is chosen.
+        weights_BCI: Weights of the index heads, float32; None where nothing is selected.
     """
 
-    rows: QueryRows
+    plan: AttentionPlan
     low_BCA: torch.Tensor
     rope: Rope
     weights_BCI: torch.Tensor | None
@@ -87,7 +98,8 @@ class ContextParallelAttention(DeepseekV4Attention):
         self._kernels: Kernels = plugins.load(plugins.KERNELS, self.kernels_name)(
             workspace_bytes=self._options.workspace_mib << 20
         )
-        self._kept = KeptChoices() if self._options.keep_index_choice else None
+        keeps = self.kind.has_indexer and self._options.keep_index_choice
+        self._indices = KeptIndices() if keeps else None
 
     def forward(
         self,
@@ -119,47 +131,54 @@ class ContextParallelAttention(DeepseekV4Attention):
         Raises:
             ValueError: If the shard length or ``start_pos`` cannot work.
         """
-        kwargs = keywords_of(rotary_compress, kwargs)
-        group: Group | None = kwargs.get(CP_GROUP_KEY) or getattr(self, "_cp_group", None)
-        if any(kwargs.get(key) is not None for key in _IMAGE_PATH_KEYS):
-            # Images exist at CP size 1 only, where AutoModel's own path serves them.
-            assert not cp_enabled(group), f"{_IMAGE_PATH_KEYS} under CP passed the batch's checks"
-            return super().forward(  # type: ignore[no-any-return]
-                hidden_states,
-                position_embeddings,
-                attention_mask,
-                position_embeddings_compress,
-                rotary_compress,
-                start_pos,
-                position_ids,
-                **kwargs,
-            )
+        # The blocks of AutoModel 0.5 drop a forward's keywords: they come with the embedding.
+        kwargs |= getattr(rotary_compress, "keywords", {})
+        step: StepContext | None = kwargs.get(STEP_KEY)
+        if step is None:
+            group: Group | None = kwargs.get(CP_GROUP_KEY) or getattr(self, "_cp_group", None)
+            if any(kwargs.get(key) is not None for key in _IMAGE_PATH_KEYS):
+                # Images exist at CP size 1 only, where AutoModel's own path serves them.
+                assert not cp_enabled(group), "images under CP passed the batch's checks"
+                return super().forward(  # type: ignore[no-any-return]
+                    hidden_states,
+                    position_embeddings,
+                    attention_mask,
+                    position_embeddings_compress,
+                    rotary_compress,
+                    start_pos,
+                    position_ids,
+                    **kwargs,
+                )
+            step = StepContext.of_rows(hidden_states.shape[1], group, self._options)
         if start_pos:
             raise ValueError(f"start_pos={start_pos} is not supported in training; use 0")
-        step: StepContext = kwargs.get(STEP_KEY) or StepContext.of_rows(
-            hidden_states.shape[1], group, self._options
-        )
-        with unseen_by_checkpointing():  # a recomputation finds it made
+        with torch.no_grad(), unseen_by_checkpointing():  # a recomputation finds both made
             plan = step.plan(self.kind, hidden_states.device)
-        rope = position_embeddings if self.compressor is None else position_embeddings_compress
+            of_windows = step.window_rope(plan, rotary_compress, hidden_states)
+        if of_windows is None:
+            return self._windowed(hidden_states, position_embeddings, step.transport, plan), None
+        rope = position_embeddings_compress
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
-        if self.compressor is None:
-            return self._windowed(hidden_states, rope, step, plan), None
         attend = self._local if plan.remote is None else self._with_remote
-        return attend(hidden_states, rope, rotary_compress, step, plan), None
+        return attend(hidden_states, rope, of_windows, step.transport, plan), None
 
     def _windowed(
-        self, hidden: torch.Tensor, rope: Rope, step: StepContext, plan: LayerPlan
+        self, hidden: torch.Tensor, rope: Rope, transport: Transport, plan: LayerPlan
     ) -> torch.Tensor:
         """Attend to the sliding window alone; its halo moves behind the query projections."""
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
-        fetched = step.transport.fetch({"keys": keys}, plan.moves)
+        fetched = transport.fetch({"keys": keys}, plan.moves)
         queries = _Queries(plan.local, self.q_norm(self.wq_a(hidden)), rope, None)
         q = self._project(queries)
         return self._attend(queries, q, fetched.wait()["keys"], keys[:, :0], None)
 
     def _local(
-        self, hidden: torch.Tensor, rope: Rope, rotary: Any, step: StepContext, plan: LayerPlan
+        self,
+        hidden: torch.Tensor,
+        rope: Rope,
+        of_windows: Rope,
+        transport: Transport,
+        plan: LayerPlan,
     ) -> torch.Tensor:
         """Attend to this rank's own queries.
 
@@ -167,33 +186,39 @@ class ContextParallelAttention(DeepseekV4Attention):
         index queries, the all-gather of index keys behind the other projection, that of entries
         behind top-k selection.
         """
-        transport = step.transport
-        chosen = self._recall(rope)
-        choose = self._has_indexer and chosen is None
+        assert plan.windows is not None
+        indices = self._indices.recall(rope[0]) if self._indices else None
+        select, indexer = self.kind.has_indexer and indices is None, self.compressor.indexer
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
-        fetched = transport.fetch(
-            {"keys": keys, **self._features(hidden, index=choose)}, plan.moves
-        )
+        moving = {"keys": keys, **self._features(hidden, index=select)}
+        fetched = transport.fetch(moving, plan.moves)
+
         low = self.q_norm(self.wq_a(hidden))
-        weights = self._head_weights(hidden) if choose else None
+        weights = head_weights(indexer, hidden) if select else None
         queries = _Queries(plan.local, low, rope, weights)
-        q_index = self._project_index(queries) if choose else None
+        q_index = index_queries(indexer, low) if select else None
         rows = fetched.wait()
+        to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
         index_keys = None
-        if choose:
-            index_keys = transport.gather(self._index_keys(rows, plan, rotary, hidden))
-        entries = transport.gather(self._entries(rows, plan, rotary, hidden))
+        if select:
+            index_keys = transport.gather(pool_index_keys(indexer, *to_pool))
+        entries = transport.gather(pool_windows(self.compressor, *to_pool))
 
         q = self._project(queries)
         if index_keys is not None:
-            with _indices_only():
-                chosen = [self._choose(queries, q_index, plan.in_order(index_keys.wait()))]
-            self._keep(rope, chosen)
+            indices = [self._select(queries, q_index, plan.in_order(index_keys.wait()))]
+            if self._indices:
+                self._indices.keep(rope[0], indices)
         every = plan.in_order(entries.wait())
-        return self._attend(queries, q, rows["keys"], every, chosen[0] if chosen else None)
+        return self._attend(queries, q, rows["keys"], every, indices[0] if indices else None)
 
     def _with_remote(
-        self, hidden: torch.Tensor, rope: Rope, rotary: Any, step: StepContext, plan: LayerPlan
+        self,
+        hidden: torch.Tensor,
+        rope: Rope,
+        of_windows: Rope,
+        transport: Transport,
+        plan: LayerPlan,
     ) -> torch.Tensor:
         """Attend to some of this rank's queries and to queries of other ranks.
 
@@ -201,124 +226,64 @@ class ContextParallelAttention(DeepseekV4Attention):
         local queries, the all-gather of index keys behind those of remote ones, that of entries
         behind top-k selection, and the return of remote outputs behind local attention.
         """
-        transport = step.transport
-        assert plan.remote is not None and plan.returned is not None
-        assert plan.local.rows is not None
-        chosen = self._recall(rope)
-        choose = self._has_indexer and chosen is None
+        assert plan.remote is not None and plan.windows is not None
+        indices = self._indices.recall(rope[0]) if self._indices else None
+        select, indexer = self.kind.has_indexer and indices is None, self.compressor.indexer
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         low, (cos, sin) = self.q_norm(self.wq_a(hidden)), rope
+        weights = head_weights(indexer, hidden) if select else None
         moving = {"keys": keys, "remote_low": low, "remote_cos": cos, "remote_sin": sin}
-        weights = None
-        if choose:
-            moving["remote_weights"] = weights = self._head_weights(hidden)
-        moving |= self._features(hidden, index=choose)
+        if weights is not None:
+            moving["remote_weights"] = weights
+        moving |= self._features(hidden, index=select)
         fetched = transport.fetch(moving, plan.moves)
 
-        own = plan.local.rows
+        own = plan.local_rows
         local = _Queries(
             plan.local,
             take(low, own),
             (take(cos, own), take(sin, own)),
             None if weights is None else take(weights, own),
         )
-        q_index = self._project_index(local) if choose else None
+        q_index = index_queries(indexer, local.low_BCA) if select else None
         q = self._project(local)
         rows = fetched.wait()
+        to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
+        index_keys = None
+        if select:
+            index_keys = transport.gather(pool_index_keys(indexer, *to_pool))
+        entries = transport.gather(pool_windows(self.compressor, *to_pool))
+
         remote = _Queries(
             plan.remote,
             rows["remote_low"],
             (rows["remote_cos"], rows["remote_sin"]),
             rows.get("remote_weights"),
         )
-        index_keys = (
-            transport.gather(self._index_keys(rows, plan, rotary, hidden)) if choose else None
-        )
-        entries = transport.gather(self._entries(rows, plan, rotary, hidden))
-        remote_q_index = self._project_index(remote) if choose else None
+        remote_q_index = index_queries(indexer, remote.low_BCA) if select else None
         remote_q = self._project(remote)
-
         if index_keys is not None:
-            with _indices_only():
-                keys_of_all = plan.in_order(index_keys.wait())
-                chosen = [
-                    self._choose(remote, remote_q_index, keys_of_all),
-                    self._choose(local, q_index, keys_of_all),
-                ]
-            self._keep(rope, chosen)
+            of_all = plan.in_order(index_keys.wait())
+            indices = [
+                self._select(remote, remote_q_index, of_all),
+                self._select(local, q_index, of_all),
+            ]
+            if self._indices:
+                self._indices.keep(rope[0], indices)
         every = plan.in_order(entries.wait())
-        of_remote, of_local = chosen or (None, None)
+        of_remote, of_local = indices or (None, None)
         remote_keys, local_keys = rows["keys"].split(plan.n_keys, dim=1)
         out = self._attend(remote, remote_q, remote_keys, every, of_remote)
-        returning = transport.send_back(out, plan.returned)
-        out = self._attend(local, q, local_keys, every, of_local)
-        return returning.wait({"rows": out})["rows"]
-
-    @property
-    def _has_indexer(self) -> bool:
-        return self.compressor.indexer is not None
-
-    def _recall(self, rope: Rope) -> Sequence[torch.Tensor] | None:
-        """Return the choice of the forward that is being recomputed, if one was kept."""
-        return self._kept.recall(rope[0]) if self._kept and self._has_indexer else None
-
-    def _keep(self, rope: Rope, chosen: Sequence[torch.Tensor]) -> None:
-        if self._kept:
-            self._kept.keep(rope[0], chosen)
+        returned = transport.send_back(out, plan.returned)
+        return returned(self._attend(local, q, local_keys, every, of_local))
 
     def _features(self, hidden: torch.Tensor, *, index: bool) -> dict[str, torch.Tensor]:
-        """Project tokens to what windows pool: of the compressor, and of the indexer if asked."""
-        features: dict[str, torch.Tensor] = {}
+        """Project tokens to what windows pool: for index keys where ``index``, and for entries."""
+        compressor, overlaps = self.compressor, self.kind.overlaps
+        features = window_features(compressor, hidden, overlaps=overlaps)
         if index:
-            with _indices_only():
-                features |= self._features_of(self.compressor.indexer, hidden, "index_")
-        return features | self._features_of(self.compressor, hidden, "")
-
-    def _features_of(self, module: Any, hidden: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
-        features = window_features(module, hidden)
-        if not self.kind.overlaps:
-            return {f"{name}features": features}
-        return {f"{name}features": features, f"{name}overlap": overlap_half(module, features)}
-
-    def _entries(
-        self, rows: dict[str, torch.Tensor], plan: LayerPlan, rotary: Any, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Pool this rank's entries, [B, n, D]."""
-        return self._pooled(self.compressor, "", rows, plan, rotary, hidden)
-
-    def _index_keys(
-        self, rows: dict[str, torch.Tensor], plan: LayerPlan, rotary: Any, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """Pool this rank's index keys, [B, n, F]."""
-        with _indices_only():
-            return self._pooled(self.compressor.indexer, "index_", rows, plan, rotary, hidden)
-
-    def _pooled(
-        self,
-        module: Any,
-        name: str,
-        rows: dict[str, torch.Tensor],
-        plan: LayerPlan,
-        rotary: Any,
-        hidden: torch.Tensor,
-    ) -> torch.Tensor:
-        """Pool the windows of a compressor or indexer, whose rows were fetched under ``name``."""
-        assert plan.windows is not None
-        with _indices_only():  # made by the first layer that needs them
-            rope = plan.windows.rope(rotary, hidden)
-        return pool_windows(
-            module,
-            rows[f"{name}features"],
-            rows.get(f"{name}overlap"),
-            plan.windows,
-            rope=rope,
-            dtype=hidden.dtype,
-            kernels=self._kernels,
-        )
-
-    def _head_weights(self, hidden: torch.Tensor) -> torch.Tensor:
-        with _indices_only():
-            return head_weights(self.compressor.indexer, hidden)
+            features |= index_features(compressor.indexer, hidden, overlaps=overlaps)
+        return features
 
     def _project(self, queries: _Queries) -> torch.Tensor:
         """Return queries [B, C, N, D] before norm and rotary."""
@@ -326,26 +291,19 @@ class ContextParallelAttention(DeepseekV4Attention):
         heads: torch.Tensor = q.unflatten(-1, (self.num_heads, self.head_dim))
         return heads
 
-    def _project_index(self, queries: _Queries) -> torch.Tensor:
-        with _indices_only():
-            return index_queries(self.compressor.indexer, queries.low_BCA)
-
-    def _choose(
+    def _select(
         self, queries: _Queries, q_index: torch.Tensor | None, index_keys: torch.Tensor
     ) -> torch.Tensor:
         """Return the top-k indices of each query, int32 [B, C, K]."""
-        if not len(queries.rows):
-            return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
         assert q_index is not None and queries.weights_BCI is not None
-        return self._kernels.choose_entries(
-            q_index,
-            queries.weights_BCI,
-            index_keys,
-            queries.rope,
-            queries=queries.rows.attention.queries,
-            ratio=self.kind.ratio,
-            topk=self.compressor.indexer.index_topk,
-        )
+        if not q_index.shape[1]:
+            return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
+        with torch.no_grad(), unseen_by_checkpointing():
+            return self._kernels.select_entries(
+                IndexQueries(q_index, queries.weights_BCI, queries.rope, queries.plan),
+                index_keys,
+                topk=self.compressor.indexer.index_topk,
+            )
 
     def _attend(
         self,
@@ -353,32 +311,18 @@ class ContextParallelAttention(DeepseekV4Attention):
         q: torch.Tensor,
         raw_keys: torch.Tensor,
         entries: torch.Tensor,
-        chosen: torch.Tensor | None,
+        indices: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the queries' rows of the layer's output, [B, C, E]."""
         groups = self.config.o_groups
-        if len(queries.rows):
+        if q.shape[1]:
             # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
             grouped = self._kernels.attend(
-                q,
-                raw_keys,
-                entries,
-                self.sinks_param(q),
-                chosen,
-                queries.rope,
-                plan=queries.rows.attention,
-                scale=self.scaling,
-                eps=self.config.rms_norm_eps,
-                groups=groups,
+                AttentionQueries(q, queries.rope, queries.plan, indices),
+                AttentionKeys(raw_keys, entries, self.sinks_param(q)),
+                AttentionConstants(self.scaling, self.config.rms_norm_eps, groups),
             )
-        else:  # other ranks have them all, and wait for gradients, be they of nothing
+        else:  # other ranks have them all and wait for this rank's gradients, even if empty
             grouped = (q + raw_keys[:, :0, None]).flatten(2).unflatten(2, (groups, -1))
         out: torch.Tensor = self.wo_b(self.wo_a(grouped).flatten(2))
         return out
-
-
-@contextmanager
-def _indices_only() -> Iterator[None]:
-    """Compute what top-k indices are made of: integers, without gradient."""
-    with torch.no_grad(), unseen_by_checkpointing():
-        yield

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the indexer's choice for the recomputation of activation checkpointing.
+"""Keeps top-k indices for the recomputation of activation checkpointing.
 
-The choice is made of integers, [B, L, K] int32, and costs scores over all entries and a gather of
-index keys. Checkpointing hands the tensors a block was called with to the recomputation, so the
-rotary embedding that belongs to one forward tells which choice to take back. A compiled layer makes
-its choice anew: what its recomputation saves, the compiler decides.
+They are integers, [B, L, K] int32, and cost scores over all entries and a gather of index keys.
+Checkpointing hands the tensors that a block was called with to the recomputation, so the rotary
+embedding of a forward finds that forward's indices. A compiled layer selects anew: what its
+recomputation saves, the compiler decides.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ def unseen_by_checkpointing() -> AbstractContextManager[None]:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    if any(isinstance(mode, SELECTIVE_CHECKPOINTING) for mode in current_modes()):
-        hidden: AbstractContextManager[None] = without_modes()
-        return hidden
+    for mode in current_modes():
+        if isinstance(mode, SELECTIVE_CHECKPOINTING):
+            hidden: AbstractContextManager[None] = without_modes()
+            return hidden
     return nullcontext()
 
 
-class KeptChoices:
-    """Choices of the forwards that are under way, each until its key is freed."""
+class KeptIndices:
+    """Top-k indices of the forwards that are under way, each until its key is freed."""
 
     def __init__(self) -> None:
-        self._choices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def keep(self, key: torch.Tensor, chosen: Sequence[torch.Tensor]) -> None:
-        """Remember the choices of the forward that ``key`` belongs to, of all its queries.
+    def keep(self, key: torch.Tensor, indices: Sequence[torch.Tensor]) -> None:
+        """Remember the indices of the forward that ``key`` belongs to, of all its queries.
 
-        Two forwards with one key cannot be told apart later: neither choice is kept.
+        Two forwards with one key cannot be told apart later: neither's indices are kept.
         """
         if torch.compiler.is_compiling():
             return
         if torch.is_grad_enabled() and not in_backward():
-            self._choices[key] = None if key in self._choices else chosen
+            self._indices[key] = None if key in self._indices else indices
 
     def recall(self, key: torch.Tensor) -> Sequence[torch.Tensor] | None:
-        """Return the choice to take back in a recomputation, None if there is none."""
+        """Return the indices to use again in a recomputation; None if there are none."""
         if torch.compiler.is_compiling() or not in_backward():
             return None
-        chosen: Sequence[torch.Tensor] | None = self._choices.get(key)
-        return chosen
+        indices: Sequence[torch.Tensor] | None = self._indices.get(key)
+        return indices

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is true for a whole forward, computed once and handed to every layer.
 
-Where tokens and documents lie, which rank computes which queries, what moves for that, and the
+Where tokens and documents are, which rank computes which queries, what moves for that, and the
 index tensors that layers and kernels read. Layers of one kind share a plan.
 """
 
@@ -19,14 +19,14 @@ from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.exchange.collectives import Group, cp_rank, cp_size
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.gpus import gpu_here
+from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries, Runs
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
 from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, contiguous, schedule_of
-from nemo_dsv4_cp.sequence.transfers import transfers
-from nemo_dsv4_cp.sequence.windows import WindowRows
+from nemo_dsv4_cp.sequence.windows import Windows, straddling
 
 STEP_KEY = "cp_step"
 """Keyword under which the model hands a forward's :class:`StepContext` to attention."""
@@ -38,39 +38,23 @@ class LayerKind:
 
     Attributes:
         ratio: Compress ratio, 0 without compression.
+        overlaps: Whether windows also pool the window before (CSA).
+        has_indexer: Whether queries see only the entries that an indexer selects (CSA).
         window: W, sliding window in tokens.
         cost: What a query costs, which load balancing goes by.
     """
 
     ratio: int
+    overlaps: bool
+    has_indexer: bool
     window: int
     cost: QueryCost
 
     @classmethod
     def of(cls, config: Any, ratio: int) -> LayerKind:
         """Return the kind of a model's layers of a compress ratio."""
-        return cls(ratio, config.sliding_window, QueryCost.of(config, ratio))
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether windows also pool the window before (CSA)."""
-        return self.ratio == OVERLAP_RATIO
-
-
-@dataclass(frozen=True, eq=False)
-class QueryRows:
-    """Queries that a rank computes together.
-
-    Attributes:
-        attention: Which keys each sees.
-        rows: Which rows of the shard they are; None for remote queries.
-    """
-
-    attention: AttentionPlan
-    rows: slice | torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.attention.queries)
+        csa = ratio == OVERLAP_RATIO
+        return cls(ratio, csa, csa, config.sliding_window, QueryCost.of(config, ratio))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +63,24 @@ class LayerPlan:
 
     Attributes:
         local: Queries of its own shard that it computes itself.
+        local_rows: Which rows of the shard they are.
         remote: Queries of other shards that it computes; None where no rank computes any.
         moves: What may be fetched: ``keys``, the raw keys of remote and then of local queries;
             ``features`` and ``overlap`` of windows, and with ``index_`` before them the indexer's;
             ``remote_low``, ``remote_cos``, ``remote_sin`` and ``remote_weights`` of remote queries.
         n_keys: How many raw keys are for remote queries, and how many for local ones.
-        returned: The rows of its own shard, computed here or by the rank that took them.
+        returned: The rows of its own shard, computed here or by the rank that computes them.
         windows: The windows that it pools; None without compression.
         entry_order: Int64 [B, P]: where each entry is among those gathered; None where in order.
     """
 
-    local: QueryRows
-    remote: QueryRows | None
+    local: AttentionPlan
+    local_rows: slice | torch.Tensor
+    remote: AttentionPlan | None
     moves: Mapping[str, RowPlan]
     n_keys: tuple[int, ...]
-    returned: RowPlan | None
-    windows: WindowRows | None
+    returned: RowPlan
+    windows: Windows | None
     entry_order: torch.Tensor | None
 
     def in_order(self, gathered_BPD: torch.Tensor) -> torch.Tensor:
@@ -114,27 +100,35 @@ class StepContext:
         """Bind a step.
 
         Args:
-            layout: Where this rank's tokens and documents lie.
+            layout: Where this rank's tokens and documents are.
             group: CP group, None without CP.
             options: The model's.
         """
         self.layout = layout
-        self._balance = str(options.balance)
         self.transport: Transport = plugins.load(plugins.TRANSPORTS, options.transport)(
             group, overlap=options.overlap
         )
+        self._balance = str(options.balance)
+        self._schedules: dict[LayerKind, Schedule] = {}
         self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
+        self._ropes: dict[tuple[LayerPlan, int, torch.dtype], Rope] = {}
 
     @classmethod
-    def of_rows(cls, length: int, group: Group | None, options: ContextParallelOptions) -> Any:
+    def of_rows(
+        cls, length: int, group: Group | None, options: ContextParallelOptions
+    ) -> StepContext:
         """Return the context of rows of one document each, ``length`` local tokens of them."""
         return cls(SequenceLayout(length, cp_rank(group), cp_size(group)), group, options)
 
     def schedule(self, kind: LayerKind) -> Schedule:
         """Return which rank computes which queries of a kind's layers."""
-        if not kind.ratio:
-            return contiguous(self.layout)
-        return schedule_of(self.layout, kind.ratio, self._balance, kind.cost, gpu_here())
+        if kind not in self._schedules:
+            self._schedules[kind] = (
+                schedule_of(self.layout, kind.ratio, self._balance, kind.cost, gpu_here())
+                if kind.ratio
+                else contiguous(self.layout)
+            )
+        return self._schedules[kind]
 
     def plan(self, kind: LayerKind, device: torch.device) -> LayerPlan:
         """Return the plan of a kind's layers.
@@ -146,6 +140,22 @@ class StepContext:
             self._plans[kind, device] = self._make(kind, device)
         return self._plans[kind, device]
 
+    def window_rope(self, plan: LayerPlan, rotary: Any, like_BLE: torch.Tensor) -> Rope | None:
+        """Return cos and sin of the windows' places, [B, n, r] each; computed once per plan.
+
+        Args:
+            plan: Whose windows; None is returned if it has none.
+            rotary: AutoModel's rotary embedding of compressed entries, one for all layers.
+            like_BLE: Activations; only their rows, dtype and device are read.
+        """
+        if plan.windows is None:
+            return None
+        key = (plan, like_BLE.shape[0], like_BLE.dtype)
+        if key not in self._ropes:
+            places = plan.windows.places.expand(like_BLE.shape[0], -1)
+            self._ropes[key] = rotary(like_BLE, places)
+        return self._ropes[key]
+
     # Not to be traced: torch.compile meets a plan that the model made before its first block.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make(self, kind: LayerKind, device: torch.device) -> LayerPlan:
@@ -154,7 +164,7 @@ class StepContext:
         shards = tuple((layout.shard(r),) for r in range(ranks))
 
         def fetched(wanted: tuple[Runs, ...]) -> RowPlan:
-            return RowPlan.of(transfers(wanted, shards, shards, rank=rank), ranks, device)
+            return RowPlan.of(wanted, shards, rank=rank, device=device)
 
         def keys(runs: Runs) -> Runs:
             return raw_tokens(runs, kind.window)
@@ -165,27 +175,32 @@ class StepContext:
         def queries(runs: Runs) -> AttentionPlan:
             plan = AttentionPlan(Queries(layout, runs), kind.window, kind.ratio)
             if runs:
-                plan.sight(device)  # kept with it, for every layer
+                plan.visible_ranges(device)  # stays with it, for every layer
             return plan
 
-        of_remote = [keys(runs) for runs in schedule.taken]
-        of_local = [keys(runs) for runs in schedule.kept]
+        of_remote = [keys(runs) for runs in schedule.remote]
+        of_local = [keys(runs) for runs in schedule.local]
         moves = {"keys": fetched(tuple(a + b for a, b in zip(of_remote, of_local, strict=True)))}
-        windows = entry_order = remote = returned = None
+        windows = entry_order = remote = None
         if kind.ratio:
-            straddling = layout.straddling(kind.ratio)
-            windows = WindowRows.of(layout, kind.ratio, device)
-            entry_order = layout.entry_order(kind.ratio, len(windows), device)
-            moves["features"] = moves["index_features"] = before(straddling)
+            inside = straddling(layout, kind.ratio)
+            windows = Windows.of(layout, kind.ratio, device)
+            entry_order = layout.entry_order(kind.ratio, windows.count, device)
+            moves["features"] = moves["index_features"] = before(inside)
             if kind.overlaps:
-                moves["overlap"] = moves["index_overlap"] = before(kind.ratio + straddling)
+                moves["overlap"] = moves["index_overlap"] = before(kind.ratio + inside)
         if schedule.moves:
-            remote = QueryRows(queries(schedule.taken[rank]))
+            remote = queries(schedule.remote[rank])
             of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
-            moves |= dict.fromkeys(of_queries, fetched(schedule.taken))
-            back = transfers(shards, schedule.kept, schedule.taken, rank=rank)
-            returned = RowPlan.of(back, ranks, device)
-        kept = schedule.kept[rank]
-        local = QueryRows(queries(kept), rows_of(kept, layout.start, device))
-        n_keys = tuple(sum(map(len, runs)) for runs in (of_remote[rank], of_local[rank]))
-        return LayerPlan(local, remote, moves, n_keys, returned, windows, entry_order)
+            moves |= dict.fromkeys(of_queries, fetched(schedule.remote))
+        own = schedule.local[rank]
+        return LayerPlan(
+            local=queries(own),
+            local_rows=rows_of(own, layout.start, device),
+            remote=remote,
+            moves=moves,
+            n_keys=tuple(sum(map(len, runs)) for runs in (of_remote[rank], of_local[rank])),
+            returned=RowPlan.of(shards, schedule.local, schedule.remote, rank=rank, device=device),
+            windows=windows,
+            entry_order=entry_order,
+        )

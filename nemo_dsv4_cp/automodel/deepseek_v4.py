@@ -19,7 +19,6 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Block, 
 
 __all__ = [
     "kernel_backend",
-    "keywords_of",
     "make_norms_uniform",
     "reset_uninitialised_norms",
     "reset_what_checkpoints_bring",
@@ -51,16 +50,13 @@ class _WithKeywords:
 def with_keywords(rotary: Any, keywords: dict[str, Any]) -> Any:
     """Return what a block gets as ``rotary_compress``, which every release hands on to attention.
 
+    Attention reads its ``keywords``, if it has any.
+
     Args:
         rotary: The model's rotary embedding of compressed entries.
         keywords: What attention needs of this forward.
     """
     return rotary if _BLOCKS_PASS_KEYWORDS else _WithKeywords(rotary, keywords)
-
-
-def keywords_of(rotary: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-    """Return an attention's keywords, those that came with ``rotary_compress`` included."""
-    return keywords | rotary.keywords if isinstance(rotary, _WithKeywords) else keywords
 
 
 def shows_images(

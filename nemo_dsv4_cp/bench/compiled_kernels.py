@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels at the sizes of the published models, compiled without a GPU."""
 
-# L local queries   N heads   D head_dim   r rotary dims   T raw keys   P entries   K chosen entries
+# L local queries   N heads   D head_dim   r rotary dims   T raw keys   P entries
+# K selected entries
 
 from __future__ import annotations
 
@@ -13,9 +14,13 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.kernels.triton.attention import attend
-from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
-from nemo_dsv4_cp.kernels.triton.rotary import rotate
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+)
+from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
@@ -42,40 +47,36 @@ def _attention(fields: dict[str, Any], ratio: int) -> None:
     window = fields["sliding_window"]
     n_raw = _SHARD + window - 1
     entries = layout.seq_len // ratio if ratio else 0
-    chosen = None
+    selected = None
     if ratio == 4:
-        chosen = torch.zeros(1, _SHARD, fields["index_topk"], dtype=torch.int32)
-    rope = (_zeros(_SHARD, rotary), _zeros(_SHARD, rotary))
-    out = attend(
-        _zeros(_SHARD, heads, width).requires_grad_(),
-        rotate(_zeros(n_raw, width), (_zeros(n_raw, rotary),) * 2),
-        _zeros(entries, width),
-        torch.zeros(heads),
-        chosen,
-        rope,
-        plan=AttentionPlan(Queries.own(layout), window, ratio),
-        scale=width**-0.5,
-        eps=fields["rms_norm_eps"],
-        groups=fields["o_groups"],
-        workspace_bytes=_WORKSPACE,
+        selected = torch.zeros(1, _SHARD, fields["index_topk"], dtype=torch.int32)
+    kernels = TritonKernels(workspace_bytes=_WORKSPACE)
+    raw = kernels.rotate(_zeros(n_raw, width), (_zeros(n_raw, rotary),) * 2)
+    out = kernels.attend(
+        AttentionQueries(
+            _zeros(_SHARD, heads, width).requires_grad_(),
+            (_zeros(_SHARD, rotary),) * 2,
+            AttentionPlan(Queries.own(layout), window, ratio),
+            selected,
+        ),
+        AttentionKeys(raw, _zeros(entries, width), torch.zeros(heads)),
+        AttentionConstants(width**-0.5, fields["rms_norm_eps"], fields["o_groups"]),
     )
     out.backward(torch.zeros_like(out))
 
 
-def _index_choice(fields: dict[str, Any]) -> None:
-    """Run the index choice on the last shard of 1M tokens."""
+def _selection(fields: dict[str, Any]) -> None:
+    """Run top-k selection on the last shard of 1M tokens."""
     layout = SequenceLayout(_SHARD, (1 << 14) - 1, 1 << 14)
     heads, width = fields["index_n_heads"], fields["index_head_dim"]
-    rotary = fields["qk_rope_head_dim"]
-    choose_entries(
+    queries = IndexQueries(
         _zeros(_SHARD, heads, width),
         torch.zeros(1, _SHARD, heads),
-        _zeros(layout.seq_len // 4, width),
-        (_zeros(_SHARD, rotary), _zeros(_SHARD, rotary)),
-        queries=Queries.own(layout),
-        ratio=4,
-        topk=fields["index_topk"],
-        workspace_bytes=_WORKSPACE,
+        (_zeros(_SHARD, fields["qk_rope_head_dim"]),) * 2,
+        AttentionPlan(Queries.own(layout), fields["sliding_window"], 4),
+    )
+    TritonKernels(workspace_bytes=_WORKSPACE).select_entries(
+        queries, _zeros(layout.seq_len // 4, width), topk=fields["index_topk"]
     )
 
 
@@ -93,7 +94,7 @@ def kernels_of(model: str, arch: int) -> list[Specimen]:
     found: list[Specimen] = []
     for run in (
         *(partial(_attention, fields, ratio) for ratio in (0, 4, 128)),
-        partial(_index_choice, fields),
+        partial(_selection, fields),
     ):
         found += [specimen for specimen in record(run, arch) if specimen not in found]
     return found

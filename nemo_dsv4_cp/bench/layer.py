@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 
@@ -59,13 +58,9 @@ class Case:
         layout = SequenceLayout.of_padded(self.seq_len, cp_rank=self.rank, cp_size=self.cp_size)
         if not self.documents:
             return layout
-        return PackedLayout(
-            layout.local_len,
-            self.rank,
-            self.cp_size,
-            torch.tensor([self.documents]).expand(self.batch, -1),
-            ((*self.documents, self.seq_len),) * self.batch,
-        )
+        starts = torch.tensor([self.documents]).repeat(self.batch, 1)
+        bounds = ((*self.documents, self.seq_len),) * self.batch  # fake tensors have no values
+        return replace(layout, bounds=bounds, starts=starts)
 
 
 Forward = Callable[[], torch.Tensor]

@@ -16,6 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_dsv4_cp.gpus import known_gpu
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+)
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
@@ -66,7 +72,7 @@ def time_operations(
     layout = SequenceLayout.of_padded(seq_len, cp_rank=cp_size - 1, cp_size=cp_size)
     length, window = layout.local_len, fields["sliding_window"]
     heads, width = fields["num_attention_heads"], fields["head_dim"]
-    queries = Queries.own(layout)
+    plan = AttentionPlan(Queries.own(layout), window, ratio)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(1, *shape, dtype=dtype, device=device)
@@ -75,36 +81,26 @@ def time_operations(
     rope = (angles.cos(), angles.sin())
     measure = partial(_measure, ratio, device, repeats)
     found = [measure("rotary of keys", partial(kernels.rotate, draw(length, width), rope))]
-    chosen = None
+    selected = None
     if ratio == OVERLAP_RATIO:
         index_heads, index_width = fields["index_n_heads"], fields["index_head_dim"]
-        choose = partial(
-            kernels.choose_entries,
-            draw(length, index_heads, index_width),
-            draw(length, index_heads).float(),
+        weights = draw(length, index_heads).float()
+        select = partial(
+            kernels.select_entries,
+            IndexQueries(draw(length, index_heads, index_width), weights, rope, plan),
             draw(layout.seq_len // ratio, index_width),
-            rope,
-            queries=queries,
-            ratio=ratio,
             topk=fields["index_topk"],
         )
-        chosen = choose()
-        found.append(measure("index choice", choose))
+        selected = select()
+        found.append(measure("index choice", select))
     q, raw = draw(length, heads, width), draw(length + window - 1, width)
     entries, sinks = draw(layout.seq_len // ratio if ratio else 0, width), draw(heads)[0]
     leaves = [leaf.requires_grad_() for leaf in (q, raw, entries, sinks)]
     attend = partial(
         kernels.attend,
-        q,
-        raw,
-        entries,
-        sinks,
-        chosen,
-        rope,
-        plan=AttentionPlan(queries, window, ratio),
-        scale=width**-0.5,
-        eps=fields["rms_norm_eps"],
-        groups=fields["o_groups"],
+        AttentionQueries(q, rope, plan, selected),
+        AttentionKeys(raw, entries, sinks),
+        AttentionConstants(width**-0.5, fields["rms_norm_eps"], fields["o_groups"]),
     )
     found.append(measure("attention forward", attend))
     out = attend()

@@ -22,8 +22,7 @@ from unittest import mock
 import torch
 
 from nemo_dsv4_cp.bench.layer import Case, build
-from nemo_dsv4_cp.exchange.collectives import Work, all_gather_metadata, barrier, cp_size
-from nemo_dsv4_cp.exchange.in_flight import InFlight
+from nemo_dsv4_cp.exchange.collectives import InFlight, Work, all_gather_metadata, barrier, cp_size
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.inventory import BOUNDARY
 

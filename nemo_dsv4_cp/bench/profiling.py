@@ -27,7 +27,7 @@ from nemo_dsv4_cp.automodel import tilelang
 from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.bench.layer import Case, Forward, build
 from nemo_dsv4_cp.exchange.collectives import process_group
-from nemo_dsv4_cp.kernels import costs
+from nemo_dsv4_cp.kernels.costs import Cost, cost_of, register_cost
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 _LARGEST = 5
@@ -132,7 +132,7 @@ class Profiler(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        cost = costs.of(func, args, kwargs)
+        cost = cost_of(func, args, kwargs)
         self._launch(func, args, kwargs, out, cost)
         if func.namespace == "c10d":
             self.received += self._received(func.overloadpacket.__name__, args)
@@ -143,7 +143,7 @@ class Profiler(TorchDispatchMode):
             self._note_peak(self.live + cost.scratch_bytes)
         return out
 
-    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, cost: costs.Cost | None) -> None:
+    def _launch(self, func: Any, args: Any, kwargs: Any, out: Any, cost: Cost | None) -> None:
         if cost is not None:
             new = Launches(cost.launches, cost.read_bytes, cost.written_bytes)
         elif _only_a_view(func) or func.overloadpacket.__name__ in _NO_LAUNCH:
@@ -306,10 +306,10 @@ def _attention(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@costs.tell("dsv4_cp::automodel_attention")
-def _(q: torch.Tensor, *keys: torch.Tensor) -> costs.Cost:
+@register_cost("dsv4_cp::automodel_attention")
+def _(q: torch.Tensor, *keys: torch.Tensor) -> Cost:
     log_sums = q.numel() // q.shape[-1] * 4
-    return costs.Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
+    return Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
 
 
 @_operation(
@@ -320,12 +320,12 @@ def _attention_backward(grad: torch.Tensor, *saved: torch.Tensor) -> tuple[torch
     return tuple(map(torch.empty_like, saved[:3]))
 
 
-@costs.tell("dsv4_cp::automodel_attention_backward")
-def _(grad: torch.Tensor, *saved: torch.Tensor) -> costs.Cost:
+@register_cost("dsv4_cp::automodel_attention_backward")
+def _(grad: torch.Tensor, *saved: torch.Tensor) -> Cost:
     q, kv, sinks, indices, out, log_sums = saved
     # Sums of out * grad; the gradients, the keys' in float32; those rounded.
     summed = kv.numel() * 4
-    return costs.Cost(
+    return Cost(
         3,
         _bytes((out, grad)) + _bytes((q, kv, grad, sinks, indices, log_sums, log_sums)) + summed,
         _bytes(log_sums) + _bytes((q, sinks)) + summed + _bytes(kv),
@@ -338,10 +338,10 @@ def _index_scores(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) ->
     return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
 
 
-@costs.tell("dsv4_cp::automodel_index_scores")
-def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> costs.Cost:
+@register_cost("dsv4_cp::automodel_index_scores")
+def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> Cost:
     scores = q.shape[0] * q.shape[1] * keys.shape[1] * 4
-    return costs.Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
+    return Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
 
 
 class _AutoModelAttention(torch.autograd.Function):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
-from nemo_dsv4_cp.exchange.in_flight import Pending
+from nemo_dsv4_cp.exchange.collectives import Pending
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.sequence.queries import Runs
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, take

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process groups and the collectives over them; no other file calls ``torch.distributed``."""
+"""Process groups and the collectives over them; no other file calls ``torch.distributed``.
+
+Collectives with a gradient run while the device computes. One starts as soon as its input exists
+and is waited for where its output is first read. Two autograd functions, start and wait, give the
+same overlap in backward: the backward of wait starts the reverse collective, the backward of start
+waits for it. Of the functions that are ready autograd takes the one whose forward ran last, so
+whatever ran between start and wait in forward runs between them in backward. An empty tensor ties
+the two together; autograd does not see the memory that a collective fills.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +31,7 @@ from nemo_dsv4_cp.automodel.torch_api import (
 Group = dist.ProcessGroup
 Work: TypeAlias = dist.Work
 Store: TypeAlias = dist.Store  # type: ignore[name-defined,attr-defined]
+T = TypeVar("T")
 
 CP_GROUP_KEY = "_dsv4_cp_group"
 """Batch key under which the CP process group travels to attention, as in AutoModel."""
@@ -58,18 +68,18 @@ def mesh_rank(cp_mesh: Any) -> int:
     return int(getattr(cp_mesh, "get_local_rank", int)())
 
 
-def start_all_gather(every: torch.Tensor, shard: torch.Tensor, group: Group) -> Work:
-    """Begin to fill ``every`` [R, *shape] with the ranks' shards [*shape]."""
-    started: Work = all_gather_single(
-        every.flatten(0, 1), shard.contiguous(), group=group, async_op=True
-    )
-    return started
+def start_all_gather(shard: torch.Tensor, group: Group) -> tuple[Work, torch.Tensor]:
+    """Begin to gather the ranks' shards [*shape]: the work, and what it fills, [R, *shape]."""
+    every = shard.new_empty(dist.get_world_size(group), *shard.shape)
+    work = all_gather_single(every.flatten(0, 1), shard.contiguous(), group=group, async_op=True)
+    return work, every
 
 
-def start_reduce_scatter(own: torch.Tensor, every: torch.Tensor, group: Group) -> Work:
-    """Begin to fill ``own`` [*shape] with the sum over the ranks of their ``every`` [R, *shape]."""
-    started: Work = reduce_scatter_single(own, every.flatten(0, 1), group=group, async_op=True)
-    return started
+def start_reduce_scatter(every: torch.Tensor, group: Group) -> tuple[Work, torch.Tensor]:
+    """Begin to sum the ranks' ``every`` [R, *shape]: the work, and what it fills, [*shape]."""
+    own = torch.empty_like(every[0])
+    work = reduce_scatter_single(own, every.flatten(0, 1), group=group, async_op=True)
+    return work, own
 
 
 def start_all_to_all(
@@ -91,6 +101,50 @@ def start_all_to_all(
     return started
 
 
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Exclude a function from torch.compile: a collective of ours is a break in its graph."""
+    excluded: Callable[..., Any] = torch.compiler.disable(function)
+    return excluded
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """A result that may not be there yet.
+
+    Attributes:
+        wait: Returns the result; called once.
+    """
+
+    wait: Callable[[], T]
+
+
+@dataclass
+class InFlight:
+    """One collective at a time and the memory that it fills: forward's, later backward's.
+
+    Attributes:
+        overlap: Whether the collective may overlap with compute; else :meth:`begin` waits for it.
+    """
+
+    overlap: bool
+    _work: Work | None = None
+    _filling: Any = None
+
+    def begin(self, work: Work, filling: Any) -> None:
+        """Take over a collective that was started, and what it fills."""
+        self._work, self._filling = work, filling
+        if not self.overlap:
+            work.wait()
+            self._work = None
+
+    def end(self) -> Any:
+        """Wait, return what the collective filled, and drop the reference to it."""
+        if self._work is not None:
+            self._work.wait()
+        filled, self._work, self._filling = self._filling, None, None
+        return filled
+
+
 def all_gather_metadata(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:
     """All-gather equal shards in rank order and concatenate them on ``dim``.
 
@@ -101,8 +155,8 @@ def all_gather_metadata(tensor: torch.Tensor, *, dim: int, cp_group: Group | Non
     """
     if cp_group is None or not cp_enabled(cp_group):
         return tensor
-    every = tensor.new_empty(dist.get_world_size(cp_group), *tensor.shape)
-    start_all_gather(every, tensor, cp_group).wait()
+    work, every = start_all_gather(tensor, cp_group)
+    work.wait()
     return concatenated(every, dim % tensor.dim())
 
 

@@ -5,19 +5,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.exchange.collectives import (
     Group,
+    InFlight,
+    Pending,
     concatenated,
     cp_enabled,
-    cp_size,
     start_all_gather,
     start_reduce_scatter,
+    uncompiled,
 )
-from nemo_dsv4_cp.exchange.in_flight import InFlight, Pending, uncompiled
 
 # forward:   y   = concat_k x_k                    (all-gather)
 # backward:  dx_r = sum_k (dy_k)[slice of rank r]  (reduce-scatter)
@@ -27,8 +29,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: torch.Tensor, flight: InFlight, group: Group) -> torch.Tensor:
         ctx.flight = flight
-        every = shard.new_empty(cp_size(group), *shard.shape)
-        flight.begin(start_all_gather(every, shard, group), every)
+        flight.begin(*start_all_gather(shard, group))
         return shard.new_empty(0)
 
     @staticmethod
@@ -41,15 +42,15 @@ class _Wait(torch.autograd.Function):
     def forward(
         ctx: Any, started: torch.Tensor, flight: InFlight, dim: int, group: Group
     ) -> torch.Tensor:
-        ctx.flight, ctx.dim, ctx.group = flight, dim, group
-        return concatenated(flight.end(), dim)
+        every = flight.end()
+        ctx.flight, ctx.dim, ctx.ranks, ctx.group = flight, dim, len(every), group
+        return concatenated(every, dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        every = grad.unflatten(ctx.dim, (cp_size(ctx.group), -1)).movedim(ctx.dim, 0).contiguous()
-        own = torch.empty_like(every[0])
-        ctx.flight.begin(start_reduce_scatter(own, every, ctx.group), own)
+        every = grad.unflatten(ctx.dim, (ctx.ranks, -1)).movedim(ctx.dim, 0).contiguous()
+        ctx.flight.begin(*start_reduce_scatter(every, ctx.group))
         return grad.new_empty(0), None, None, None
 
 
@@ -57,27 +58,25 @@ _start, _wait = uncompiled(_Start.apply), uncompiled(_Wait.apply)
 
 
 def start_gather(
-    shard: torch.Tensor, *, dim: int, cp_group: Group | None, overlap: bool
+    shard: torch.Tensor, *, dim: int, group: Group, overlap: bool
 ) -> Pending[torch.Tensor]:
     """Start to all-gather equal shards, to be concatenated on ``dim`` in rank order.
 
     Args:
         shard: This rank's [..., n, ...]; the same shape and dtype on every rank.
-        dim: Dimension to concatenate on.
-        cp_group: CP group; without CP the shard is the result.
-        overlap: Whether it goes on behind what is computed until the wait; else it is waited for.
+        dim: Dimension to concatenate on, not negative.
+        group: CP group.
+        overlap: Whether it may overlap with compute until the wait.
 
     Returns:
         [..., R * n, ...]. Its gradient is reduce-scattered to the ranks that own the slices.
     """
-    if cp_group is None or not cp_enabled(cp_group):
-        return Pending(lambda: shard)
-    flight = InFlight(overlap=overlap)
-    started = _start(shard, flight, cp_group)
-
-    return Pending(lambda: _wait(started, flight, dim % shard.dim(), cp_group))
+    flight = InFlight(overlap)
+    return Pending(partial(_wait, _start(shard, flight, group), flight, dim, group))
 
 
 def all_gather(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:
-    """All-gather equal shards as :func:`start_gather` does, and wait for them."""
-    return start_gather(tensor, dim=dim, cp_group=cp_group, overlap=False).wait()
+    """All-gather equal shards as :func:`start_gather` does, and wait; without CP the tensor."""
+    if cp_group is None or not cp_enabled(cp_group):
+        return tensor
+    return start_gather(tensor, dim=dim % tensor.dim(), group=cp_group, overlap=False).wait()

@@ -9,14 +9,17 @@ group's own stream of collectives, so it can neither overtake nor deadlock with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import compress
+from operator import attrgetter, not_
 from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled, start_all_to_all
-from nemo_dsv4_cp.exchange.in_flight import InFlight, uncompiled
-from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
+from nemo_dsv4_cp.exchange.collectives import Group, InFlight, start_all_to_all, uncompiled
+from nemo_dsv4_cp.sequence.row_plan import RowPlan
 
 _ALIGNED = 16
 """Bytes that each tensor's rows begin at a multiple of, so that any dtype can view them."""
@@ -25,61 +28,26 @@ _ALIGNED = 16
 # backward:  d leaving_i = the gradients of the rows that this rank sent to each
 
 
-class _Buffer:
-    """Bytes to, or from, every rank: of each rank the rows of all tensors, one after another."""
+def start_rows(
+    leaving: Sequence[torch.Tensor], plans: Sequence[RowPlan], *, group: Group, overlap: bool
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """Start to send rows of several tensors.
 
-    def __init__(
-        self, like: Sequence[torch.Tensor], counts: Sequence[Sequence[int]], group: Group
-    ) -> None:
-        """Allocate ``counts[i][rank]`` rows of tensor i, [B, rows, ...] each."""
-        self._group, self._counts = group, counts
-        self._like = [(tensor.shape[0], tensor.shape[2:], tensor.dtype) for tensor in like]
-        row_bytes = [b * row.numel() * dtype.itemsize for b, row, dtype in self._like]
-        self._bytes = [
-            [-(-rows * size // _ALIGNED) * _ALIGNED for rows in of_ranks]
-            for of_ranks, size in zip(counts, row_bytes, strict=True)
-        ]
-        self.sizes = [sum(of_rank) for of_rank in zip(*self._bytes, strict=True)]
-        self.memory = torch.empty(sum(self.sizes), dtype=torch.uint8, device=like[0].device)
+    Gradients return to the rows' owners, who wait for them: whatever takes a gradient must be used
+    on every rank.
 
-    def write(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Fill it with each tensor's rows, which are in the order of the ranks."""
-        self._copy(tensors, into_memory=True)
+    Args:
+        leaving: [B, n, ...] each, by destination.
+        plans: This rank's part in the exchange of each; the ranks' parts must fit together.
+        group: CP group.
+        overlap: Whether the exchange may overlap with compute until the wait.
 
-    def read(self) -> list[torch.Tensor]:
-        """Return each tensor's rows, [B, rows, ...], in the order of the ranks."""
-        tensors = [
-            self.memory.new_empty((batch, sum(counts), *row), dtype=dtype)
-            for (batch, row, dtype), counts in zip(self._like, self._counts, strict=True)
-        ]
-        self._copy(tensors, into_memory=False)
-        return tensors
-
-    def _copy(self, tensors: Sequence[torch.Tensor], *, into_memory: bool) -> None:
-        """Copy between tensors and memory: one launch for each dtype."""
-        pairs: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        begins = [0] * len(tensors)
-        at = 0
-        for rank in range(len(self.sizes)):
-            for i, (batch, row, dtype) in enumerate(self._like):
-                rows = self._counts[i][rank]
-                if rows:
-                    size = batch * rows * row.numel() * dtype.itemsize
-                    block = self.memory[at : at + size].view(dtype).view(batch, rows, *row)
-                    blocks, parts = pairs.setdefault(dtype, ([], []))
-                    blocks.append(block)
-                    parts.append(tensors[i][:, begins[i] : begins[i] + rows])
-                    begins[i] += rows
-                at += self._bytes[i][rank]
-        for blocks, parts in pairs.values():
-            torch._foreach_copy_(*((blocks, parts) if into_memory else (parts, blocks)))
-
-    def send(self, arriving: _Buffer, flight: InFlight) -> None:
-        """Start to send every rank its rows; theirs land in ``arriving``."""
-        work = start_all_to_all(
-            arriving.memory, self.memory, arriving.sizes, self.sizes, self._group
-        )
-        flight.begin(work, arriving)
+    Returns:
+        A function that waits for the rows that arrive: [B, m, ...] of each tensor, by source.
+    """
+    flight, learns = InFlight(overlap), list(map(attrgetter("requires_grad"), leaving))
+    started = _start(plans, learns, flight, group, *leaving)
+    return partial(_wait, started, plans, learns, flight, group)
 
 
 class _Start(torch.autograd.Function):
@@ -93,16 +61,13 @@ class _Start(torch.autograd.Function):
         *leaving: torch.Tensor,
     ) -> torch.Tensor:
         ctx.learns, ctx.flight = learns, flight
-        outgoing = _Buffer(leaving, [plan.leaving_counts for plan in plans], group)
-        outgoing.write(leaving)
-        incoming = _Buffer(leaving, [plan.arriving_counts for plan in plans], group)
-        outgoing.send(incoming, flight)
+        _begin(leaving, map(attrgetter("leaving_counts", "arriving_counts"), plans), flight, group)
         return leaving[0].new_empty(0, dtype=torch.float32)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grads = iter(ctx.flight.end().read())
+        grads = iter(_end(ctx.flight))
         return None, None, None, None, *(next(grads) if does else None for does in ctx.learns)
 
 
@@ -118,95 +83,112 @@ class _Wait(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)  # of rows that take none
         ctx.plans, ctx.learns, ctx.flight, ctx.group = plans, learns, flight, group
-        arriving = flight.end().read()
-        ctx.shapes = [(rows.shape, rows.dtype) for rows in arriving]
+        arriving = _end(flight)
         ctx.device = started.device
-        ctx.mark_non_differentiable(
-            *(rows for rows, does in zip(arriving, learns, strict=True) if not does)
-        )
+        ctx.like = list(map(attrgetter("shape", "dtype"), arriving))
+        ctx.mark_non_differentiable(*compress(arriving, map(not_, learns)))
         return tuple(arriving)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        sent, plans = [], []
-        for grad, plan, does, (shape, dtype) in zip(
-            grads, ctx.plans, ctx.learns, ctx.shapes, strict=True
-        ):
-            if does:
-                if grad is None:
-                    grad = torch.zeros(shape, dtype=dtype, device=ctx.device)
-                sent.append(grad)
-                plans.append(plan)
+        sent = []
+        for grad, (shape, dtype) in compress(zip(grads, ctx.like, strict=True), ctx.learns):
+            zeros = partial(torch.zeros, shape, dtype=dtype, device=ctx.device)
+            sent.append(zeros() if grad is None else grad)
         if sent:
-            outgoing = _Buffer(sent, [plan.arriving_counts for plan in plans], ctx.group)
-            outgoing.write(sent)
-            incoming = _Buffer(sent, [plan.leaving_counts for plan in plans], ctx.group)
-            outgoing.send(incoming, ctx.flight)
+            plans = compress(ctx.plans, ctx.learns)
+            counts = map(attrgetter("arriving_counts", "leaving_counts"), plans)
+            _begin(sent, counts, ctx.flight, ctx.group)
         return torch.empty(0, device=ctx.device), None, None, None, None
 
 
 _start, _wait = uncompiled(_Start.apply), uncompiled(_Wait.apply)
 
 
-class RowsInFlight:
-    """Rows of other ranks on their way, of several tensors by name."""
+def _begin(
+    tensors: Sequence[torch.Tensor],
+    counts: Iterable[tuple[Sequence[int], Sequence[int]]],
+    flight: InFlight,
+    group: Group,
+) -> None:
+    """Start to send each tensor's rows, [B, rows, ...] by destination.
 
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        plans: Mapping[str, RowPlan],
-        *,
-        cp_group: Group | None,
-        overlap: bool,
-        returned: bool = False,
-    ) -> None:
-        """Start to exchange the rows that move.
+    Args:
+        tensors: Not empty.
+        counts: Of each tensor, how many rows leave for each rank and how many arrive from it.
+        flight: What the exchange becomes.
+        group: CP group.
+    """
+    leaving, arriving = zip(*counts, strict=True)
+    outgoing, leaving_sizes, blocks = _buffer(tensors, leaving)
+    _copy(blocks, tensors, leaving, into_blocks=True)
+    incoming, arriving_sizes, blocks = _buffer(tensors, arriving)
+    work = start_all_to_all(incoming, outgoing, arriving_sizes, leaving_sizes, group)
+    like = list(map(attrgetter("shape", "dtype"), tensors))
+    flight.begin(work, (incoming, blocks, arriving, like))
 
-        Args:
-            tensors: [B, L, ...] each, what other ranks may want rows of.
-            plans: This rank's part in the exchange of each; the ranks' parts must fit together.
-            cp_group: CP group; without CP nothing moves.
-            overlap: Whether it goes on behind what is computed until the wait; else it is waited
-                for.
-            returned: Whether the rows of this rank's own are of other tensors, that :meth:`wait`
-                is given.
-        """
-        self._plans = {name: plans[name] for name in tensors}
-        enabled = cp_group is not None and cp_enabled(cp_group)
-        self._moving = moving = [n for n, plan in self._plans.items() if enabled and plan.moves]
-        self._own: dict[str, torch.Tensor] = {}
-        leaving: list[torch.Tensor] = []
-        for name, tensor in tensors.items():
-            plan = self._plans[name]
-            if name in moving and returned:
-                leaving.append(take(tensor, plan.leaving))
-            elif name in moving:
-                self._own[name], leaves = plan.divide(tensor)
-                leaving.append(leaves)
-            elif not returned:
-                self._own[name] = take(tensor, plan.own)
-        self._arriving: Callable[[], Sequence[torch.Tensor]] = tuple
-        if not moving:
-            return
-        assert cp_group is not None
-        flight, parts = InFlight(overlap=overlap), [self._plans[name] for name in moving]
-        learns = [rows.requires_grad for rows in leaving]
-        started = _start(parts, learns, flight, cp_group, *leaving)
-        self._arriving = lambda: _wait(started, parts, learns, flight, cp_group)
 
-    def wait(self, own: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """Return of each tensor its answer, [B, T, ...], zeros where a token does not exist.
+def _end(flight: InFlight) -> list[torch.Tensor]:
+    """Wait, and return of each tensor the rows that arrived, [B, rows, ...] by source."""
+    memory, blocks, counts, like = flight.end()
+    tensors = []
+    for ((batch, _, *row), dtype), of_ranks in zip(like, counts, strict=True):
+        tensors.append(memory.new_empty((batch, sum(of_ranks), *row), dtype=dtype))
+    _copy(blocks, tensors, counts, into_blocks=False)
+    return tensors
 
-        Gradients return to the rows' owners, who wait for them: whatever takes a gradient must be
-        used on every rank.
 
-        Args:
-            own: Of returned rows, those that this rank computed itself, by name.
-        """
-        arriving = dict(zip(self._moving, self._arriving(), strict=True))
-        answers = {}
-        for name, plan in self._plans.items():
-            mine = self._own[name] if own is None else take(own[name], plan.own)
-            answers[name] = plan.answer(mine, arriving.get(name))
-        return answers
+def _buffer(
+    like: Sequence[torch.Tensor], counts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, list[int], list[torch.Tensor]]:
+    """Allocate ``counts[i][rank]`` rows of tensor i for each rank, rank by rank.
+
+    Returns:
+        The memory, how many bytes of it are each rank's, and views of it [B, rows, ...]: tensor by
+        tensor a block for each rank that has rows.
+    """
+    places: list[tuple[int, int, int]] = []
+    sizes, end = [], 0
+    for rank in range(len(counts[0])):
+        begin = end
+        for i, of_ranks in enumerate(counts):
+            if of_ranks[rank]:
+                places.append((i, end, of_ranks[rank]))
+                size = of_ranks[rank] * _row_bytes(like[i])
+                end += -(-size // _ALIGNED) * _ALIGNED
+        sizes.append(end - begin)
+    memory = torch.empty(end, dtype=torch.uint8, device=like[0].device)
+    blocks = []
+    for i, at, rows in sorted(places):
+        block = memory[at : at + rows * _row_bytes(like[i])].view(like[i].dtype)
+        blocks.append(block.view(like[i].shape[0], rows, *like[i].shape[2:]))
+    return memory, sizes, blocks
+
+
+def _row_bytes(tensor: torch.Tensor) -> int:
+    """Return how many bytes one row of all B is."""
+    return tensor.shape[0] * math.prod(tensor.shape[2:]) * tensor.element_size()
+
+
+def _copy(
+    blocks: Sequence[torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    counts: Sequence[Sequence[int]],
+    *,
+    into_blocks: bool,
+) -> None:
+    """Copy between blocks and the rows of tensors: one launch for each dtype."""
+    of_dtype: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    remaining = iter(blocks)
+    for tensor, of_ranks in zip(tensors, counts, strict=True):
+        targets, sources = of_dtype.setdefault(tensor.dtype, ([], []))
+        begin = 0
+        for rows in filter(None, of_ranks):
+            part, block = tensor[:, begin : begin + rows], next(remaining)
+            targets.append(block if into_blocks else part)
+            sources.append(part if into_blocks else block)
+            begin += rows
+    for targets, sources in of_dtype.values():
+        if targets:
+            torch._foreach_copy_(targets, sources)

@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from nemo_dsv4_cp.exchange.collectives import Group
+from nemo_dsv4_cp.exchange.collectives import Group, Pending, cp_enabled
 from nemo_dsv4_cp.exchange.gather import start_gather
-from nemo_dsv4_cp.exchange.in_flight import Pending
-from nemo_dsv4_cp.exchange.rows import RowsInFlight
-from nemo_dsv4_cp.sequence.row_plan import RowPlan
+from nemo_dsv4_cp.exchange.rows import start_rows
+from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
 
 
 class Transport:
-    """How a rank sees beyond its own shard. All verbs are collective and differentiable.
+    """Moves the rows that other ranks want, and nothing else (``transport: boundary``).
 
-    A transport of its own overrides what it does in another way. It is found by its name in the
-    entry-point group ``nemo_dsv4_cp.transports``.
+    All verbs are collective and differentiable. Another transport overrides what it does in another
+    way; it is found by its name in the entry-point group ``nemo_dsv4_cp.transports``.
     """
 
     def __init__(self, cp_group: Group | None, *, overlap: bool) -> None:
@@ -28,9 +27,10 @@ class Transport:
 
         Args:
             cp_group: Who takes part; None without CP.
-            overlap: Whether collectives run behind what is computed until they are waited for.
+            overlap: Whether collectives overlap with compute until they are waited for.
         """
-        self.cp_group, self.overlap = cp_group, overlap
+        self.cp_group = cp_group if cp_enabled(cp_group) else None
+        self.overlap = overlap
 
     def fetch(
         self, tensors: Mapping[str, torch.Tensor], plans: Mapping[str, RowPlan]
@@ -40,23 +40,45 @@ class Transport:
         Returns:
             Of each its answer [B, T, ...]; tokens before the row's first are zeros.
         """
-        rows = RowsInFlight(tensors, plans, cp_group=self.cp_group, overlap=self.overlap)
-        return Pending(rows.wait)
+        moving = [name for name in tensors if self.cp_group and plans[name].moves]
+        own, leaving = {}, []
+        for name, tensor in tensors.items():
+            if name in moving:
+                own[name], leaves = plans[name].divide(tensor)
+                leaving.append(leaves)
+            else:
+                own[name] = take(tensor, plans[name].own)
+        arriving = self._start(leaving, [plans[name] for name in moving])
+
+        def wait() -> dict[str, torch.Tensor]:
+            arrived = dict(zip(moving, arriving(), strict=True))
+            return {name: plans[name].answer(own[name], arrived.get(name)) for name in tensors}
+
+        return Pending(wait)
 
     def gather(self, entries: torch.Tensor) -> Pending[torch.Tensor]:
         """Start to fetch all ranks' entries [B, R * n, D] in window order, from [B, n, D] each."""
-        return start_gather(entries, dim=1, cp_group=self.cp_group, overlap=self.overlap)
+        if self.cp_group is None:
+            return Pending(lambda: entries)
+        return start_gather(entries, dim=1, group=self.cp_group, overlap=self.overlap)
 
-    def send_back(self, rows: torch.Tensor, plan: RowPlan) -> RowsInFlight:
+    def send_back(
+        self, rows: torch.Tensor, plan: RowPlan
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Start to return rows [B, C, ...] that were computed for other ranks.
 
         Returns:
-            What waits for this rank's own, given those that it computed itself, as ``rows``.
+            A function from the rows of this rank's own that it computed itself to all of its own,
+            [B, L, ...]; it waits.
         """
-        return RowsInFlight(
-            {"rows": rows},
-            {"rows": plan},
-            cp_group=self.cp_group,
-            overlap=self.overlap,
-            returned=True,
-        )
+        if self.cp_group is None or not plan.moves:
+            return lambda own: plan.answer(take(own, plan.own), None)
+        arriving = self._start([take(rows, plan.leaving)], [plan])
+        return lambda own: plan.answer(take(own, plan.own), arriving()[0])
+
+    def _start(
+        self, leaving: list[torch.Tensor], plans: list[RowPlan]
+    ) -> Callable[[], Sequence[torch.Tensor]]:
+        if self.cp_group is None or not leaving:
+            return tuple
+        return start_rows(leaving, plans, group=self.cp_group, overlap=self.overlap)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What registered operations launch and touch inside, told to whoever weighs them."""
+"""What registered operations launch and touch inside, for profiles with fake tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Cost:
 _COSTS: dict[str, Callable[..., Cost]] = {}
 
 
-def tell(name: str) -> Callable[[Callable[..., Cost]], Callable[..., Cost]]:
+def register_cost(name: str) -> Callable[[Callable[..., Cost]], Callable[..., Cost]]:
     """Register a function of the arguments of operation ``name`` (``"dsv4_cp::attend"``)."""
 
     def register(cost: Callable[..., Cost]) -> Callable[..., Cost]:
@@ -38,7 +38,7 @@ def tell(name: str) -> Callable[[Callable[..., Cost]], Callable[..., Cost]]:
     return register
 
 
-def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Cost | None:
-    """Return what a call of the ``OpOverload`` costs, None where nobody told."""
+def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Cost | None:
+    """Return what a call of the ``OpOverload`` costs, None where no cost is registered."""
     cost = _COSTS.get(func._schema.name)
     return None if cost is None else cost(*args, **(kwargs or {}))

@@ -1,27 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention asks of the device: three operations, each with or without kernels behind it."""
+"""What attention asks of the device: three operations that a kernel backend computes.
 
-# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
-# I index heads   F index width   r rotary dims   G groups of heads
+A backend subclasses :class:`nemo_dsv4_cp.kernels.reference.TorchKernels`, which computes all of
+them on any device, and overrides those that it has. One that has only the core of an operation
+overrides ``index_scores`` or ``attend_rotated``, from which ``TorchKernels`` builds the operation.
+Declare the class in the entry-point group ``nemo_dsv4_cp.kernels``; ``context_parallel.kernels``
+names it, and ``nemo-dsv4-cp verify --kernels`` compares it with the torch path.
+"""
+
+# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K selected entries
+# I index heads   F index width   r rotary dims   G groups of heads   C queries of a chunk
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
-from nemo_dsv4_cp.sequence.queries import Queries
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cos and sin from AutoModel's rotary embedding, [B, L, r] each: the r / 2 angles, twice."""
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionQueries:
+    """Queries that a rank computes together.
+
+    Attributes:
+        q_BLND: As projected, before norm and rotary.
+        rope: Angles of the queries' positions.
+        plan: Which keys each query sees: its window of raw keys, and a range of entries.
+        selected_BLK: The entries of its range that each query attends to, as
+            :meth:`Kernels.select_entries` returns them; None for the whole range.
+    """
+
+    q_BLND: torch.Tensor
+    rope: Rope
+    plan: AttentionPlan
+    selected_BLK: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class IndexQueries:
+    """Index queries that a rank computes together.
+
+    Attributes:
+        q_BLIF: As projected, before rotary. Their memory may be written over.
+        weights_BLI: Float32 weight of each head, with the scale of the scores.
+        rope: Angles of the queries' positions.
+        plan: Which entries each query may see.
+    """
+
+    q_BLIF: torch.Tensor
+    weights_BLI: torch.Tensor
+    rope: Rope
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionKeys:
+    """What queries attend to; keys are values.
+
+    Attributes:
+        raw_BTD: Raw keys, rotated, in the order of :func:`raw_tokens`.
+        entries_BPD: Compressed entries in the order that the layout counts them; P may be 0.
+        sinks_N: Logit per head of the sink, which takes probability and adds nothing.
+    """
+
+    raw_BTD: torch.Tensor
+    entries_BPD: torch.Tensor
+    sinks_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionConstants:
+    """Numbers of a model.
+
+    Attributes:
+        scale: Score multiplier.
+        eps: Added to the mean square of the queries' norm.
+        groups: G, into which the output projection takes the heads.
+    """
+
+    scale: float
+    eps: float
+    groups: int
+
+
 class Kernels(Protocol):
-    """One way to compute a layer's attention, found in ``nemo_dsv4_cp.kernels`` by its name.
+    """One way to compute a layer's attention.
 
     It sees this rank's tensors and positions only: nothing of process groups, nothing of modules.
     """
+
+    score_bytes: int | None
+    """Scratch that :meth:`index_scores` takes per score; None for a float32 per head."""
 
     def __init__(self, *, workspace_bytes: int) -> None:
         """Make ready for a layer.
@@ -36,58 +111,59 @@ class Kernels(Protocol):
     def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Return keys or entries with their last r dims rotated; differentiable."""
 
-    def choose_entries(
-        self,
-        q_BLIF: torch.Tensor,
-        weights_BLI: torch.Tensor,
-        keys_BPF: torch.Tensor,
-        rope: Rope,
-        *,
-        queries: Queries,
-        ratio: int,
-        topk: int,
+    def select_entries(
+        self, queries: IndexQueries, keys_BPF: torch.Tensor, *, topk: int
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best of the entries that each may see.
 
         A score is the sum over heads of weight * relu(q . k), in float32; equal scores go to the
-        earlier entry. The queries' memory may be written over.
+        earlier entry.
 
         Returns:
             Int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots, which come last; no gradient.
         """
 
     def attend(
-        self,
-        q_BLND: torch.Tensor,
-        raw_BTD: torch.Tensor,
-        entries_BPD: torch.Tensor,
-        sinks_N: torch.Tensor,
-        chosen_BLK: torch.Tensor | None,
-        rope: Rope,
-        *,
-        plan: AttentionPlan,
-        scale: float,
-        eps: float,
-        groups: int,
+        self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
     ) -> torch.Tensor:
-        """Attend to the window and to entries, all that are past or the chosen; differentiable.
+        """Attend to the window and to entries, all in range or the selected; differentiable.
 
-        Each head of the queries is first RMS-normalised without weight and its last r dims are
+        Each head of the queries is first RMS-normalized without weight and its last r dims are
         rotated; the output's are rotated back.
-
-        Args:
-            q_BLND: Queries as projected.
-            raw_BTD: Raw keys (= values), rotated, in the order of :func:`raw_tokens`.
-            entries_BPD: Entries in the order that the layout counts them; P may be 0.
-            sinks_N: Logit per head of the sink, which takes probability and adds nothing.
-            chosen_BLK: Entries that each query attends to, as :meth:`choose_entries` returns them;
-                None means all that it may see.
-            rope: Angles of the queries' positions.
-            plan: Which keys each query sees.
-            scale: Score multiplier.
-            eps: Added to the mean square of the norm.
-            groups: How many groups the output projection takes the heads in.
 
         Returns:
             [B, L, G, N / G * D] of the queries' dtype.
+        """
+
+    def index_scores(
+        self,
+        q_BCIF: torch.Tensor,
+        keys_BPF: torch.Tensor,
+        weights_BCI: torch.Tensor,
+        *,
+        first_query: int,
+        ratio: int,
+    ) -> torch.Tensor:
+        """Score rotated index queries of a chunk; the core of ``TorchKernels.select_entries``.
+
+        Args:
+            q_BCIF: After rotary, neighbors of one another.
+            keys_BPF: The keys that any of them may see.
+            weights_BCI: Weight of each head.
+            first_query: Position of the first query, counted from the first token that the first
+                key could pool: a key w that query c may see has
+                w < (first_query + c + ratio) // ratio.
+            ratio: Compress ratio of the keys.
+
+        Returns:
+            Float32 [B, C, P]; what no query may see may hold anything.
+        """
+
+    def attend_rotated(
+        self, queries: AttentionQueries, keys: AttentionKeys, scale: float
+    ) -> torch.Tensor:
+        """Attend from normed and rotated queries; the core of ``TorchKernels.attend``.
+
+        Returns:
+            [B, L, N, D] of the queries' dtype, in memory that may be written over.
         """

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every token and every compressed window lives: positions only, no communication.
+"""Where every token, document and compressed entry is: positions only, no communication.
 
 Rank k of R owns the contiguous tokens [k * L, (k + 1) * L) of every row, and the compressed entries
-of the windows that end there. Every other file asks here instead of computing a position itself.
+of the windows that end there. No other file computes a position itself.
 """
 
-# S global tokens   L local tokens (S / R)   R CP ranks   P compressed entries (S / ratio)
+# B batch rows   D documents per row   S global tokens   L local tokens (S / R)   R CP ranks
+# C queries   P compressed entries (S / ratio)   r compress ratio
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -31,7 +32,7 @@ def local_seq_multiple(compress_ratios: Iterable[int] | None) -> int:
     windows count twice (AutoModel's ``dsv4_cp_local_seq_multiple``).
 
     Args:
-        compress_ratios: One ratio a layer; entries of 0 or less ask for nothing.
+        compress_ratios: One ratio per layer; ratios of 0 or less need nothing.
 
     Returns:
         The LCM over the layers, 1 when no layer compresses.
@@ -77,17 +78,27 @@ def validate_cp_size(cp_size: int, *, pad_multiple: int, max_seq_len: int) -> No
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """One rank's view of rows of one document each: its tokens and what its queries may see.
+    """One rank's tokens, and what its queries see. Rows hold one document each, unless packed.
 
     Attributes:
         local_len: L, tokens on each rank.
         cp_rank: This rank's index.
         cp_size: R, number of CP ranks.
+        bounds: Of each packed row, where its documents start, ascending from 0, then S. Padding at
+            a row's end is a document of its own. Rows that are alike share one entry.
+        starts: The same starts on the device, int64 [B, D]; S fills up rows of fewer documents.
+            None if each row is one document.
     """
 
     local_len: int
     cp_rank: int = 0
     cp_size: int = 1
+    bounds: tuple[tuple[int, ...], ...] = ()
+    starts: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.bounds:
+            object.__setattr__(self, "bounds", ((0, self.seq_len),))
 
     @classmethod
     def of_padded(cls, seq_len: int, *, cp_rank: int, cp_size: int) -> SequenceLayout:
@@ -102,6 +113,26 @@ class SequenceLayout:
                 f"shards; pad it to {padded_seq_len(seq_len, cp_size=cp_size, pad_multiple=1)}"
             )
         return cls(local_len=seq_len // cp_size, cp_rank=cp_rank, cp_size=cp_size)
+
+    @classmethod
+    def of_documents(
+        cls, starts: torch.Tensor, local_len: int, *, cp_rank: int, cp_size: int
+    ) -> SequenceLayout:
+        """Cut packed rows into shards of ``local_len`` tokens; copies ``starts`` to the CPU.
+
+        Args:
+            starts: Int64 [B, D]: where documents start, S filling up rows of fewer documents.
+            local_len: L.
+            cp_rank: This rank's index.
+            cp_size: R.
+        """
+        bounds = tuple((*row, local_len * cp_size) for row in starts.tolist())
+        return cls(local_len, cp_rank, cp_size, bounds, starts.contiguous())
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents, cut anywhere."""
+        return self.starts is not None
 
     @property
     def start(self) -> int:
@@ -123,18 +154,15 @@ class SequenceLayout:
         """Positions of this rank's tokens."""
         return range(self.start, self.end)
 
-    def positions(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return the global position of each local token, int64 [L]."""
-        return torch.arange(self.start, self.end, device=device)
-
-    def document_positions(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return the position of each local token in its document, int64 [B or 1, L]."""
-        return self.positions(device)[None]
-
     @property
     def shard_starts(self) -> range:
         """Positions of the ranks' first tokens."""
         return range(0, self.seq_len, self.local_len)
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the batch differ in their documents; 1 where all are alike."""
+        return len(self.bounds)
 
     def shard(self, rank: int, *, before: int = 0) -> range:
         """Return the positions of ``rank``'s tokens, and of as many before them.
@@ -143,35 +171,52 @@ class SequenceLayout:
         """
         return range(rank * self.local_len - before, (rank + 1) * self.local_len)
 
-    def windows(self, ratio: int, device: torch.device | None = None) -> Windows:
-        """Return the complete windows that this rank pools: those whose last token it owns.
+    def positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the global position of each local token, int64 [L]."""
+        return torch.arange(self.start, self.end, device=device)
 
-        Raises:
-            ValueError: If a window would straddle a cut.
+    def document_positions(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the position of each local token in its document, int64 [B or 1, L]."""
+        positions = self.positions(device)
+        return positions - self.documents_at(positions)[0]
+
+    def documents_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where the documents of ``positions`` [C] start and end, int64 [B or 1, C] each."""
+        if self.starts is None:
+            start = torch.zeros_like(positions)[None]
+            return start, torch.full_like(start, self.seq_len)
+        ends = torch.cat(
+            (self.starts[:, 1:], self.starts.new_full((len(self.starts), 1), self.seq_len)), dim=1
+        )
+        of_rows = positions.expand(len(self.starts), -1).contiguous()
+        document = torch.searchsorted(self.starts, of_rows, right=True) - 1
+        return self.starts.gather(1, document), ends.gather(1, document)
+
+    def visible_entries(
+        self, positions: torch.Tensor, ratio: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first entry that each query sees and the one after its last.
+
+        Entry w of a document covers its tokens [w * ratio, (w + 1) * ratio) and is seen once
+        complete: w < (i + 1) // ratio for the query at document position i (DeepSeek-V4 report;
+        AutoModel's ``DeepseekV4Attention.forward``). A document that starts at s has its entries
+        at ceil(s / ratio), ceil(s / ratio) + 1, ...
+
+        Args:
+            positions: Of the queries, int64 [C].
+            ratio: Compress ratio.
+
+        Returns:
+            Int64 [B or 1, C] each.
         """
-        if self.cp_size > 1 and self.local_len % ratio:
-            raise ValueError(
-                f"a shard of {self.local_len} tokens cannot work with compress ratio {ratio}: its "
-                f"windows would straddle the cut; pad the row so that each of the {self.cp_size} "
-                f"CP ranks holds a multiple of {ratio} tokens (context_parallel.pad_multiple)"
-            )
-        count = self.end // ratio - self.start // ratio
-        starts = self.start + torch.arange(count, device=device)[None] * ratio
-        return Windows(ratio, starts, places=starts, gapless_from=self.start)
-
-    def straddling(self, ratio: int) -> int:
-        """Return how many tokens of this rank's windows may lie before its shard."""
-        return 0
-
-    def first_keys(self, positions: torch.Tensor) -> torch.Tensor | None:
-        """Return the first position that a query at each of ``positions`` [C] may see, [B, C].
-
-        None where documents end no query's view: one document a row.
-        """
-        return None
+        begin, _ = self.documents_at(positions)
+        first = (begin + ratio - 1) // ratio
+        return first, first + (positions - begin + 1) // ratio
 
     def entry_order(self, ratio: int, capacity: int, device: torch.device) -> torch.Tensor | None:
-        """Return where queries find each entry among those of all ranks, in rank order.
+        """Return where the entries of all ranks are among those gathered in rank order.
+
+        Entry g is the one whose window contains token g * ratio.
 
         Args:
             ratio: Compress ratio.
@@ -179,51 +224,44 @@ class SequenceLayout:
             device: Where the result lives.
 
         Returns:
-            Int64 [B, P]; None where they are in order already.
+            Int64 [B, ceil(S / ratio)]; None where they are in order already.
         """
-        return None
+        if not self.packed or self.local_len % ratio == 0:
+            return None
+        inside = torch.arange(0, self.seq_len, ratio, device=device)
+        begin, _ = self.documents_at(inside)
+        last = begin + (inside - begin) // ratio * ratio + ratio - 1
+        owner = (last // self.local_len).clamp(max=self.cp_size - 1)
+        slot = owner * capacity + (last - owner * self.local_len) // ratio
+        return slot.clamp(max=capacity * self.cp_size - 1)  # no query sees incomplete windows
 
     def entry_span(self, span: range, ratio: int) -> range:
         """Return which entries the queries at the positions in ``span`` see between them."""
-        return range(span.stop // ratio)
+        first, last = span.start, span.stop - 1
+        spans = []
+        for bounds in self.bounds:
+            begin = bounds[bisect_right(bounds, first) - 1]
+            latest = bounds[bisect_right(bounds, last) - 1]
+            spans.append((-(-begin // ratio), -(-latest // ratio) + (last - latest + 1) // ratio))
+        return range(min(start for start, _ in spans), max(stop for _, stop in spans))
 
     def most_entries(self, rows: int, ratio: int) -> int:
-        """Return how many entries ``rows`` neighbouring queries may see between them at most."""
-        return self.seq_len // ratio
-
-    def visible_entries(
-        self, positions: torch.Tensor, ratio: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first entry that each query sees and the one after its last.
-
-        Entry w covers tokens [w * ratio, (w + 1) * ratio) of its document and is seen once
-        complete: w < (i + 1) // ratio for the query at document position i (DeepSeek-V4 report;
-        AutoModel's ``DeepseekV4Attention.forward``).
-
-        Args:
-            positions: Of the queries, int64 [C].
-            ratio: Compress ratio.
-
-        Returns:
-            Int64 [B, C] each; B is 1 where all rows of the batch are alike.
-        """
-        stop = (positions + 1) // ratio
-        return torch.zeros_like(stop)[None], stop[None]
-
-    @property
-    def rows(self) -> int:
-        """How many rows of the batch it tells apart; 1 where all are alike."""
-        return 1
+        """Return how many entries ``rows`` neighboring queries may see between them at most."""
+        if not self.packed:
+            return self.seq_len // ratio
+        longest = max(b - a for row in self.bounds for a, b in pairwise(row))
+        return min(-(-self.seq_len // ratio), (longest + rows) // ratio + 1)
 
     def entries_before(self, cuts: Sequence[int], ratio: int) -> list[int]:
         """Return how many entries the queries before each of the ascending ``cuts`` see.
 
-        Query by query, in all ``rows``.
+        Summed over the queries of all ``rows``, from the first cut's document on.
         """
-        return entries_before(cuts, ratio)
+        rows = [_entries_before(bounds, cuts, ratio) for bounds in self.bounds]
+        return rows[0] if len(rows) == 1 else list(map(sum, zip(*rows, strict=True)))
 
     def entries_seen(self, span: range, ratio: int) -> int:
-        """Return how many entries the queries at ``span`` see, query by query, in all ``rows``."""
+        """Return how many entries the queries at ``span`` see, summed over all ``rows``."""
         before, after = self.entries_before((span.start, span.stop), ratio)
         return after - before
 
@@ -232,6 +270,20 @@ def entries_seen(span: range, ratio: int) -> int:
     """Return the sum of (i + 1) // ratio over the document positions i in ``span``."""
     before, after = entries_before((span.start, span.stop), ratio)
     return after - before
+
+
+def _entries_before(bounds: Sequence[int], cuts: Sequence[int], ratio: int) -> list[int]:
+    """Return what the queries of one row before each cut see, document by document."""
+    before: list[int] = []
+    seen, place = 0, bisect_right(bounds, cuts[0], hi=len(bounds) - 1) - 1
+    for begin, end in pairwise(bounds[place:]):
+        ends = (*cuts[len(before) : bisect_right(cuts, end, lo=len(before))], end)
+        *inside, whole = entries_before(ends, ratio, begin)
+        before += [seen + count for count in inside]
+        seen += whole
+        if len(before) == len(cuts):
+            break
+    return before
 
 
 def entries_before(ends: Iterable[int], ratio: int, begin: int = 0) -> list[int]:
@@ -250,45 +302,3 @@ def entries_before(ends: Iterable[int], ratio: int, begin: int = 0) -> list[int]
         return full * (2 * end + 2 - ratio * (full + 1)) // 2
 
     return [before(end - begin) for end in ends]
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def once_a_layout(function: F) -> F:
-    """Compute a function of a layout, and of others, once for all layers of a step.
-
-    The last few layouts are remembered. Not within them: FSDP2 walks through what a block is called
-    with. A compiler, which would trace and warn about the memory, computes anew.
-    """
-    remembered = functools.lru_cache(maxsize=32)(function)
-
-    @functools.wraps(function)
-    def once(layout: SequenceLayout, *others: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(layout, *others)
-        return remembered(layout, *others)
-
-    return cast(F, once)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The windows that a rank pools into entries.
-
-    Attributes:
-        ratio: Tokens in a window.
-        starts: Position in the row of each window's first token, int64 [B, n]; B is 1 where all
-            rows of the batch are alike.
-        places: Position of the same token in its document.
-        gapless_from: Position that each row's windows follow one another from, without a gap;
-            None where they may leave gaps.
-    """
-
-    ratio: int
-    starts: torch.Tensor
-    places: torch.Tensor
-    gapless_from: int | None
-
-    def __len__(self) -> int:
-        return self.starts.shape[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys a query sees: its window of raw keys and, of the entries before it, all or some."""
+"""Which keys a query sees: its window of raw keys, and all or some of the entries before it."""
 
 # B batch rows   C queries   W sliding window
 
@@ -12,24 +12,24 @@ import torch
 from nemo_dsv4_cp.sequence.queries import Queries, Runs, concatenated
 
 NOTHING = -1
-"""Fills the slots of a query that has fewer than K entries to choose from."""
+"""Fills the slots of a query that sees fewer than K entries."""
 
 
 def raw_tokens(runs: Runs, window: int) -> Runs:
-    """Return which raw keys queries need, in the order that attention wants them in.
+    """Return the tokens whose raw keys queries need, in the order of attention's raw keys.
 
-    For each run of queries its own keys and the W - 1 before it. Tokens before the row's first
+    For each run of queries its own tokens and the W - 1 before it. Tokens before the row's first
     stand for keys that no query sees.
     """
-    return tuple(range(run.start - window + 1, run.stop) for run in runs)
+    return tuple([range(run.start - window + 1, run.stop) for run in runs])
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which keys each query sees, of raw keys in the order of :func:`raw_tokens`; positions only.
+    """Which keys each query sees. Raw keys are in the order of :func:`raw_tokens`.
 
     Attributes:
-        queries: Which they are.
+        queries: The queries.
         window: W, sliding window in tokens, the query's own included.
         ratio: Compress ratio of the entries, 0 without entries.
     """
@@ -52,20 +52,19 @@ class AttentionPlan:
         """Return how many entries the queries in ``rows`` of a batch see, query by query."""
         return self.queries.entries_seen(rows, self.ratio, batch=batch) if self.ratio else 0
 
-    def sight(self, device: torch.device) -> torch.Tensor:
-        """Return each query's keys as rows of both storages; computed once.
+    def visible_ranges(self, device: torch.device) -> torch.Tensor:
+        """Return which rows of raw keys and of entries each query sees; computed once.
 
         Returns:
-            Int32 [B or 1, C, 4], ascending in every column: its first raw key and its last, which
-            is its own; the first entry that it may see and the one after the last.
+            Int32 [B or 1, C, 4], ascending in every column: the first raw key and the last, which
+            is the query's own; the first entry that it may see and the one after the last.
         """
         key = ("visible ranges", self.window, self.ratio, device)
-        return self.queries.once(key, lambda: self._visible_ranges(device))
+        return self.queries.once(key, lambda: self._ranges(device))
 
-    def _visible_ranges(self, device: torch.device) -> torch.Tensor:
+    def _ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
-        first = layout.first_keys(positions)
-        inside = positions[None] if first is None else positions - first
+        inside = positions - layout.documents_at(positions)[0]
         own = concatenated(self._rows_of_own(), device)
         begin = own - inside.clamp(max=self.window - 1)
         if self.ratio:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queries that a rank computes: runs of neighbouring positions, its own shard's or others'."""
+"""The queries that a rank computes: runs of neighboring positions, its own shard's or others'."""
 
 # B batch rows   C queries
 
@@ -15,7 +15,7 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout
 
 T = TypeVar("T")
 Runs = tuple[range, ...]
-"""Positions of tokens, run after run, as rows of a tensor hold them."""
+"""Ranges of positions, in the order in which a tensor holds the tokens' rows."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Queries:
     """Queries in the order of their rows.
 
     Attributes:
-        layout: What tells documents and entries apart; whose shard it is of does not matter.
-        runs: Their positions, ascending.
+        layout: Where documents and entries are; its rank does not matter.
+        runs: Positions of the queries, ascending.
     """
 
     layout: SequenceLayout
@@ -40,20 +40,20 @@ class Queries:
         return sum(map(len, self.runs))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return what ``make`` returns, made once for all layers that compute these queries."""
+        """Return what ``make`` returns, called once for all layers with these queries."""
         if key not in self._made:
             self._made[key] = make()
         made: T = self._made[key]
         return made
 
     def positions(self, device: torch.device | None = None) -> torch.Tensor:
-        """Return their positions, int64 [C]."""
+        """Return the positions of the queries, int64 [C]."""
         return self.once(("positions", device), lambda: concatenated(self.runs, device))
 
     def visible_entries(
         self, ratio: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first entry that each sees and the one after its last.
+        """Return the first entry that each query sees and the one after its last.
 
         Int64 [B or 1, C] each, as :meth:`SequenceLayout.visible_entries` counts them.
         """
@@ -72,7 +72,7 @@ class Queries:
         raise IndexError(f"row {row} of {end} queries")
 
     def chunks(self, rows: int) -> Iterator[slice]:
-        """Cut them into at most ``rows`` neighbours each, never across the end of a run."""
+        """Yield chunks of at most ``rows`` neighboring queries, none across the end of a run."""
         end = 0
         for run in self.runs:
             begin, end = end, end + len(run)

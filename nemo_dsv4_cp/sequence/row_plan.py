@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one rank's rows of a per-token tensor move: index tensors and counts, made once per step."""
+"""Which rows of a per-token tensor move from rank to rank: index tensors and counts, per step.
+
+Every rank wants some tokens, in an order. It has the rows of some of them; other ranks send the
+rest. Halos, queries that a schedule gave to another rank, and their outputs are fetched so.
+"""
 
 # B batch rows   L local tokens   R CP ranks   T rows of the answer   n rows that leave
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.sequence.queries import Runs, concatenated
-from nemo_dsv4_cp.sequence.transfers import Transfers
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,46 +44,76 @@ class RowPlan:
     wanted: Runs
 
     @classmethod
-    def of(cls, transfers: Transfers, ranks: int, device: torch.device) -> RowPlan:
-        """Lay an exchange out as indices.
+    def of(
+        cls,
+        wanted: Sequence[Runs],
+        own: Sequence[Runs],
+        sent: Sequence[Runs] | None = None,
+        *,
+        rank: int,
+        device: torch.device,
+    ) -> RowPlan:
+        """Return one rank's part.
 
         Args:
-            transfers: This rank's part, piece by piece.
-            ranks: R.
+            wanted: Of each rank, the tokens of its answer, in order; negative before the first.
+            own: Of each rank, the tokens that it has rows of.
+            sent: Of each rank, the tokens of the tensor that it sends rows of, to itself too,
+                ascending; by default it sends the rows of ``own``, to other ranks. Every token is
+                sent by one rank, or wanted by none but its owner.
+            rank: Whose part.
             device: Where indices live.
         """
-        received = [transfers.arriving.get(rank, 0) for rank in range(ranks)]
-        missing = sum(len(piece) for piece in transfers.pieces if not piece.exists)
-        arrivals = sum(received)
-        # Where the next row of each kind stands among (missing, arriving by rank, own).
-        begins = [missing + sum(received[:rank]) for rank in range(ranks)]
-        next_missing, next_own = 0, missing + arrivals
-        order: list[range] = []
-        own: list[range] = []
-        for piece in transfers.pieces:
-            if piece.is_own:
-                own.append(range(piece.rows.start, piece.rows.stop))
-                begin, next_own = next_own, next_own + len(piece)
-            elif piece.source is None:
-                begin, next_missing = next_missing, next_missing + len(piece)
-            else:
-                begin = begins[piece.source]
-                begins[piece.source] += len(piece)
-            order.append(range(begin, begin + len(piece)))
-        sent = [
-            range(part.start, part.stop)
-            for rank in range(ranks)
-            for part in transfers.sent.get(rank, ())
+        ranks = len(wanted)
+        stays = rank if sent is None else None  # where rows do not leave to
+        sent = own if sent is None else sent
+        answer = _placed(wanted[rank])
+        # Who has which tokens, in the order (missing, arriving by rank, own).
+        holders = [(min((start for start, _, _ in answer), default=0), 0, -1, 0)]
+        holders += [
+            (run.start, run.stop, sender, 0)
+            for sender, runs in enumerate(sent)
+            if sender != stays
+            for run in runs
         ]
+        holders += [(start, stop, ranks, shift) for start, stop, shift in _placed(own[rank])]
+        pieces = [
+            (holder, max(a, c) + place, min(b, d) - max(a, c), max(a, c) + shift)
+            for a, b, place in answer
+            for c, d, holder, shift in holders
+            if a < d and c < b
+        ]
+        pieces.sort()
+        counts = [0] * (ranks + 2)
+        order, begin = [], 0
+        for holder, place, length, _ in pieces:
+            counts[holder + 1] += length
+            order.append((place, range(begin, begin + length)))
+            begin += length
+        order.sort(key=lambda piece: piece[0])
+        rows = _rows([run for _, run in order], device)
+
+        mine = _placed(sent[rank])
+        leaving = [
+            (reader, range(max(run.start, c) + shift, min(run.stop, d) + shift))
+            for reader, runs in enumerate(wanted)
+            if reader != stays
+            for run in runs
+            for c, d, shift in mine
+            if run.start < d and c < run.stop
+        ]
+        leaving_counts = [0] * ranks
+        for reader, run in leaving:
+            leaving_counts[reader] += len(run)
         return cls(
-            moves=transfers.any_moves,
-            leaving=_rows(sent, device),
-            leaving_counts=tuple(transfers.leaving.get(rank, 0) for rank in range(ranks)),
-            arriving_counts=tuple(received),
-            missing=missing,
-            own=_rows(own, device),
-            order=None if _joined(order) else concatenated(tuple(order), device),
-            wanted=transfers.wanted,
+            moves=any(map(_lacks, wanted, own)),
+            leaving=_rows([run for _, run in leaving], device),
+            leaving_counts=tuple(leaving_counts),
+            arriving_counts=tuple(counts[1:-1]),
+            missing=counts[0],
+            own=_rows([range(at, at + n) for who, _, n, at in pieces if who == ranks], device),
+            order=None if isinstance(rows, slice) else rows,
+            wanted=wanted[rank],
         )
 
     def divide(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,12 +228,31 @@ def rows_of(runs: Runs, start: int, device: torch.device) -> slice | torch.Tenso
     return _rows([range(run.start - start, run.stop - start) for run in runs], device)
 
 
-def _rows(runs: list[range], device: torch.device) -> slice | torch.Tensor:
-    if _joined(runs):
-        return slice(runs[0].start, runs[-1].stop) if runs else slice(0, 0)
-    return concatenated(tuple(runs), device)
+def _rows(runs: Iterable[range], device: torch.device) -> slice | torch.Tensor:
+    """Return the numbers of ranges one after another: a slice where they follow one another."""
+    merged: list[range] = []
+    for run in runs:
+        if merged and merged[-1].stop == run.start:
+            merged[-1] = range(merged[-1].start, run.stop)
+        else:
+            merged.append(run)
+    if len(merged) > 1:
+        return concatenated(tuple(merged), device)
+    return slice(merged[0].start, merged[0].stop) if merged else slice(0, 0)
 
 
-def _joined(runs: list[range]) -> bool:
-    """Return whether each run begins where the one before ends."""
-    return all(a.stop == b.start for a, b in pairwise(runs))
+def _placed(runs: Runs) -> list[tuple[int, int, int]]:
+    """Return of each run its start, its stop, and what to add to its tokens to get their rows."""
+    placed, row = [], 0
+    for run in runs:
+        placed.append((run.start, run.stop, row - run.start))
+        row += len(run)
+    return placed
+
+
+def _lacks(wanted: Runs, own: Runs) -> bool:
+    """Return whether a rank wants tokens that exist and that it does not have."""
+    exist = sum(max(run.stop, 0) - max(run.start, 0) for run in wanted)
+    return exist != sum(
+        max(min(a.stop, b.stop) - max(a.start, b.start), 0) for a in wanted for b in own
+    )

@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, once_a_layout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.queries import Runs
 
 BLOCKS = 32
@@ -122,27 +120,25 @@ class Schedule:
     """Which queries each rank computes, all as many.
 
     Attributes:
-        kept: Of each rank, those of its own shard, ascending runs.
-        taken: Of each rank, those of other ranks' shards.
+        local: Of each rank, those of its own shard, ascending runs.
+        remote: Of each rank, those of other ranks' shards, ascending runs.
     """
 
-    kept: tuple[Runs, ...]
-    taken: tuple[Runs, ...]
+    local: tuple[Runs, ...]
+    remote: tuple[Runs, ...]
 
     @property
     def moves(self) -> bool:
         """Whether any query is computed elsewhere."""
-        return any(self.taken)
+        return any(self.remote)
 
 
-@once_a_layout
 def contiguous(layout: SequenceLayout) -> Schedule:
     """Let every rank compute the queries of its own shard."""
     ranks = range(layout.cp_size)
     return Schedule(tuple((layout.shard(rank),) for rank in ranks), ((),) * layout.cp_size)
 
 
-@once_a_layout
 def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
     """Let every rank's queries see about as many entries.
 
@@ -150,7 +146,7 @@ def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
         layout: Positions; any rank's.
         ratio: Compress ratio of the layer.
     """
-    if isinstance(layout, PackedLayout):
+    if layout.packed:
         return _by_blocks(layout, ratio)
     halves, last = [], layout.cp_size - 1
     for rank in range(layout.cp_size):
@@ -163,7 +159,6 @@ def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
     )
 
 
-@once_a_layout
 def schedule_of(
     layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost, rates: _Rates
 ) -> Schedule:
@@ -185,7 +180,7 @@ def schedule_of(
     if balance == "on":
         return move
     spared = max(entries_seen(layout, stay, ratio)) - max(entries_seen(layout, move, ratio))
-    moved = max(sum(map(len, runs)) for runs in move.taken) * layout.rows
+    moved = max(sum(map(len, runs)) for runs in move.remote) * layout.rows
     sent = moved * (cost.sent_forward + cost.sent_backward)
     exchanged = rates.exchange_seconds(sent, layout.cp_size) + LAUNCH_SECONDS
     return move if spared * cost.flops_per_entry / rates.kernels_per_second > exchanged else stay
@@ -193,97 +188,95 @@ def schedule_of(
 
 def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list[int]:
     """Return how many entries each rank's queries see, query by query."""
-    ranks = [(*kept, *taken) for kept, taken in zip(schedule.kept, schedule.taken, strict=True)]
+    ranks = [local + remote for local, remote in zip(schedule.local, schedule.remote, strict=True)]
     cuts = sorted({cut for runs in ranks for run in runs for cut in (run.start, run.stop)})
     before = dict(zip(cuts, layout.entries_before(cuts, ratio), strict=True))
     return [sum(before[run.stop] - before[run.start] for run in runs) for runs in ranks]
 
 
-def _by_blocks(layout: PackedLayout, ratio: int) -> Schedule:
+def _by_blocks(layout: SequenceLayout, ratio: int) -> Schedule:
     """Exchange blocks of equal length between ranks that see much and ranks that see little."""
-    length = layout.local_len
+    length, seq_len, shards = layout.local_len, layout.seq_len, layout.shard_starts
     block = max(length // BLOCKS, 1)
     count = length // block
-    # Where each shard's blocks begin and the last one ends; what follows it stays.
-    begins = [begin + block * i for begin in layout.shard_starts for i in range(count + 1)]
-    seen = layout.entries_before([*begins, layout.seq_len], ratio)
-    costs = [after - before for before, after in pairwise(seen)]
-    of_shard = [slice(k * (count + 1), (k + 1) * (count + 1)) for k in range(layout.cp_size)]
-    holds = _spread(
-        [list(zip(costs[part], begins[part], strict=True))[:-1] for part in of_shard],
-        [costs[part][-1] for part in of_shard],
-    )
-    kept, taken = [], []
-    for shard, mine in zip(layout.shard_starts, holds, strict=True):
-        mine.sort()
-        first, after = bisect_left(mine, shard), bisect_left(mine, shard + length)
-        rest = range(shard + count * block, shard + length)
-        kept.append(_runs(mine[first:after], block, rest))
-        taken.append(_runs(mine[:first] + mine[after:], block))
-    return Schedule(tuple(kept), tuple(taken))
+    rest = length % block  # what follows a shard's last block stays
+    begins = [b for start in shards for b in range(start, start + block * count + 1, block)]
+    seen = layout.entries_before([*begins, seq_len], ratio)
+    # A block is one integer, for speed: its cost * S + where it begins.
+    blocks = [
+        (b - a) * seq_len + begin for a, b, begin in zip(seen, seen[1:], begins, strict=False)
+    ]
+    held, loads = [], []
+    for first in range(0, len(blocks), count + 1):
+        held.append(sorted(blocks[first : first + count]))
+        loads.append(seen[first + count + 1] - seen[first])
+    _spread(held, loads, seq_len)
+    local, remote = [], []
+    for start, of_rank in zip(shards, held, strict=True):
+        computed = sorted([number % seq_len for number in of_rank])
+        first, after = bisect_left(computed, start), bisect_left(computed, start + length)
+        stay = computed[first:after] + ([start + block * count] if rest else [])
+        local.append(_joined(stay, block, rest or block))
+        remote.append(_joined(computed[:first] + computed[after:], block, block))
+    return Schedule(tuple(local), tuple(remote))
 
 
-def _spread(blocks: Sequence[list[tuple[int, int]]], fixed: Sequence[int]) -> list[list[int]]:
-    """Exchange blocks (cost, name), one for one, until no rank is far from the mean.
+def _spread(held: list[list[int]], loads: list[int], unit: int) -> None:
+    """Exchange blocks, one for one, until no rank is far from the mean.
 
     Args:
-        blocks: Of each rank, as many each.
-        fixed: What each rank computes besides.
-
-    Returns:
-        The names of each rank's blocks.
+        held: Of each rank its blocks, as many each, ascending; changed in place. A block is an
+            integer: its cost times ``unit``, plus its name, which is less than ``unit``.
+        loads: How many entries each rank's queries see.
+        unit: See ``held``.
     """
-    holds = [sorted(of_rank) for of_rank in blocks]
-    loads = [
-        sum(cost for cost, _ in of_rank) + rest for of_rank, rest in zip(holds, fixed, strict=True)
-    ]
     mean = sum(loads) / len(loads)
     order = sorted((load, rank) for rank, load in enumerate(loads))
     for _ in range(2 * len(loads)):
         (least, light), (most, heavy) = order[0], order[-1]
-        wanted = min(most - mean, mean - least)
-        given = _exchange(holds[heavy], holds[light], wanted)
+        given = _exchange(held[heavy], held[light], min(most - mean, mean - least), unit)
         if not given:
             break
         order = order[1:-1]
         insort(order, (least + given, light))
         insort(order, (most - given, heavy))
-    return [[name for _, name in of_rank] for of_rank in holds]
 
 
-def _exchange(heavy: list[tuple[int, int]], light: list[tuple[int, int]], wanted: float) -> int:
-    """Give a rank's dearest blocks for another's cheapest, as many as ``wanted`` asks for.
+def _exchange(heavy: list[int], light: list[int], wanted: float, unit: int) -> int:
+    """Give a rank's dearest blocks for another's cheapest, until ``wanted`` has moved.
 
-    Both lists are sorted, are changed in place and stay sorted.
+    Both are ascending, are changed in place and stay ascending.
 
     Returns:
         By how much the one's cost fell and the other's rose.
     """
-    given, dear, cheap = 0, len(heavy) - 1, 0
-    exchanged: list[tuple[int, int]] = []
+    given, dear = 0, len(heavy)
     # The first exchange may go beyond what is wanted, to less than twice as much.
     most = math.ceil(2 * wanted) - 1
-    while cheap < len(light):
-        least, _ = light[cheap]
-        dear = min(dear, bisect_left(heavy, (least + most - given + 1,)) - 1)
-        if dear < 0 or heavy[dear][0] <= least:
+    pairs = []
+    for cheap, number in enumerate(light):
+        least = number // unit
+        dear = bisect_left(heavy, (least + most - given + 1) * unit, 0, dear) - 1
+        gained = heavy[dear] // unit - least
+        if dear < 0 or gained <= 0:
             break
-        exchanged.append((dear, cheap))
-        given += heavy[dear][0] - least
+        pairs.append((dear, cheap))
+        given += gained
         most = math.floor(wanted)
-        dear, cheap = dear - 1, cheap + 1
-    for dear, cheap in exchanged:
+    for dear, cheap in pairs:
         heavy[dear], light[cheap] = light[cheap], heavy[dear]
     heavy.sort()
     light.sort()
     return given
 
 
-def _runs(begins: Sequence[int], block: int, rest: range = range(0)) -> Runs:
-    """Return ascending blocks, and what follows them, with those that touch made one run."""
-    starts = [*begins, rest.start] if rest else begins
-    if not starts:
+def _joined(begins: list[int], block: int, last: int) -> Runs:
+    """Return ascending blocks, the last one of ``last`` tokens, joined where they touch."""
+    if not begins:
         return ()
-    cuts = [(a + block, b) for a, b in pairwise(starts) if a + block != b]
-    end = rest.stop if rest else starts[-1] + block
-    return tuple(map(range, [starts[0], *(b for _, b in cuts)], [*(a for a, _ in cuts), end]))
+    runs, start = [], begins[0]
+    for a, b in pairwise(begins):
+        if b - a != block:
+            runs.append(range(start, a + block))
+            start = b
+    return (*runs, range(start, begins[-1] + last))

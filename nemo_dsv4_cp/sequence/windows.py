@@ -1,86 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tokens of a rank's compression windows are, as rows of its features."""
+"""The compression windows that a rank pools, as rows of its features."""
 
 # B batch rows   L local tokens   n local windows   r compress ratio   F feature width
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 
 
+def straddling(layout: SequenceLayout, ratio: int) -> int:
+    """Return how many tokens of a rank's windows may lie before its shard.
+
+    In packed rows r - 1: a window that ends with the shard's first token.
+    """
+    return ratio - 1 if layout.packed else 0
+
+
 @dataclass(frozen=True, eq=False)
-class WindowRows:
+class Windows:
     """The windows that a rank pools: complete ones whose last token it owns.
+
+    Windows restart with each document, so in packed rows any may straddle a cut. There slot c of
+    (L - 1) // r + 1 is for the window that contains the token c * r after the rank's first: windows
+    do not overlap, so no two share a slot, and the number of slots depends on the shard length
+    alone. A slot without a complete window holds the shard's last r tokens, as if they began a
+    document; no query sees it.
 
     Attributes:
         ratio: r, tokens in a window.
-        places: Position of each window's first token in its document, int64 [B or 1, n].
+        starts: Position in the row of each window's first token, int64 [B or 1, n].
+        places: Position of the same token in its document, int64 [B or 1, n].
         is_first: Whether it is its document's first window, bool [B or 1, n, 1, 1].
-        rows: Which rows of the features the windows' tokens are, int64 [B or 1, n, r], features
-            beginning as many tokens before the shard as windows may straddle. Of the overlap's
-            features, which begin r tokens earlier, the same rows are the tokens r earlier. None
-            where windows follow one another from the first row on.
+        rows: Which rows of the features the windows' tokens are, int64 [B * n * r], features of all
+            rows of the batch end to end, each beginning :func:`straddling` tokens before the shard.
+            None where windows follow one another from the first row on.
+        overlap_rows: The same of the overlap's features, which begin r tokens earlier, for the
+            tokens r earlier.
+        count: n, windows in each row of the batch.
     """
 
     ratio: int
+    starts: torch.Tensor
     places: torch.Tensor
     is_first: torch.Tensor
-    rows: torch.Tensor | None
-    _shared: dict[Any, Any] = field(default_factory=dict, repr=False)
+    rows: torch.Tensor | None = None
+    overlap_rows: torch.Tensor | None = None
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "count", self.places.shape[1])
 
     @classmethod
-    def of(cls, layout: SequenceLayout, ratio: int, device: torch.device) -> WindowRows:
+    def of(cls, layout: SequenceLayout, ratio: int, device: torch.device | None = None) -> Windows:
         """Return a layout's windows.
 
         Raises:
-            ValueError: If a window would straddle a cut.
+            ValueError: If rows are not packed and a window would straddle a cut.
         """
-        windows = layout.windows(ratio, device)
-        rows = None
-        if windows.gapless_from is None:
-            first = layout.start - layout.straddling(ratio)
-            rows = windows.starts[..., None] - first + torch.arange(ratio, device=device)
-        is_first = (windows.places == 0)[..., None, None]
-        return cls(ratio, windows.places, is_first, rows)
+        if layout.packed:
+            return cls._of_packed(layout, ratio, device)
+        if layout.cp_size > 1 and layout.local_len % ratio:
+            raise ValueError(
+                f"a shard of {layout.local_len} tokens cannot work with compress ratio {ratio}: "
+                f"its windows would straddle the cut; pad the row so that each of the "
+                f"{layout.cp_size} CP ranks holds a multiple of {ratio} tokens "
+                f"(context_parallel.pad_multiple)"
+            )
+        count = layout.end // ratio - layout.start // ratio
+        starts = layout.start + torch.arange(count, device=device)[None] * ratio
+        return cls(ratio, starts, starts, (starts == 0)[..., None, None])
 
-    def __len__(self) -> int:
-        return self.places.shape[1]
-
-    def tokens(self, features_BTF: torch.Tensor) -> torch.Tensor:
-        """Return the features of each window's tokens, [B, n, r, F]."""
-        batch, length, width = features_BTF.shape
-        if self.rows is None:
-            whole = features_BTF[:, : len(self) * self.ratio]
-            cut: torch.Tensor = whole.unflatten(1, (len(self), self.ratio))
-            return cut
-        index = self._flat_rows(batch, length)
-        picked = features_BTF.flatten(0, 1).index_select(0, index)
-        return picked.view(batch, len(self), self.ratio, width)
-
-    def _flat_rows(self, batch: int, length: int) -> torch.Tensor:
-        """Return ``rows`` of each row of the batch, as rows of all of them end to end."""
-        if (batch, length) not in self._shared:
-            assert self.rows is not None
-            of_batch = torch.arange(batch, device=self.rows.device)[:, None, None] * length
-            self._shared[batch, length] = (self.rows + of_batch).flatten()
-        index: torch.Tensor = self._shared[batch, length]
-        return index
-
-    def rope(self, rotary: Any, like_BLE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin of the windows' places, [B, n, rope dims] each; computed once.
-
-        Args:
-            rotary: AutoModel's rotary embedding of compressed entries, one for all layers.
-            like_BLE: Activations; only their rows, dtype and device are read.
-        """
-        batch = like_BLE.shape[0]
-        key = (id(rotary), batch, like_BLE.dtype)
-        if key not in self._shared:
-            self._shared[key] = rotary(like_BLE, self.places.expand(batch, -1))
-        rope: tuple[torch.Tensor, torch.Tensor] = self._shared[key]
-        return rope
+    @classmethod
+    def _of_packed(cls, layout: SequenceLayout, ratio: int, device: torch.device | None) -> Windows:
+        inside = torch.arange(layout.start, layout.end, ratio, device=device)
+        begin, end = layout.documents_at(inside)
+        places = (inside - begin) // ratio * ratio
+        starts = begin + places
+        complete = starts + ratio <= end.clamp(max=layout.end)
+        starts = torch.where(complete, starts, layout.end - ratio)
+        places = torch.where(complete, places, 0)
+        before = straddling(layout, ratio)
+        rows = starts[..., None] - (layout.start - before) + torch.arange(ratio, device=device)
+        of_batch = torch.arange(len(rows), device=device)[:, None, None]
+        length = layout.local_len + before
+        return cls(
+            ratio,
+            starts,
+            places,
+            (places == 0)[..., None, None],
+            (rows + of_batch * length).flatten(),
+            (rows + of_batch * (length + ratio)).flatten(),
+        )

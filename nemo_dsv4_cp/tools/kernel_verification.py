@@ -13,7 +13,14 @@ import torch
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
-from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Kernels,
+    Rope,
+)
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
@@ -57,7 +64,7 @@ def verify_kernels(
         workspace_bytes: How much scratch an operation may take.
 
     Returns:
-        Differences over the largest entry; of the choice, the share of entries that differ.
+        Differences over the largest entry; of top-k selection, the share of indices that differ.
 
     Raises:
         ValueError: If the kernels cannot run here.
@@ -73,18 +80,15 @@ def verify_kernels(
     found: list[Difference] = []
     layers = sizes.num_hidden_layers
     for ratio in dict.fromkeys(int(each) for each in sizes.compress_ratios[:layers]):
-        chosen = None
+        plan = AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
+        selected = None
         if ratio == OVERLAP_RATIO:
-            chosen = _choose(reference, sizes, layout, ratio, draw)
-            mine = _choose(kernels, sizes, layout, ratio, draw)
-            share = (_by_place(mine) != _by_place(chosen)).double().mean()
+            selected = _select(reference, sizes, plan, draw)
+            mine = _select(kernels, sizes, plan, draw)
+            share = (_by_place(mine) != _by_place(selected)).double().mean()
             found.append(Difference(f"ratio {ratio}: index choice", float(share), 0.0))
-        tensors, options = _attention(sizes, layout, ratio, draw)
-
-        rotary = sizes.qk_rope_head_dim
-        attend = partial(
-            _attend, chosen=chosen, options=options, rope=partial(draw.rope, layout, rotary)
-        )
+        tensors = _attention_tensors(sizes, layout, ratio, draw)
+        attend = partial(_attend, sizes=sizes, plan=plan, selected=selected, draw=draw)
         names = ("output", "queries", "raw keys", "entries", "sinks")
         found += _compare(f"ratio {ratio}: ", names, attend, kernels, reference, tensors)
 
@@ -102,11 +106,17 @@ def _attend(
     entries: torch.Tensor,
     sinks: torch.Tensor,
     *,
-    chosen: torch.Tensor | None,
-    options: dict[str, Any],
-    rope: Callable[[torch.dtype], Rope],
+    sizes: Any,
+    plan: AttentionPlan,
+    selected: torch.Tensor | None,
+    draw: _Draw,
 ) -> torch.Tensor:
-    return by.attend(q, raw, entries, sinks, chosen, rope(q.dtype), **options)
+    rope = draw.rope(plan.queries.layout, sizes.qk_rope_head_dim, q.dtype)
+    return by.attend(
+        AttentionQueries(q, rope, plan, selected),
+        AttentionKeys(raw, entries, sinks),
+        AttentionConstants(sizes.head_dim**-0.5, sizes.rms_norm_eps, sizes.o_groups),
+    )
 
 
 class _Draw:
@@ -120,7 +130,7 @@ class _Draw:
         return torch.randn(shape, generator=self._generator).to(self._device, self._dtype)
 
     def whole(self, *shape: int) -> torch.Tensor:
-        """Draw whole numbers, the same each time, whose scores are exact and often tie."""
+        """Draw integers, the same each time, whose scores are exact and often tie."""
         generator = torch.Generator().manual_seed(1)
         numbers = torch.randint(-3, 4, shape, generator=generator)
         return numbers.to(self._device, self._dtype)
@@ -134,44 +144,35 @@ class _Draw:
         return cos, sin
 
 
-def _choose(
-    kernels: Kernels, sizes: Any, layout: SequenceLayout, ratio: int, draw: _Draw
-) -> torch.Tensor:
-    heads, width, rotary = sizes.index_n_heads, sizes.index_head_dim, sizes.qk_rope_head_dim
-    no_turn = draw.whole(1, layout.local_len, rotary)
-    return kernels.choose_entries(
+def _select(kernels: Kernels, sizes: Any, plan: AttentionPlan, draw: _Draw) -> torch.Tensor:
+    heads, width, layout = sizes.index_n_heads, sizes.index_head_dim, plan.queries.layout
+    no_turn = draw.whole(1, layout.local_len, sizes.qk_rope_head_dim)
+    queries = IndexQueries(
         draw.whole(1, layout.local_len, heads, width),
         draw.whole(1, layout.local_len, heads).float(),
-        draw.whole(1, layout.seq_len // ratio, width),
         (torch.ones_like(no_turn), torch.zeros_like(no_turn)),
-        queries=Queries.own(layout),
-        ratio=ratio,
-        topk=sizes.index_topk,
+        plan,
     )
+    keys = draw.whole(1, layout.seq_len // plan.ratio, width)
+    return kernels.select_entries(queries, keys, topk=sizes.index_topk)
 
 
-def _by_place(chosen: torch.Tensor) -> torch.Tensor:
+def _by_place(selected: torch.Tensor) -> torch.Tensor:
     """Sort each query's entries: they may come in any order."""
-    return chosen.masked_fill(chosen == NOTHING, torch.iinfo(chosen.dtype).max).sort(-1).values
+    last = torch.iinfo(selected.dtype).max
+    return selected.masked_fill(selected == NOTHING, last).sort(-1).values
 
 
-def _attention(
+def _attention_tensors(
     sizes: Any, layout: SequenceLayout, ratio: int, draw: _Draw
-) -> tuple[list[torch.Tensor], dict[str, Any]]:
+) -> list[torch.Tensor]:
     heads, width = sizes.num_attention_heads, sizes.head_dim
-    window = sizes.sliding_window
-    tensors = [
+    return [
         draw(1, layout.local_len, heads, width),
-        draw(1, layout.local_len + window - 1, width),
+        draw(1, layout.local_len + sizes.sliding_window - 1, width),
         draw(1, layout.seq_len // ratio if ratio else 0, width),
         draw(heads),
     ]
-    return tensors, {
-        "plan": AttentionPlan(Queries.own(layout), window, ratio),
-        "scale": width**-0.5,
-        "eps": sizes.rms_norm_eps,
-        "groups": sizes.o_groups,
-    }
 
 
 def _compare(

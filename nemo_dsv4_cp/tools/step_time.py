@@ -44,28 +44,28 @@ WINDOW_ONLY: tuple[Event, ...] = (
 )
 ALL_LOCAL: tuple[Event, ...] = (
     ("start", "fetch"),
-    ("local", "project_index"),
+    ("local", "index_queries"),
     ("wait", "fetch"),
     ("start", "index_keys"),
     ("start", "entries"),
     ("local", "project"),
     ("wait", "index_keys"),
-    ("local", "choose"),
+    ("local", "select"),
     ("wait", "entries"),
     ("local", "attend"),
 )
 SOME_REMOTE: tuple[Event, ...] = (
     ("start", "fetch"),
-    ("local", "project_index"),
+    ("local", "index_queries"),
     ("local", "project"),
     ("wait", "fetch"),
     ("start", "index_keys"),
     ("start", "entries"),
-    ("remote", "project_index"),
+    ("remote", "index_queries"),
     ("remote", "project"),
     ("wait", "index_keys"),
-    ("remote", "choose"),
-    ("local", "choose"),
+    ("remote", "select"),
+    ("local", "select"),
     ("wait", "entries"),
     ("remote", "attend"),
     ("start", "returned"),
@@ -161,7 +161,7 @@ def layer_time(
             "local": query_operations(sizes, ratio, local),
             "remote": query_operations(sizes, ratio, remote),
         }
-        for local, remote in zip(schedule.kept, schedule.taken, strict=True)
+        for local, remote in zip(schedule.local, schedule.remote, strict=True)
     ]
     communicating = of_shard = 0.0
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank

@@ -9,7 +9,7 @@ from nemo_automodel.components.distributed.activation_checkpointing import (
 from torch.utils.checkpoint import checkpoint
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention.recompute import KeptChoices
+from nemo_dsv4_cp.attention.recompute import KeptIndices
 from tests.parity import cpu_backend, randomise, rope_of, tiny_config
 
 
@@ -26,14 +26,14 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False, balance="o
     layer._cp_group = group
     saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
     made = 0
-    original = layer._kernels.choose_entries
+    original = layer._kernels.select_entries
 
     def counting(*args, **kwargs):
         nonlocal made
         made += 1
         return original(*args, **kwargs)
 
-    layer._kernels.choose_entries = counting
+    layer._kernels.select_entries = counting
     try:
         gradients = {}
         for recompute in (False, True):
@@ -67,7 +67,7 @@ def microbatches_job(group, rank, keep, shared_rope, selective=False, balance="o
             ]
             again = (made - counted) // parts
     finally:
-        layer._kernels.choose_entries = original
+        layer._kernels.select_entries = original
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients.values(), strict=True))
     return same, again
 
@@ -97,9 +97,9 @@ def test_automodels_selective_checkpointing_loses_no_count(ranks, balance):
 
 
 def test_a_choice_lives_no_longer_than_its_key():
-    kept, key = KeptChoices(), torch.ones(1)
+    kept, key = KeptIndices(), torch.ones(1)
     kept.keep(key, torch.ones(1, dtype=torch.int32))
     assert kept.recall(key) is None  # not in a recomputation
-    assert len(kept._choices) == 1
+    assert len(kept._indices) == 1
     del key
-    assert len(kept._choices) == 0
+    assert len(kept._indices) == 0

@@ -15,22 +15,22 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
 
 from nemo_dsv4_cp.automodel import tilelang
 from nemo_dsv4_cp.automodel.tilelang import TileLangKernels, key_indices
+from nemo_dsv4_cp.kernels.protocol import AttentionKeys
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries
-from tests.kernels.choices import choices
+from tests.kernels.cases import attend, select_entries, selections
 from tests.kernels.test_reference_attention import cases
 
 
 @settings(deadline=None)
-@given(cases().filter(lambda case: not isinstance(case[0].queries.layout, PackedLayout)))
+@given(cases().filter(lambda case: not case[0].queries.layout.packed))
 def test_the_indices_for_automodels_kernels_are_automodel(case):
-    plan, _, (_, raw, entries, _), chosen, _ = case
+    plan, _, (_, raw, entries, sinks), selected, _ = case
     queries, layout = plan.queries, plan.queries.layout
     rows, count = raw.shape[0], entries.shape[1]
-    mine = key_indices(plan, raw, entries, chosen).long()
+    mine = key_indices(plan, AttentionKeys(raw, entries, sinks), selected).long()
     # AutoModel addresses all S raw keys from position 0.
     theirs = build_dsv4_sparse_topk_indices(
         batch_size=rows,
@@ -39,7 +39,7 @@ def test_the_indices_for_automodels_kernels_are_automodel(case):
         window_size=plan.window,
         device=raw.device,
         compress_ratio=plan.ratio,
-        compressed_topk=None if chosen is None else chosen.long(),
+        compressed_topk=None if selected is None else selected.long(),
         n_pooled=count,
         vanilla_key_len=layout.seq_len,
         q_positions=queries.positions().expand(rows, -1),
@@ -89,7 +89,8 @@ def test_the_output_that_automodel_keeps_for_backward_is_not_written_over(monkey
     results = []
     for kernels in (TileLangKernels, TorchKernels):
         inputs = [x.clone().requires_grad_() for x in (queries, raw, torch.zeros(2))]
-        out = kernels(workspace_bytes=1 << 20).attend(
+        out = attend(
+            kernels(workspace_bytes=1 << 20),
             inputs[0],
             inputs[1],
             raw.new_empty(1, 0, 8),
@@ -116,20 +117,24 @@ def causal_scores(q, keys, weights, *, compress_ratio, query_start, query_total_
     return scores.masked_fill(~seen, torch.nan)
 
 
-@pytest.mark.skipif(not tilelang._SCORES_KNOW_PLACES, reason="AutoModel scores whole rows only")
+@pytest.mark.skipif(not tilelang._SCORES_KNOW_POSITIONS, reason="AutoModel scores whole rows only")
 @settings(deadline=None)
-@given(choices())
-def test_scores_that_leave_out_what_lies_ahead_choose_the_same(case):
+@given(selections())
+def test_scores_that_leave_out_what_lies_ahead_select_the_same(case):
     tensors, rope, options, workspace = case
     with (
         mock.patch.object(tilelang, "HAS_TILELANG", True),
         mock.patch.object(tilelang, "dsv4_indexer_scores", causal_scores),
     ):
-        mine = TileLangKernels(workspace_bytes=workspace).choose_entries(
-            tensors[0].clone(), *tensors[1:], rope, **options
+        mine = select_entries(
+            TileLangKernels(workspace_bytes=workspace),
+            tensors[0].clone(),
+            *tensors[1:],
+            rope,
+            **options,
         )
-    theirs = TorchKernels(workspace_bytes=1 << 20).choose_entries(
-        tensors[0].clone(), *tensors[1:], rope, **options
+    theirs = select_entries(
+        TorchKernels(workspace_bytes=1 << 20), tensors[0].clone(), *tensors[1:], rope, **options
     )
     assert torch.equal(mine, theirs)
 

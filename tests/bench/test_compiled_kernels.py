@@ -19,7 +19,7 @@ MULTIPLYING = {
     "scores_kernel",
     "queries_kernel",
     "keys_kernel",
-    "chosen_kernel",
+    "selected_kernel",
     "index_scores_kernel",
 }
 OTHERS = {

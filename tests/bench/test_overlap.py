@@ -6,7 +6,7 @@ import torch
 
 from nemo_dsv4_cp.bench import overlap
 from nemo_dsv4_cp.bench.overlap import Pass, SlowLink
-from nemo_dsv4_cp.exchange.in_flight import InFlight
+from nemo_dsv4_cp.exchange.collectives import InFlight
 
 
 class Clock:

@@ -4,7 +4,7 @@ import torch
 
 from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.profiling import Launches, Profiler, profile
-from nemo_dsv4_cp.kernels import costs
+from nemo_dsv4_cp.kernels.costs import Cost, register_cost
 
 GIB = 1 << 30
 AT_128K = {"seq_len": 131072, "cp_size": 8, "rank": 4}
@@ -116,7 +116,7 @@ def costly(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_what_an_operation_registers_is_counted_and_its_scratch_is_in_the_peak():
-    costs.tell("dsv4_cp_tests::costly")(lambda x: costs.Cost(7, 11, 13, scratch_bytes=1000))
+    register_cost("dsv4_cp_tests::costly")(lambda x: Cost(7, 11, 13, scratch_bytes=1000))
     with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
         out = costly(torch.zeros(8, 4))
     assert profiler.launched - launched(lambda: torch.zeros(8, 4)) == Launches(7, 11, 13)

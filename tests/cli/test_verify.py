@@ -21,7 +21,7 @@ BROKEN = """
 import torch
 from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
 from nemo_dsv4_cp.exchange.collectives import cp_rank
-from nemo_dsv4_cp.exchange.in_flight import Pending
+from nemo_dsv4_cp.exchange.collectives import Pending
 
 
 class NoWindowBeforeTheCut(BoundaryTransport):

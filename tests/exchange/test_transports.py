@@ -8,7 +8,6 @@ from torch.distributed import get_world_size
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.row_plan import RowPlan
-from nemo_dsv4_cp.sequence.transfers import transfers
 
 TRANSPORTS = ["all_gather", "boundary"]
 
@@ -40,7 +39,7 @@ def context_job(group, rank, name, local_len, tokens, overlap):
         tuple(wanted_by(r, size, local_len, before) for r in range(size)) for before in tokens
     ]
     plans = {
-        str(i): RowPlan.of(transfers(asked, shards, shards, rank=rank), size, torch.device("cpu"))
+        str(i): RowPlan.of(asked, shards, rank=rank, device=torch.device("cpu"))
         for i, asked in enumerate(wanted)
     }
     fetched = transport.fetch({str(i): tensor for i, tensor in enumerate(mine)}, plans).wait()

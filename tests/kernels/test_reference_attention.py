@@ -8,13 +8,21 @@ from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import sparse_attention_torch
 
 from nemo_dsv4_cp.automodel.tilelang import key_indices
-from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
+from nemo_dsv4_cp.kernels.protocol import AttentionKeys, AttentionQueries
+from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries
-from tests.kernels.choices import queries_of
+from tests.kernels.cases import queries_of
 
 OPTIONS = {"scale": 0.25, "workspace_bytes": 1 << 20}
+
+
+def sparse_attention(q, raw, entries, sinks, selected, plan, *, scale, workspace_bytes):
+    """Attend from rotated queries in chunks whose scores take ``workspace_bytes``."""
+    return TorchKernels(workspace_bytes=2 * workspace_bytes).attend_rotated(
+        AttentionQueries(q, None, plan, selected), AttentionKeys(raw, entries, sinks), scale
+    )
 
 
 @st.composite
@@ -32,14 +40,14 @@ def cases(draw):
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    chosen = None
+    selected = None
     if ratio == 4:
         scores = torch.rand(rows, count, entries, generator=generator)
         first, stop = (b[..., None] for b in layout.visible_entries(queries.positions(), ratio))
         places = torch.arange(entries)
         hidden = (places < first) | (places >= stop)
-        chosen = scores.masked_fill(hidden, -1).topk(min(5, entries)).indices
-        chosen = chosen.masked_fill((chosen < first) | (chosen >= stop), -1).int()
+        selected = scores.masked_fill(hidden, -1).topk(min(5, entries)).indices
+        selected = selected.masked_fill((selected < first) | (selected >= stop), -1).int()
     plan = AttentionPlan(queries, window, ratio)
     options = {
         "scale": width**-0.5,
@@ -53,18 +61,18 @@ def cases(draw):
         random(rows, entries, width),
         random(heads),
     ]
-    return plan, options, tensors, chosen, random(rows, count, heads, width)
+    return plan, options, tensors, selected, random(rows, count, heads, width)
 
 
 @settings(deadline=None)
 @given(cases())
 def test_outputs_and_gradients_are_those_of_the_plain_reference(case):
-    plan, options, tensors, chosen, weight = case
+    plan, options, tensors, selected, weight = case
     mine = [t.clone().requires_grad_() for t in tensors]
     theirs = [t.clone().requires_grad_() for t in tensors]
-    out = sparse_attention(*mine, chosen, plan, **options)
+    out = sparse_attention(*mine, selected, plan, **options)
     q, raw, entries, sinks = theirs
-    indices = key_indices(plan, raw, entries, chosen).long()
+    indices = key_indices(plan, AttentionKeys(raw, entries, sinks), selected).long()
     keys = torch.cat((raw, entries), 1)
     expected = sparse_attention_torch(q, keys, sinks, indices, options["scale"])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
@@ -114,11 +122,11 @@ def test_no_tensor_grows_with_local_times_global_length(ratio):
         layout = SequenceLayout(1024, cp_size - 1, cp_size)
         plan = AttentionPlan(Queries.own(layout), 128, ratio)
         count = seq_len // ratio if ratio else 0
-        chosen = torch.zeros(1, 1024, 64, dtype=torch.int32) if ratio == 4 else None
+        selected = torch.zeros(1, 1024, 64, dtype=torch.int32) if ratio == 4 else None
         shapes = [(1, 1024, 2, 16), (1, 1024 + 127, 16), (1, count, 16), (2,)]
         tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
         with Largest() as seen:
-            sparse_attention(*tensors, chosen, plan, **OPTIONS).sum().backward()
+            sparse_attention(*tensors, selected, plan, **OPTIONS).sum().backward()
         return seen.elements
 
     # What the chunk's workspace allows, or the keys themselves: never 1024 x seq_len.

@@ -12,6 +12,7 @@ from nemo_dsv4_cp.sequence.layout import (
     padded_seq_len,
     validate_cp_size,
 )
+from nemo_dsv4_cp.sequence.windows import Windows
 
 ratio_lists = st.lists(st.sampled_from([0, 2, 3, 4, 128]), max_size=6)
 
@@ -38,7 +39,7 @@ def test_ranks_own_every_token_and_window_once(cp_size, blocks, ratio):
     layouts = [SequenceLayout(blocks * ratio, rank, cp_size) for rank in range(cp_size)]
     tokens = torch.cat([layout.positions() for layout in layouts])
     assert tokens.tolist() == list(range(layouts[0].seq_len))
-    starts = torch.cat([layout.windows(ratio).starts for layout in layouts], dim=1)[0]
+    starts = torch.cat([Windows.of(layout, ratio).starts for layout in layouts], dim=1)[0]
     assert starts.tolist() == list(range(0, layouts[0].seq_len, ratio))
 
 
@@ -57,8 +58,8 @@ def test_an_entry_is_visible_once_its_last_token_is_past(cp_size, local_len, rat
 
 def test_a_window_that_straddles_a_cut_is_refused_with_the_length_that_works():
     with pytest.raises(ValueError, match=r"shard of 130 tokens .* ratio 128.*multiple of 128"):
-        SequenceLayout(130, 0, 2).windows(128)
-    assert len(SequenceLayout(130).windows(128)) == 1  # one rank has no cut
+        Windows.of(SequenceLayout(130, 0, 2), 128)
+    assert Windows.of(SequenceLayout(130), 128).count == 1  # one rank has no cut
 
 
 def test_unequal_shards_are_refused_with_a_length_that_works():

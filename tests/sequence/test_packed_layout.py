@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.windows import Windows, straddling
 from tests.packed_parity import starts_of
 
 ROWS = st.lists(st.lists(st.integers(1, 25), min_size=1, max_size=5), min_size=1, max_size=3)
@@ -17,7 +18,7 @@ def layouts_of(documents, cp_size, spare):
     local_len = -(-max(map(sum, documents)) // cp_size) + spare
     starts = starts_of(documents, local_len * cp_size)
     return [
-        PackedLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=cp_size)
+        SequenceLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=cp_size)
         for rank in range(cp_size)
     ]
 
@@ -36,17 +37,17 @@ def test_every_complete_window_is_pooled_once_and_found_by_those_who_may_see_it(
     layouts = layouts_of(documents, cp_size, spare)
     seq_len = layouts[0].seq_len
     # An entry carries the start of its window; slots without one carry something else.
-    pooled = [layout.windows(ratio) for layout in layouts]
+    pooled = [Windows.of(layout, ratio) for layout in layouts]
     for layout, windows in zip(layouts, pooled, strict=True):
-        assert len(windows) == (layout.local_len - 1) // ratio + 1
-        assert (windows.starts >= layout.start - layout.straddling(ratio)).all()
+        assert windows.count == (layout.local_len - 1) // ratio + 1
+        assert (windows.starts >= layout.start - straddling(layout, ratio)).all()
         assert (windows.starts + ratio <= layout.end).all()
     gathered = torch.cat([windows.starts for windows in pooled], dim=1)
     for layout in layouts:
-        order = layout.entry_order(ratio, len(pooled[0]), gathered.device)
+        order = layout.entry_order(ratio, pooled[0].count, gathered.device)
         entries = gathered if order is None else gathered.gather(1, order)
         first, stop = layout.visible_entries(layout.positions(), ratio)
-        firsts = layout.first_keys(layout.positions())
+        firsts, _ = layout.documents_at(layout.positions())
         assert layout.entries_seen(layout.own, ratio) == (stop - first).sum()
         positions = layout.document_positions()
         for row, lengths in enumerate(documents):

@@ -1,38 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sight against looking at every pair of query and key."""
+"""Visible ranges against looking at every pair of query and key."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
-from tests.kernels.choices import queries_of
+from tests.kernels.cases import queries_of
 
 CPU = torch.device("cpu")
 
 
 def documents_of(layout, batch):
     """Return the number of each token's document, [B, S]."""
-    bounds = getattr(layout, "bounds", ((0, layout.seq_len),) * batch)
-    ends = torch.tensor(bounds)[:, 1:]
-    return torch.searchsorted(ends, torch.arange(layout.seq_len).expand(batch, -1), right=True)
+    ends = torch.tensor(layout.bounds)[:, 1:].expand(batch, -1).contiguous()
+    return torch.searchsorted(ends, torch.arange(layout.seq_len).repeat(batch, 1), right=True)
 
 
 @settings(max_examples=150)
 @given(st.data())
-def test_sight_and_spans_hold_what_a_query_may_see_and_no_more(data):
+def test_visible_ranges_and_spans_hold_what_a_query_may_see_and_no_more(data):
     batch = data.draw(st.integers(1, 2))
     queries = queries_of(data.draw, batch)
     window, ratio = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1, 3]))
     plan, layout = AttentionPlan(queries, window, ratio), queries.layout
     documents = documents_of(layout, batch)
-    sight = plan.sight(CPU).expand(batch, -1, -1)
-    assert (sight.diff(dim=1) >= 0).all()  # kernels search them
+    ranges = plan.visible_ranges(CPU).expand(batch, -1, -1)
+    assert (ranges.diff(dim=1) >= 0).all()  # kernels search them
 
     keys = [token for run in raw_tokens(queries.runs, window) for token in run]
     for row in range(batch):
         for query, position in enumerate(queries.positions().tolist()):
-            first, last, entry_first, entry_stop = sight[row, query].tolist()
+            first, last, entry_first, entry_stop = ranges[row, query].tolist()
             seen = [
                 token
                 for token in range(max(position - window + 1, 0), position + 1)

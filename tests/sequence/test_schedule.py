@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
 from nemo_dsv4_cp.sequence.schedule import (
     QueryCost,
     balanced,
@@ -21,13 +20,13 @@ from nemo_dsv4_cp.sequence.schedule import (
     schedule_of,
 )
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
-from tests.kernels.choices import layouts
+from tests.kernels.cases import layouts
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 
 
 def packed(starts, local_len, cp_size):
-    return PackedLayout.of_documents(torch.tensor(starts), local_len, cp_rank=0, cp_size=cp_size)
+    return SequenceLayout.of_documents(torch.tensor(starts), local_len, cp_rank=0, cp_size=cp_size)
 
 
 def largest_over_mean(layout, schedule, ratio):
@@ -42,12 +41,12 @@ def test_every_query_is_computed_once_and_every_rank_computes_as_many(data):
     schedule = balanced(layout, ratio)
     computed = []
     for rank in range(layout.cp_size):
-        kept, taken = schedule.kept[rank], schedule.taken[rank]
-        assert all(run and run.start in layout.shard(rank) for run in kept if run)
-        rows = [token for run in (*kept, *taken) for token in run]
+        local, remote = schedule.local[rank], schedule.remote[rank]
+        assert all(run and run.start in layout.shard(rank) for run in local if run)
+        rows = [token for run in (*local, *remote) for token in run]
         assert len(rows) == layout.local_len
         computed += rows
-        for runs in (kept, taken):
+        for runs in (local, remote):
             assert all(
                 a.stop <= b.start for a, b in pairwise(runs)
             )  # kernels search ascending rows
@@ -60,7 +59,7 @@ def test_halves_balance_rows_of_one_document(ratio, cp_size):
     layout = SequenceLayout(16384, 0, cp_size)
     assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
     assert largest_over_mean(layout, balanced(layout, ratio), ratio) < 1.001
-    moved = [sum(map(len, runs)) for runs in balanced(layout, ratio).taken]
+    moved = [sum(map(len, runs)) for runs in balanced(layout, ratio).remote]
     assert moved == [8192] * cp_size
 
 
@@ -79,7 +78,7 @@ def test_packs_of_short_and_long_documents_are_balanced(seed, rows):
     for ratio in (4, 128):
         assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
         assert largest_over_mean(layout, balanced(layout, ratio), ratio) <= 1.06
-    assert max(len(runs) for runs in balanced(layout, 4).taken) <= 16
+    assert max(len(runs) for runs in balanced(layout, 4).remote) <= 16
 
 
 def test_equal_documents_stay_where_they_are():

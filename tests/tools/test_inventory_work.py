@@ -76,7 +76,7 @@ def by_hand(ratio, positions):
 @pytest.mark.parametrize("shared", [False, True])
 def test_queries_are_counted_where_they_are_computed(ratio, shared):
     schedule = balanced(LAYOUT, ratio) if shared else contiguous(LAYOUT)
-    for local, remote in zip(schedule.kept, schedule.taken, strict=True):
+    for local, remote in zip(schedule.local, schedule.remote, strict=True):
         for runs in (local, remote):
             positions = [i for run in runs for i in run]
             assert counts(query_operations(ODD, ratio, runs)) == by_hand(ratio, positions)
@@ -99,7 +99,7 @@ def test_a_shards_own_tokens_stay_whatever_moves(ratio, features):
 
 def test_a_recomputation_repeats_what_takes_a_gradient():
     assert Operation("attention", "attend", "kernels", 2, 5).repeated == 2
-    assert Operation("index scores", "choose", "kernels", 2).repeated == 0
+    assert Operation("index scores", "select", "kernels", 2).repeated == 0
 
 
 def test_all_layers_and_the_head_make_a_ranks_work():
@@ -109,8 +109,8 @@ def test_all_layers_and_the_head_make_a_ranks_work():
         for ratio in ODD.compress_ratios:
             schedule = schedules[ratio]
             for operation in (
-                *query_operations(ODD, ratio, schedule.kept[rank]),
-                *query_operations(ODD, ratio, schedule.taken[rank]),
+                *query_operations(ODD, ratio, schedule.local[rank]),
+                *query_operations(ODD, ratio, schedule.remote[rank]),
                 *shard_operations(ODD, ratio, 256),
             ):
                 expected[rank] += operation.forward + operation.backward
@@ -137,8 +137,8 @@ def test_operations_are_those_that_the_layer_computes(ratio, balance):
     case = Case("boundary", ratio, 65536, 4, 2, kernels="triton", balance=balance)
     schedule = balanced(case.layout, ratio) if balance == "on" else contiguous(case.layout)
     operations = [
-        *query_operations(FLASH, ratio, schedule.kept[2]),
-        *query_operations(FLASH, ratio, schedule.taken[2]),
+        *query_operations(FLASH, ratio, schedule.local[2]),
+        *query_operations(FLASH, ratio, schedule.remote[2]),
         *(o for o in shard_operations(FLASH, ratio, 16384) if o.name != "experts"),
     ]
     expected = [

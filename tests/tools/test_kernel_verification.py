@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,14 +11,15 @@ from nemo_dsv4_cp.tools.recipes import compose
 
 
 class LosesSinks(TorchKernels):
-    def attend(self, q, raw, entries, sinks, *others, **options):
-        return super().attend(q, raw, entries, sinks * 0 - 100, *others, **options)
+    def attend(self, queries, keys, constants):
+        no_sinks = replace(keys, sinks_N=keys.sinks_N * 0 - 100)
+        return super().attend(queries, no_sinks, constants)
 
 
-class ChoosesTheFirst(TorchKernels):
-    def choose_entries(self, *tensors, topk, **options):
-        chosen = super().choose_entries(*tensors, topk=topk, **options)
-        return torch.arange(topk, dtype=torch.int32).expand_as(chosen)
+class SelectsTheFirst(TorchKernels):
+    def select_entries(self, queries, keys, *, topk):
+        selected = super().select_entries(queries, keys, topk=topk)
+        return torch.arange(topk, dtype=torch.int32).expand_as(selected)
 
 
 class TurnsBack(TorchKernels):
@@ -44,7 +47,7 @@ def test_the_torch_path_passes(monkeypatch, dtype):
     [
         (LosesSinks, "ratio 0: output"),
         (LosesSinks, "ratio 0: gradient of sinks"),
-        (ChoosesTheFirst, "ratio 4: index choice"),
+        (SelectsTheFirst, "ratio 4: index choice"),
         (TurnsBack, "rotary: output"),
     ],
 )

@@ -2,12 +2,12 @@
 """Attention over a sliding window and compressed entries, addressed by position, with a sink.
 
 Query i sees raw keys i-W+1 .. i and, of the entries that are complete, all (HCA) or the indexer's
-choice (CSA); keys are values. There is no mask and no score matrix of L x S: queries go in chunks,
+top-k (CSA); keys are values. There is no mask and no score matrix of L x S: queries go in chunks,
 and backward recomputes a chunk's probabilities from its log-sum-exp.
 """
 
 # B batch rows   L queries   N heads   D head_dim   T raw keys   W sliding window
-# P entries   K chosen entries   C queries of a chunk
+# P entries   K selected entries   C queries of a chunk
 
 from __future__ import annotations
 
@@ -26,26 +26,21 @@ class _ChunkKeys:
     """The keys of one chunk of queries, in both storages, and the scores against them."""
 
     def __init__(
-        self,
-        plan: AttentionPlan,
-        chunk: slice,
-        sight: torch.Tensor,
-        raw_BTD: torch.Tensor,
-        entries_BPD: torch.Tensor,
-        chosen_BLK: torch.Tensor | None,
-    ) -> None:
+        self, plan: AttentionPlan, chunk: slice, ranges: torch.Tensor, raw_BTD: torch.Tensor,
+        entries_BPD: torch.Tensor, selected_BLK: torch.Tensor | None,
+    ) -> None:  # fmt: skip
         device = raw_BTD.device
-        raw_first, raw_last, entry_first, entry_stop = sight[:, chunk, None].unbind(-1)
+        raw_first, raw_last, entry_first, entry_stop = ranges[:, chunk, None].unbind(-1)
         self.span = plan.raw_span(chunk)
         self.raw = raw_BTD[:, self.span]
         rows = torch.arange(self.span.start, self.span.stop, device=device)
         self.raw_hidden = ((rows < raw_first) | (rows > raw_last))[:, :, None]
-        self.chosen = None
-        if chosen_BLK is not None:
-            self.chosen = chosen_BLK[:, chunk].long()
+        self.selected = None
+        if selected_BLK is not None:
+            self.selected = selected_BLK[:, chunk].long()
             rows = torch.arange(raw_BTD.shape[0], device=device)[:, None, None]
-            self.entries = entries_BPD[rows, self.chosen.clamp(min=0)]
-            self.entries_hidden = (self.chosen == NOTHING)[:, :, None]
+            self.entries = entries_BPD[rows, self.selected.clamp(min=0)]
+            self.entries_hidden = (self.selected == NOTHING)[:, :, None]
         else:
             span = plan.entry_span(chunk)
             self.entry_rows = slice(span.start, span.stop)
@@ -66,7 +61,7 @@ class _ChunkKeys:
 
     def dot(self, x_BCND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the products of vectors with the chunk's raw keys and entries."""
-        pattern = "bcnd,bckd->bcnk" if self.chosen is not None else "bcnd,bkd->bcnk"
+        pattern = "bcnd,bckd->bcnk" if self.selected is not None else "bcnd,bkd->bcnk"
         return (
             torch.einsum("bcnd,bkd->bcnk", x_BCND, self.raw),
             torch.einsum(pattern, x_BCND, self.entries),
@@ -75,7 +70,7 @@ class _ChunkKeys:
     def weighted_sum(self, weights_BCNK: torch.Tensor) -> torch.Tensor:
         """Return the keys summed with weights of their own dtype, float32 [B, C, N, D]."""
         raw, entries = weights_BCNK.to(self.raw.dtype).split(self._sizes(), dim=-1)
-        pattern = "bcnk,bckd->bcnd" if self.chosen is not None else "bcnk,bkd->bcnd"
+        pattern = "bcnk,bckd->bcnd" if self.selected is not None else "bcnk,bkd->bcnd"
         return (
             torch.einsum("bcnk,bkd->bcnd", raw, self.raw).float()
             + torch.einsum(pattern, entries, self.entries).float()
@@ -91,18 +86,20 @@ class _ChunkKeys:
         """Add sum over queries of weight * x to the gradients of the keys that were weighted."""
         raw, entries = weights_BCNK.to(x_BCND.dtype).split(self._sizes(), dim=-1)
         grad_raw[:, self.span] += torch.einsum("bcnk,bcnd->bkd", raw, x_BCND)
-        if self.chosen is None:
+        if self.selected is None:
             grad_entries[:, self.entry_rows] += torch.einsum("bcnk,bcnd->bkd", entries, x_BCND)
             return
         per_query = torch.einsum("bcnk,bcnd->bckd", entries, x_BCND).to(grad_entries.dtype)
-        for row, where in enumerate(self.chosen.clamp(min=0)):  # hidden slots carry weight 0
+        for row, where in enumerate(self.selected.clamp(min=0)):  # hidden slots carry weight 0
             grad_entries[row].index_add_(0, where.flatten(), per_query[row].flatten(0, 1))
 
     def _sizes(self) -> list[int]:
         return [self.raw.shape[1], self.entries.shape[-2]]
 
 
-class _SparseAttention(torch.autograd.Function):
+class SparseAttention(torch.autograd.Function):
+    """Attention from normed and rotated queries, float32 inside; see ``Kernels.attend_rotated``."""
+
     # With s_j = scale q.k_j, Z = exp(sink) + sum_j exp(s_j), p_j = exp(s_j) / Z:
     # forward:   o = sum_j p_j k_j
     # backward:  delta = sum_j p_j do.k_j, ds_j = p_j (do.k_j - delta);
@@ -111,34 +108,29 @@ class _SparseAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        raw: torch.Tensor,
-        entries: torch.Tensor,
-        sinks: torch.Tensor,
-        chosen: torch.Tensor | None,
-        plan: AttentionPlan,
-        scale: float,
-        workspace_bytes: int,
-    ) -> torch.Tensor:
+        ctx: Any, q: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor, sinks: torch.Tensor,
+        selected: torch.Tensor | None, plan: AttentionPlan, scale: float, workspace_bytes: int,
+    ) -> torch.Tensor:  # fmt: skip
+        """Return [B, L, N, D]; ``workspace_bytes`` bounds what a chunk of queries computes."""
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        sight = plan.sight(q.device)
-        for chunk in _chunks(plan, q, chosen, workspace_bytes):
-            keys = _ChunkKeys(plan, chunk, sight, raw, entries, chosen)
+        ranges = plan.visible_ranges(q.device)
+        for chunk in _chunks(plan, q, selected, workspace_bytes):
+            keys = _ChunkKeys(plan, chunk, ranges, raw, entries, selected)
             scores = keys.scores(q[:, chunk], scale)
             sink_column = sinks.float().expand(*scores.shape[:3])
             lse[:, chunk] = torch.logaddexp(scores.logsumexp(dim=-1), sink_column)
             probs = scores.sub_(lse[:, chunk, :, None]).exp_()
             out[:, chunk] = keys.weighted_sum(probs).to(out.dtype)
-        ctx.save_for_backward(q, raw, entries, sinks, chosen, lse, sight)
+        ctx.save_for_backward(q, raw, entries, sinks, selected, lse, ranges)
         ctx.plan, ctx.scale, ctx.workspace_bytes = plan, scale, workspace_bytes
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, raw, entries, sinks, chosen, lse, sight = ctx.saved_tensors
+        """Return the gradients of q, raw, entries and sinks."""
+        q, raw, entries, sinks, selected, lse, ranges = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         scale: float = ctx.scale
         grad_q = torch.empty_like(q)
@@ -146,8 +138,8 @@ class _SparseAttention(torch.autograd.Function):
         grad_raw = torch.zeros_like(raw, dtype=torch.float32)
         grad_entries = torch.zeros_like(entries, dtype=torch.float32)
         grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
-        for chunk in _chunks(plan, q, chosen, ctx.workspace_bytes):
-            keys = _ChunkKeys(plan, chunk, sight, raw, entries, chosen)
+        for chunk in _chunks(plan, q, selected, ctx.workspace_bytes):
+            keys = _ChunkKeys(plan, chunk, ranges, raw, entries, selected)
             q_c, grad_c, lse_c = q[:, chunk], grad_out[:, chunk], lse[:, chunk]
             probs = keys.scores(q_c, scale).sub_(lse_c[..., None]).exp_()
             grad_probs = torch.cat(keys.dot(grad_c), dim=-1).float()
@@ -167,48 +159,15 @@ class _SparseAttention(torch.autograd.Function):
 
 
 def _chunks(
-    plan: AttentionPlan, q: torch.Tensor, chosen: torch.Tensor | None, workspace_bytes: int
+    plan: AttentionPlan, q: torch.Tensor, selected: torch.Tensor | None, workspace_bytes: int
 ) -> Iterator[slice]:
     """Cut the queries so that a chunk's scores fit the workspace."""
     batch, _, heads, width = q.shape
     seen = plan.queries.layout.most_entries(plan.window, plan.ratio) if plan.ratio else 0
-    if chosen is not None:
-        # Chosen entries are copied out for each query: D numbers a key beside its N scores.
-        seen = chosen.shape[-1] * (1 + width // heads)
+    if selected is not None:
+        # Selected entries are copied out for each query: D numbers a key beside its N scores.
+        seen = selected.shape[-1] * (1 + width // heads)
     # A chunk of C queries scores C * (C + W - 1) raw keys: longer than W, it wastes work.
     scores = 4 * batch * heads * (2 * plan.window + seen)
     rows = workspace_bytes // (_SCORES_ALIVE * scores)
     return plan.queries.chunks(max(1, min(rows, plan.window)))
-
-
-def sparse_attention(
-    q_BLND: torch.Tensor,
-    raw_BTD: torch.Tensor,
-    entries_BPD: torch.Tensor,
-    sinks_N: torch.Tensor,
-    chosen_BLK: torch.Tensor | None,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    workspace_bytes: int,
-) -> torch.Tensor:
-    """Attend from queries to their window and entries.
-
-    Args:
-        q_BLND: Queries, after norm and rotary.
-        raw_BTD: Raw keys (= values) in the plan's order.
-        entries_BPD: All ranks' entries in window order; P = 0 without compression.
-        sinks_N: Logit per head of the sink, which takes probability and adds nothing.
-        chosen_BLK: The indexer's choice, int32, -1 for none; None means every past entry.
-        plan: Which keys each query sees.
-        scale: Score multiplier.
-        workspace_bytes: How much the scores of one chunk of queries, and what is computed from
-            them, may take.
-
-    Returns:
-        [B, L, N, D] of the queries' dtype.
-    """
-    out: torch.Tensor = _SparseAttention.apply(  # type: ignore[no-untyped-call]
-        q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan, scale, workspace_bytes
-    )
-    return out

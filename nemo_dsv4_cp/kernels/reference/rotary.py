@@ -26,10 +26,7 @@ def _angles(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # AutoModel's embeddings repeat the r / 2 angles; one copy is enough.
     half = cos_BLr.shape[-1] // 2
-    return (
-        cos_BLr[:, chunk, None, :half].float(),
-        sin_BLr[:, chunk, None, :half].float(),
-    )
+    return cos_BLr[:, chunk, None, :half].float(), sin_BLr[:, chunk, None, :half].float()
 
 
 def _chunks(x_BLND: torch.Tensor, workspace_bytes: int) -> Iterator[slice]:
@@ -46,13 +43,9 @@ class _NormRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        eps: float,
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float,
         workspace_bytes: int,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(x, cos, sin)
         ctx.eps, ctx.workspace_bytes = eps, workspace_bytes
         out, rotary = torch.empty_like(x), cos.shape[-1]
@@ -118,19 +111,10 @@ def norm_and_rotate(
     eps: float,
     workspace_bytes: int,
 ) -> torch.Tensor:
-    """RMS-normalise each head without weight, then rotate its last r dims.
+    """RMS-normalize each head without weight, then rotate its last r dims.
 
-    AutoModel's ``_rms_norm_last_dim`` and ``_apply_partial_rope``, in one pass.
-
-    Args:
-        x_BLND: Per-head tensor of any floating dtype; saved for backward, alone.
-        cos_BLr: Cosines from AutoModel's rotary embedding.
-        sin_BLr: Sines.
-        eps: Added to the mean square.
-        workspace_bytes: How much float32 one chunk of rows may take.
-
-    Returns:
-        [B, L, N, D] of the input's dtype.
+    AutoModel's ``_rms_norm_last_dim`` and ``_apply_partial_rope`` in one pass. Backward saves
+    ``x_BLND`` alone; ``workspace_bytes`` bounds the float32 of one chunk of rows.
     """
     out: torch.Tensor = _NormRotate.apply(x_BLND, cos_BLr, sin_BLr, eps, workspace_bytes)  # type: ignore[no-untyped-call]
     return out
@@ -139,16 +123,6 @@ def norm_and_rotate(
 def rotate_(
     x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor, *, workspace_bytes: int
 ) -> torch.Tensor:
-    """Rotate the last r dims in place, with autograd; ``-sin_BLr`` undoes a rotation.
-
-    Args:
-        x_BLND: Per-head tensor that no one else reads.
-        cos_BLr: Cosines from AutoModel's rotary embedding.
-        sin_BLr: Sines.
-        workspace_bytes: How much float32 one chunk of rows may take.
-
-    Returns:
-        The same memory.
-    """
+    """Rotate the last r dims in place, with autograd; ``-sin_BLr`` undoes a rotation."""
     out: torch.Tensor = _RotateInPlace.apply(x_BLND, cos_BLr, sin_BLr, workspace_bytes)  # type: ignore[no-untyped-call]
     return out

@@ -1,99 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch path as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`."""
+"""The torch path as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`.
 
-# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
-# I index heads   F index width   r rotary dims
+Queries go in chunks, so that memory never grows with L * P.
+"""
+
+# B batch rows   L queries   N heads   D head_dim   P entries   K selected entries
+# C queries of a chunk   I index heads   F index width
 
 from __future__ import annotations
 
 import torch
 
-from nemo_dsv4_cp.kernels.protocol import Rope
-from nemo_dsv4_cp.kernels.reference.attention import sparse_attention
-from nemo_dsv4_cp.kernels.reference.index_choice import choose_entries
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Rope,
+)
+from nemo_dsv4_cp.kernels.reference.attention import SparseAttention
 from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
-from nemo_dsv4_cp.sequence.queries import Queries
+from nemo_dsv4_cp.sequence.plan import NOTHING
+
+_RANKED = 16
+"""Bytes that a score takes while it is ranked: itself, an integer with its place, a mask."""
 
 
 class TorchKernels:
     """Operations of torch in chunks, on any device."""
 
-    def __init__(self, *, workspace_bytes: int) -> None:
-        """Remember how much one chunk of scores or of float32 rows may take.
+    score_bytes: int | None = None
 
-        Half of what an operation may: a result and what it is made of are there together.
-        """
-        self.workspace_bytes = workspace_bytes // 2
+    def __init__(self, *, workspace_bytes: int) -> None:
+        self.workspace_bytes = workspace_bytes
+        # A result and what it is made of are there together.
+        self._chunk_bytes = workspace_bytes // 2
 
     def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Return keys or entries with their last r dims rotated."""
         rows = x_BLD.unsqueeze(2).clone()
-        return rotate_(rows, *rope, workspace_bytes=self.workspace_bytes).squeeze(2)
+        return rotate_(rows, *rope, workspace_bytes=self._chunk_bytes).squeeze(2)
 
-    def choose_entries(
-        self,
-        q_BLIF: torch.Tensor,
-        weights_BLI: torch.Tensor,
-        keys_BPF: torch.Tensor,
-        rope: Rope,
-        *,
-        queries: Queries,
-        ratio: int,
-        topk: int,
+    def select_entries(
+        self, queries: IndexQueries, keys_BPF: torch.Tensor, *, topk: int
     ) -> torch.Tensor:
-        """Rotate index queries and return the ``topk`` best of the entries that each may see."""
-        return choose_entries(
-            rotate_(q_BLIF, *rope, workspace_bytes=self.workspace_bytes),
-            weights_BLI,
-            keys_BPF,
-            queries=queries,
-            ratio=ratio,
-            topk=topk,
-            workspace_bytes=self.workspace_bytes,
-        )
+        """Rotate index queries and return the ``topk`` best entries of each, the best first."""
+        rotated = rotate_(queries.q_BLIF, *queries.rope, workspace_bytes=self._chunk_bytes)
+        weights, which, ratio = queries.weights_BLI, queries.plan.queries, queries.plan.ratio
+        batch, length, heads = weights.shape
+        slots = min(topk, keys_BPF.shape[1])
+        shape, device = (batch, length, slots), weights.device
+        selected = torch.full(shape, NOTHING, dtype=torch.int32, device=device)
+        if not slots:
+            return selected
+        score_bytes = max(4 * heads if self.score_bytes is None else self.score_bytes, _RANKED)
+        row_bytes, rows = batch * score_bytes, length
+        most_entries = which.layout.most_entries
+        while rows > 1 and rows * row_bytes * most_entries(rows, ratio) > self._chunk_bytes:
+            rows = (rows + 1) // 2
+        bounds = which.visible_entries(ratio, device)
+        for chunk in which.chunks(max(rows, 1)):
+            span = which.entry_span(chunk, ratio)
+            if not len(span):
+                continue
+            (places,) = which.spans(chunk)
+            scores_BCP = self.index_scores(
+                rotated[:, chunk],
+                keys_BPF[:, span.start : span.stop],
+                weights[:, chunk],
+                first_query=places.start - span.start * ratio,
+                ratio=ratio,
+            )
+            first, stop = (bound[:, chunk, None] - span.start for bound in bounds)
+            best = best_entries(scores_BCP, first, stop, min(slots, len(span)))
+            unseen = (best < first) | (best >= stop)
+            best = (best + span.start).masked_fill(unseen, NOTHING)
+            selected[:, chunk, : best.shape[-1]] = best.to(torch.int32)
+        return selected
 
     def attend(
-        self,
-        q_BLND: torch.Tensor,
-        raw_BTD: torch.Tensor,
-        entries_BPD: torch.Tensor,
-        sinks_N: torch.Tensor,
-        chosen_BLK: torch.Tensor | None,
-        rope: Rope,
-        *,
-        plan: AttentionPlan,
-        scale: float,
-        eps: float,
-        groups: int,
+        self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
     ) -> torch.Tensor:
-        """Attend to the window and to entries, all that are past or the chosen."""
-        workspace, (cos, sin) = self.workspace_bytes, rope
-        q_BLND = norm_and_rotate(q_BLND, cos, sin, eps=eps, workspace_bytes=workspace)
-        out_BLND = self._attend_rotated(
-            q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, plan=plan, scale=scale
-        )
+        """Attend to the window and to entries, all in range or the selected."""
+        q_BLND, (cos, sin), workspace = queries.q_BLND, queries.rope, self._chunk_bytes
+        q_BLND = norm_and_rotate(q_BLND, cos, sin, eps=constants.eps, workspace_bytes=workspace)
+        rotated = AttentionQueries(q_BLND, queries.rope, queries.plan, queries.selected_BLK)
+        out_BLND = self.attend_rotated(rotated, keys, constants.scale)
         out_BLND = rotate_(out_BLND, cos, -sin, workspace_bytes=workspace)
-        return out_BLND.view(*out_BLND.shape[:2], groups, -1)
+        return out_BLND.view(*out_BLND.shape[:2], constants.groups, -1)
 
-    def _attend_rotated(
+    def index_scores(
         self,
-        q_BLND: torch.Tensor,
-        raw_BTD: torch.Tensor,
-        entries_BPD: torch.Tensor,
-        sinks_N: torch.Tensor,
-        chosen_BLK: torch.Tensor | None,
+        q_BCIF: torch.Tensor,
+        keys_BPF: torch.Tensor,
+        weights_BCI: torch.Tensor,
         *,
-        plan: AttentionPlan,
-        scale: float,
+        first_query: int,
+        ratio: int,
     ) -> torch.Tensor:
-        return sparse_attention(
-            q_BLND,
-            raw_BTD,
-            entries_BPD,
-            sinks_N,
-            chosen_BLK,
-            plan,
-            scale=scale,
-            workspace_bytes=self.workspace_bytes,
+        """Score every query against every key, float32 [B, C, P].
+
+        The formula is AutoModel's ``indexer_scores_torch``, its scale among the weights.
+        """
+        scores = torch.matmul(q_BCIF.float(), keys_BPF.float().transpose(-1, -2).unsqueeze(1))
+        return (scores.relu_() * weights_BCI.float().unsqueeze(-1)).sum(dim=2)
+
+    def attend_rotated(
+        self, queries: AttentionQueries, keys: AttentionKeys, scale: float
+    ) -> torch.Tensor:
+        """Attend from normed and rotated queries, [B, L, N, D]."""
+        out: torch.Tensor = SparseAttention.apply(  # type: ignore[no-untyped-call]
+            queries.q_BLND,
+            keys.raw_BTD,
+            keys.entries_BPD,
+            keys.sinks_N,
+            queries.selected_BLK,
+            queries.plan,
+            scale,
+            self._chunk_bytes,
         )
+        return out
+
+
+def best_entries(
+    scores_BCP: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Return the ``count`` best entries of each row, the earlier of two equal ones first.
+
+    The scores' memory is written over. ``topk`` breaks ties as its algorithm happens to, which
+    depends on more than the row. Ranking integers that hold score and place leaves no ties.
+    Entries outside [first, stop) come last.
+    """
+    bits = scores_BCP.add_(0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # in the order of the floats
+    entry = torch.arange(scores_BCP.shape[-1], device=scores_BCP.device)
+    lowest = torch.iinfo(torch.int32).min + 1  # below -inf, above overflow
+    hidden = (entry < first) | (entry >= stop)
+    ranked = bits.masked_fill_(hidden, lowest).long()
+    ranked <<= 32
+    ranked -= entry
+    return ranked.topk(count, dim=-1).indices

@@ -9,10 +9,10 @@ With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:
 
 It must equal ``kernels/reference/attention.py``. Five kernels: ``ready`` makes q and do of the
 chunk, q in the memory of dq; ``scores`` recomputes p and ds and stores both in the keys' dtype;
-``keys`` sums the gradient of a block of keys over the queries that see it, in order; ``chosen``
-instead adds each query's contributions to its chosen entries, by atomics, or writes them out for a
-sum in order; ``queries`` sums dq, and comes last. A kernel that recomputes p and ds beside
-[64, 512] sums spills, or multiplies twice: stored for a chunk, they cost 4 bytes a (query, head,
+``keys`` sums the gradient of a block of keys over the queries that see it, in order; ``selected``
+instead adds each query's contributions to its selected entries, by atomics, or writes them out for
+a sum in order; ``queries`` sums dq, and comes last. A kernel that recomputes p and ds beside
+[64, 512] sums spills, or multiplies twice: stored for a chunk, they cost 4 bytes per (query, head,
 key) and leave plain products.
 
 Stored keys stand in blocks of ``ALIGNED`` rows: slot 0 of a query's window is the multiple of
@@ -20,7 +20,7 @@ Stored keys stand in blocks of ``ALIGNED`` rows: slot 0 of a query's window is t
 """
 
 # B batch rows   C queries of the chunk   N heads   D head_dim   T raw keys   P entries
-# K chosen entries   r rotary dims   slots: keys that p and ds are stored of
+# K selected entries   r rotary dims   slots: keys that p and ds are stored of
 
 from __future__ import annotations
 
@@ -33,31 +33,10 @@ from nemo_dsv4_cp.kernels.triton.norm_rotate import angles, turn
 
 @triton.jit
 def ready_kernel(  # type: ignore[no-untyped-def]
-    x,
-    out,
-    grad,
-    cos,
-    sin,
-    q,
-    do,
-    delta,
-    sinks,
-    lse,
-    of_sinks,
-    begin,
-    n_chunk,
-    n_queries,
-    n_heads,
-    group_heads,
-    row_stride,
-    token_stride,
-    group_stride,
-    eps,
-    D: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, out, grad, cos, sin, q, do, delta, sinks, lse, of_sinks, begin, n_chunk, n_queries, n_heads,
+    group_heads, row_stride, token_stride, group_stride, eps,
+    D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta, each dsink.
 
     Heads of ``grad`` lie together in groups, and those as the output projection left them.
@@ -106,37 +85,12 @@ def _score_step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def scores_kernel(  # type: ignore[no-untyped-def]
-    q,
-    do,
-    raw,
-    entries,
-    sight,
-    chosen,
-    lse,
-    delta,
-    p_raw,
-    ds_raw,
-    p_entries,
-    ds_entries,
-    begin,
-    n_chunk,
-    n_queries,
-    n_heads,
-    n_raw,
-    n_entries,
-    n_chosen,
-    raw_slots,
-    entry_slots,
-    entry_base,
-    sight_rows,
-    scale,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEYS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHOSEN: tl.constexpr,
-):
+    q, do, raw, entries, ranges, selected, lse, delta, p_raw, ds_raw, p_entries, ds_entries, begin,
+    n_chunk, n_queries, n_heads, n_raw, n_entries, n_selected, raw_slots, entry_slots, entry_base,
+    range_rows, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    ALIGNED: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
     """Grid (C, N / HEADS, B): p and ds of [C, N, slots]."""
     row = tl.program_id(2).to(tl.int64)
     query = begin + tl.program_id(0)
@@ -150,7 +104,7 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     g = tl.load(do + place * n_heads * D + of_head, mask=inside, other=0.0)
     log2_sum = tl.load(lse + token * n_heads + head, mask=here, other=0.0) * LOG2E
     d = tl.load(delta + token * n_heads + head, mask=here, other=0.0)
-    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    sees = ranges + ((row % range_rows) * n_queries + query) * 4
     raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
     entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
     raw += row * n_raw * D
@@ -171,10 +125,10 @@ def scores_kernel(  # type: ignore[no-untyped-def]
             p_raw + slot, ds_raw + slot, to, here[:, None], scale, D,
         )  # fmt: skip
     to = head[:, None] * entry_slots + step[None, :]
-    if CHOSEN:
-        chosen += token * n_chosen
-        for slot in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
-            at = tl.load(chosen + slot + step, mask=slot + step < n_chosen, other=-1)
+    if SELECTED:
+        selected += token * n_selected
+        for slot in range(0, tl.minimum(entry_stop - entry_first, n_selected), KEYS):
+            at = tl.load(selected + slot + step, mask=slot + step < n_selected, other=-1)
             _score_step(
                 x, g, entries, at, at >= 0, col, log2_sum, d,
                 p_entries + slot, ds_entries + slot, to, here[:, None], scale, D,
@@ -206,31 +160,11 @@ def _query_step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def queries_kernel(  # type: ignore[no-untyped-def]
-    raw,
-    entries,
-    sight,
-    chosen,
-    ds_raw,
-    ds_entries,
-    grad,
-    begin,
-    n_chunk,
-    n_queries,
-    n_heads,
-    n_raw,
-    n_entries,
-    n_chosen,
-    raw_slots,
-    entry_slots,
-    entry_base,
-    sight_rows,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEYS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHOSEN: tl.constexpr,
-):
+    raw, entries, ranges, selected, ds_raw, ds_entries, grad, begin, n_chunk, n_queries, n_heads,
+    n_raw, n_entries, n_selected, raw_slots, entry_slots, entry_base, range_rows,
+    D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, ALIGNED: tl.constexpr,
+    COLUMNS: tl.constexpr, SELECTED: tl.constexpr,
+):  # fmt: skip
     """Grid (C, N / HEADS * D / COLUMNS, B): dq of the chunk into [B, L, N, D]."""
     row = tl.program_id(2).to(tl.int64)
     query = begin + tl.program_id(0)
@@ -239,7 +173,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1) // parts * HEADS + tl.arange(0, HEADS)[:, None]
     col = tl.program_id(1) % parts * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     here = head < n_heads
-    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    sees = ranges + ((row % range_rows) * n_queries + query) * 4
     raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
     entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
     raw += row * n_raw * D
@@ -256,10 +190,10 @@ def queries_kernel(  # type: ignore[no-untyped-def]
         seen = (at >= raw_first) & (at <= raw_last)
         acc = _query_step(raw, at, seen, col, ds_raw + slot, to, here, acc, D)
     to = head * entry_slots + step[None, :]
-    if CHOSEN:
-        chosen += token * n_chosen
-        for slot in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
-            at = tl.load(chosen + slot + step, mask=slot + step < n_chosen, other=-1)
+    if SELECTED:
+        selected += token * n_selected
+        for slot in range(0, tl.minimum(entry_stop - entry_first, n_selected), KEYS):
+            at = tl.load(selected + slot + step, mask=slot + step < n_selected, other=-1)
             acc = _query_step(entries, at, at >= 0, col, ds_entries + slot, to, here, acc, D)
     else:
         base = entry_first // ALIGNED * ALIGNED
@@ -273,12 +207,12 @@ def queries_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _first_above(sight, column, bound, begin, end):  # type: ignore[no-untyped-def]
-    """Return the first of queries [begin, end) whose ``column`` of sight, ascending, > bound."""
+def _first_above(ranges, column, bound, begin, end):  # type: ignore[no-untyped-def]
+    """Return the first of queries [begin, end) whose ``column`` of ranges, ascending, > bound."""
     low, high = begin, end
     while low < high:
         middle = (low + high) // 2
-        above = tl.load(sight + middle * 4 + column) > bound
+        above = tl.load(ranges + middle * 4 + column) > bound
         high = tl.where(above, middle, high)
         low = tl.where(above, low, middle + 1)
     return low
@@ -286,32 +220,11 @@ def _first_above(sight, column, bound, begin, end):  # type: ignore[no-untyped-d
 
 @triton.jit
 def keys_kernel(  # type: ignore[no-untyped-def]
-    q,
-    do,
-    p_raw,
-    ds_raw,
-    p_entries,
-    ds_entries,
-    sight,
-    grad_raw,
-    grad_entries,
-    begin,
-    n_chunk,
-    n_queries,
-    n_heads,
-    n_raw,
-    n_entries,
-    raw_slots,
-    entry_slots,
-    raw_blocks,
-    raw_base,
-    entry_base,
-    sight_rows,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    q, do, p_raw, ds_raw, p_entries, ds_entries, ranges, grad_raw, grad_entries, begin, n_chunk,
+    n_queries, n_heads, n_raw, n_entries, raw_slots, entry_slots, raw_blocks, raw_base, entry_base,
+    range_rows,
+    D: tl.constexpr, HEADS: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of keys, D / COLUMNS, B): adds to float32 [B, T, D] and [B, P, D].
 
     The first ``raw_blocks`` are of raw keys, the others of entries.
@@ -325,18 +238,18 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     block = tl.where(raws, raw_base, entry_base) + nth * ALIGNED
     key = block + tl.arange(0, ALIGNED)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    sight += (row % sight_rows) * n_queries * 4
+    ranges += (row % range_rows) * n_queries * 4
     end = begin + n_chunk
     # A query sees raw keys [first, last] and entries [first, stop).
     ends, starts = tl.where(raws, 1, 3), tl.where(raws, 0, 2)
-    low = _first_above(sight, ends, tl.where(raws, block - 1, block), begin, end)
-    high = _first_above(sight, starts, block + ALIGNED - 1, begin, end)
+    low = _first_above(ranges, ends, tl.where(raws, block - 1, block), begin, end)
+    high = _first_above(ranges, starts, block + ALIGNED - 1, begin, end)
     acc = tl.zeros((ALIGNED, COLUMNS), tl.float32)
     step = tl.arange(0, HEADS)
     blocks = (n_heads + HEADS - 1) // HEADS
     for i in range(low * blocks, high * blocks):
         query, head = i // blocks, i % blocks * HEADS + step[:, None]
-        of_window = tl.load(sight + query * 4) // ALIGNED * ALIGNED
+        of_window = tl.load(ranges + query * 4) // ALIGNED * ALIGNED
         base = tl.where(raws, of_window, entry_base)
         of_head = (row * n_chunk + query - begin) * n_heads + head
         here = head < n_heads
@@ -357,28 +270,12 @@ def keys_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def chosen_kernel(  # type: ignore[no-untyped-def]
-    q,
-    do,
-    p,
-    ds,
-    sight,
-    chosen,
-    grad,
-    begin,
-    n_chunk,
-    n_queries,
-    n_heads,
-    n_entries,
-    n_chosen,
-    n_slots,
-    sight_rows,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEYS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def selected_kernel(  # type: ignore[no-untyped-def]
+    q, do, p, ds, ranges, selected, grad, begin, n_chunk, n_queries, n_heads, n_entries, n_selected,
+    n_slots, range_rows,
+    D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr,
     IN_ORDER: tl.constexpr,
-):
+):  # fmt: skip
     """Grid (C, D / COLUMNS, B): adds to ``grad`` [B, P, D], or writes [B, C, K, D], float32."""
     row = tl.program_id(2).to(tl.int64)
     query = begin + tl.program_id(0)
@@ -389,12 +286,12 @@ def chosen_kernel(  # type: ignore[no-untyped-def]
     inside = here & (col < D)
     x = tl.load(q + (token * n_heads + head) * D + col, mask=inside, other=0.0)
     g = tl.load(do + (place * n_heads + head) * D + col, mask=inside, other=0.0)
-    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    sees = ranges + ((row % range_rows) * n_queries + query) * 4
     visible = tl.load(sees + 3) - tl.load(sees + 2)
     step = tl.arange(0, KEYS)
-    for first in range(0, tl.minimum(visible, n_chosen), KEYS):
+    for first in range(0, tl.minimum(visible, n_selected), KEYS):
         slot = first + step
-        entry = tl.load(chosen + token * n_chosen + slot, mask=slot < n_chosen, other=-1)
+        entry = tl.load(selected + token * n_selected + slot, mask=slot < n_selected, other=-1)
         to = (place * n_heads + head) * n_slots + slot[None, :]
         seen = (entry >= 0)[None, :] & here
         weights = tl.load(ds + to, mask=seen, other=0.0)
@@ -403,7 +300,7 @@ def chosen_kernel(  # type: ignore[no-untyped-def]
         sums = tl.dot(tl.trans(weights), g, sums, input_precision="ieee")
         added = (entry >= 0)[:, None] & (col < D)
         if IN_ORDER:
-            tl.store(grad + (place * n_chosen + slot[:, None]) * D + col, sums, mask=added)
+            tl.store(grad + (place * n_selected + slot[:, None]) * D + col, sums, mask=added)
         else:
             to_entry = (row * n_entries + entry[:, None]) * D + col
             tl.atomic_add(grad + to_entry, sums, mask=added, sem="relaxed")

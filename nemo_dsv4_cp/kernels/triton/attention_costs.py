@@ -5,7 +5,8 @@ A kernel is counted as reading and writing each of its tensors once, or of a chu
 sees: what caches save, and what gathered rows read again, is not in it.
 """
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries
+# K selected entries
 
 from __future__ import annotations
 
@@ -14,18 +15,13 @@ from typing import Any
 import torch
 
 from nemo_dsv4_cp.kernels.costs import Cost
-from nemo_dsv4_cp.kernels.triton.attention_chunks import (
-    Chunk,
-    bytes_per_query,
-    chunks_of,
-    raw_slots,
-)
+from nemo_dsv4_cp.kernels.triton.chunks import backward_bytes, chunks_of, raw_slots
 
 Shape = tuple[int, ...]
 
 
-def _products(x: Shape, chosen: Shape | None, chunks: list[int], window: int) -> int:
-    """Return the operations of one product of queries and keys: 2 D a head and key.
+def _products(x: Shape, selected: Shape | None, chunks: list[int], window: int) -> int:
+    """Return the operations of one product of queries and keys: 2 D per head and key.
 
     Keys are those of the whole window and, of entries, those that each query sees, or K.
     """
@@ -33,27 +29,27 @@ def _products(x: Shape, chosen: Shape | None, chunks: list[int], window: int) ->
     keys = 0
     for chunk in chunks_of(chunks):
         queries, entries = batch * (chunk.end - chunk.begin), chunk.seen
-        if chosen is not None:
-            entries = min(entries, queries * chosen[-1])
+        if selected is not None:
+            entries = min(entries, queries * selected[-1])
         keys += queries * window + entries
     return 2 * heads * width * keys
 
 
 def forward_flops(
-    x: Shape, raw: Shape, entries: Shape, sinks: Shape, chosen: Shape | None,
-    cos: Shape, sin: Shape, sight: Shape, chunks: list[int], window: int, *_: Any, **__: Any,
+    x: Shape, raw: Shape, entries: Shape, sinks: Shape, selected: Shape | None,
+    cos: Shape, sin: Shape, ranges: Shape, chunks: list[int], window: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Return the floating-point operations of the products in forward, two."""
-    return 2 * _products(x, chosen, chunks, window)
+    return 2 * _products(x, selected, chunks, window)
 
 
 def backward_flops(
-    grad: Shape, x: Shape, raw: Shape, entries: Shape, sinks: Shape, chosen: Shape | None,
-    cos: Shape, sin: Shape, sight: Shape, out: Shape, lse: Shape,
+    grad: Shape, x: Shape, raw: Shape, entries: Shape, sinks: Shape, selected: Shape | None,
+    cos: Shape, sin: Shape, ranges: Shape, out: Shape, lse: Shape,
     chunks: list[int], window: int, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Return the floating-point operations of the products in backward, five."""
-    return 5 * _products(x, chosen, chunks, window)
+    return 5 * _products(x, selected, chunks, window)
 
 
 def _bytes(*tensors: torch.Tensor | None) -> int:
@@ -62,7 +58,7 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
 
 def forward_cost(
     x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor, sinks: torch.Tensor,
-    chosen: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, sight: torch.Tensor,
+    selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, ranges: torch.Tensor,
     *_: Any,
 ) -> Cost:  # fmt: skip
     """Return what ``attend`` launches, reads, writes and allocates."""
@@ -71,7 +67,7 @@ def forward_cost(
     rotated = queries * cos.shape[-1] // x.shape[-1]
     return Cost(
         launches=3,  # norm and rotary, attention, rotary back of the last dims
-        read_bytes=2 * (queries + angles) + rotated + _bytes(raw, entries, sinks, chosen, sight),
+        read_bytes=2 * (queries + angles) + rotated + _bytes(raw, entries, sinks, selected, ranges),
         written_bytes=2 * queries + rotated + lse,
         scratch_bytes=0,
     )
@@ -79,58 +75,46 @@ def forward_cost(
 
 def backward_cost(
     grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
-    sinks: torch.Tensor, chosen: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
-    sight: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
+    sinks: torch.Tensor, selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+    ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
     scale: float, eps: float, in_order: bool,
 ) -> Cost:  # fmt: skip
     """Return what ``attend_backward`` launches, reads, writes and allocates."""
     batch, _, heads, width = x.shape
-    size, n_chosen = x.element_size(), None if chosen is None else chosen.shape[-1]
+    size, n_selected = x.element_size(), None if selected is None else selected.shape[-1]
     sums = 4 * (raw.numel() + entries.numel())
     rounded = raw.element_size() != 4
     launches, read, written = 2 + 2 * rounded, sums * rounded, sums
     most = 0
     for chunk in chunks_of(chunks):
-        rows = chunk.end - chunk.begin
-        slots = chunk.entry_slots(n_chosen)
-        queries = batch * rows * heads * width * size
-        of_raw = 2 * batch * rows * heads * raw_slots(window) * size
-        of_entries = 2 * batch * rows * heads * slots * size
+        rows = batch * (chunk.end - chunk.begin)
+        queries = rows * heads * width * size
+        of_raw = 2 * rows * heads * raw_slots(window) * size
+        of_entries = 2 * rows * heads * chunk.entry_slots(n_selected) * size
+        launches += 4
+        stored = backward_bytes(chunk, heads, width, window, n_selected, size, in_order)
+        most = max(most, rows * stored)
         raw_rows = batch * (chunk.raw_end - chunk.raw_begin) * width
-        launches, most = (
-            launches + 4,
-            max(most, _stored(chunk, x, window, slots, n_chosen, in_order)),
-        )
         entry_rows = batch * (chunk.entry_end - chunk.entry_begin) * width
-        if chosen is not None:
-            entry_rows = min(entry_rows, batch * rows * chosen.shape[-1] * width)
+        if n_selected is not None:
+            entry_rows = min(entry_rows, rows * n_selected * width)
         # ready: x, out, grad to q, do. scores: those and keys to p, ds.
         read += 3 * queries + 2 * queries + (raw_rows + entry_rows) * size
         written += 2 * queries + of_raw + of_entries
         # keys: q, do, p, ds, sums to sums. queries: ds of the window and of entries, keys to dq.
         read += 2 * queries + of_raw + 4 * raw_rows
         written += 4 * raw_rows
-        read += batch * rows * heads * window * size + of_entries // 2
+        read += rows * heads * window * size + of_entries // 2
         read += (raw_rows + entry_rows) * size
         written += queries
         if not entry_rows:
             continue
-        if chosen is not None:
+        if n_selected is not None:
             launches += 4 if in_order else 1
             read += 2 * queries
         read += of_entries + 4 * entry_rows
         written += 4 * entry_rows
-    # The norm's backward in place, and the sum of the sinks' gradients, one a log Z.
+    # The norm's backward in place, and the sum of the sinks' gradients, one per log Z.
     launches += 2 + (sinks.element_size() != 4)
     read, written = read + _bytes(x, x) + 2 * _bytes(lse), written + _bytes(x) + 2 * _bytes(lse)
     return Cost(launches, read, written, scratch_bytes=most + sums * rounded + 2 * _bytes(lse))
-
-
-def _stored(
-    chunk: Chunk, x: torch.Tensor, window: int, slots: int, n_chosen: int | None, in_order: bool
-) -> int:
-    batch, _, heads, width = x.shape
-    a_query = bytes_per_query(
-        heads, width, window, slots, n_chosen or 0, x.element_size(), in_order
-    )
-    return batch * (chunk.end - chunk.begin) * a_query

@@ -6,19 +6,16 @@
 It must equal ``kernels/reference/attention.py``, log Z included. The heads of one query are the
 rows of both products, for they share keys: a program walks the keys of its query once, window
 first, with the running maximum and sum of online softmax, begun with the sink. Which keys those
-are it reads in ``sight``; positions and masks it has none. Everything is in powers of two.
+are it reads in ``ranges``; positions and masks it has none. Everything is in powers of two.
 """
 
-# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
+# B batch rows   L local queries   N heads   D head_dim   T raw keys   P entries
+# K selected entries
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-from nemo_dsv4_cp.kernels.triton import tiles
-from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -42,27 +39,11 @@ def _step(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def forward_kernel(  # type: ignore[no-untyped-def]
-    q,
-    raw,
-    entries,
-    sinks,
-    sight,
-    chosen,
-    out,
-    lse,
-    n_queries,
-    n_heads,
-    n_raw,
-    n_entries,
-    n_chosen,
-    sight_rows,
-    scale2,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
-    KEYS: tl.constexpr,
-    CHOSEN: tl.constexpr,
-):
+    q, raw, entries, sinks, ranges, selected, out, lse, n_queries, n_heads, n_raw, n_entries,
+    n_selected, range_rows, scale2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    SELECTED: tl.constexpr,
+):  # fmt: skip
     """Grid (L, N / HEADS, B). ``out`` may be the memory of ``q``."""
     query, row = tl.program_id(0), tl.program_id(2).to(tl.int64)
     token = row * n_queries + query
@@ -70,7 +51,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     col = tl.arange(0, BLOCK_D)[None, :]
     inside = (head[:, None] < n_heads) & (col < D)
     x = tl.load(q + token * n_heads * D + (head[:, None] * D + col), mask=inside, other=0.0)
-    sees = sight + ((row % sight_rows) * n_queries + query) * 4
+    sees = ranges + ((row % range_rows) * n_queries + query) * 4
     raw_first, raw_last = tl.load(sees), tl.load(sees + 1)
     entry_first, entry_stop = tl.load(sees + 2), tl.load(sees + 3)
     raw += row * n_raw * D
@@ -83,11 +64,11 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     for first in range(raw_first, raw_last + 1, KEYS):
         at = first + step
         acc, best, total = _step(x, raw, at, at <= raw_last, col, acc, best, total, scale2, D)
-    if CHOSEN:
-        chosen += token * n_chosen
-        for first in range(0, tl.minimum(entry_stop - entry_first, n_chosen), KEYS):
+    if SELECTED:
+        selected += token * n_selected
+        for first in range(0, tl.minimum(entry_stop - entry_first, n_selected), KEYS):
             slot = first + step
-            at = tl.load(chosen + slot, mask=slot < n_chosen, other=-1)
+            at = tl.load(selected + slot, mask=slot < n_selected, other=-1)
             acc, best, total = _step(x, entries, at, at >= 0, col, acc, best, total, scale2, D)
     else:
         for first in range(entry_first, entry_stop, KEYS):
@@ -100,47 +81,3 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + to, acc.to(out.dtype.element_ty), mask=(head[:, None] < n_heads) & (col < D))
     log_sum = (best + tl.log2(total)) / LOG2E
     tl.store(lse + token * n_heads + head, log_sum, mask=head < n_heads)
-
-
-def attend_into(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    raw: torch.Tensor,
-    entries: torch.Tensor,
-    sinks: torch.Tensor,
-    chosen: torch.Tensor | None,
-    sight: torch.Tensor,
-    scale: float,
-    tile: tiles.Tile,
-) -> None:
-    """Write the output of normed and rotated queries, and log Z, float32 [B, L, N].
-
-    All tensors are contiguous; ``out`` may be ``q``.
-    """
-    batch, length, heads, width = q.shape
-    rows = min(tile.heads, padded(heads))
-    forward_kernel[length, triton.cdiv(heads, rows), batch](
-        q,
-        raw,
-        entries,
-        sinks,
-        sight,
-        chosen,
-        out,
-        lse,
-        length,
-        heads,
-        raw.shape[1],
-        entries.shape[1],
-        0 if chosen is None else chosen.shape[-1],
-        sight.shape[0],
-        scale * LOG2E.value,
-        D=width,
-        BLOCK_D=padded(width),
-        HEADS=rows,
-        KEYS=tile.keys,
-        CHOSEN=chosen is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )

@@ -3,9 +3,9 @@
 
     score_p = sum_i weight_i relu(q_i . k_p)
 
-It must equal ``kernels/reference/index_choice.py``. A program keeps a block of keys and walks
+It must equal ``kernels/reference/torch_kernels.py``. A program keeps a block of keys and walks
 neighbouring queries, whose heads are the columns of one product and are summed in registers: scores
-never hold the heads in memory. They are stored as whole numbers in the order of the floats, 0 below
+never hold the heads in memory. They are stored as integers in the order of the floats, 0 below
 all of them, with the largest of each GROUP that a query may see: ranking reads few scores by them.
 """
 
@@ -13,15 +13,8 @@ all of them, with the largest of each GROUP that a query may see: ranking reads 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-from nemo_dsv4_cp.kernels.triton import tiles
-from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
-
-GROUP = 32
-"""Scores that share a stored maximum: 128 bytes, a line of the cache."""
 
 
 @triton.jit
@@ -34,28 +27,15 @@ def in_order(scores):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def index_scores_kernel(  # type: ignore[no-untyped-def]
-    q,
-    weights,
-    keys,
-    visible,
-    scores,
-    maxima,
-    first_query,
-    n_queries,
-    n_rows,
-    n_entries,
-    first_entry,
-    n_scores,
-    visible_rows,
-    HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Grid (n_scores / KEYS, C / QUERIES, B): scores [B, C, n_scores] of a chunk, and maxima."""
+    q, weights, keys, visible, scores, maxima, first_query, n_queries, n_rows, n_entries,
+    first_entry, n_scores, visible_rows,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (n_scores / KEYS, C / QUERIES, B): scores [B, C, n_scores] of a chunk, and maxima.
+
+    What no query of a block of keys may see is not written; entries beyond P get some score too.
+    """
     row = tl.program_id(2).to(tl.int64)
     visible += (row % visible_rows) * n_queries * 2
     begin = tl.program_id(1) * QUERIES
@@ -93,32 +73,3 @@ def index_scores_kernel(  # type: ignore[no-untyped-def]
         best = tl.max(tl.reshape(seen, (KEYS // GROUP, GROUP)), axis=1)
         n_groups = n_scores // GROUP
         tl.store(maxima + to * n_groups + group, best.to(tl.int32, bitcast=True), group < n_groups)
-
-
-def score_into(
-    scores: torch.Tensor,
-    maxima: torch.Tensor,
-    q: torch.Tensor,
-    weights: torch.Tensor,
-    keys: torch.Tensor,
-    visible: torch.Tensor,
-    *,
-    first_query: int,
-    first_entry: int,
-) -> None:
-    """Write int32 scores [B, C, n] of entries from ``first_entry`` on, and maxima of their groups.
-
-    What no query of a block of keys may see is not written. Entries beyond P get some score too.
-    All tensors are contiguous, n a multiple of ``GROUP``.
-    """
-    (batch, length, heads, width), (_, rows, n_scores) = q.shape, scores.shape
-    tile = tiles.of(tiles.INDEX_SCORES, q)
-    queries = max(1, tile.heads // padded(heads))
-    grid = (triton.cdiv(n_scores, tile.keys), triton.cdiv(rows, queries), batch)
-    index_scores_kernel[grid](
-        q, weights, keys, visible, scores, maxima,
-        first_query, length, rows, keys.shape[1], first_entry, n_scores, visible.shape[0],
-        HEADS=heads, BLOCK_HEADS=padded(heads), F=width, BLOCK_F=padded(width), KEYS=tile.keys,
-        QUERIES=triton.next_power_of_2(queries), GROUP=GROUP,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip

@@ -14,9 +14,13 @@ share their angles; a row is read once, whole, and its pairs are split in regist
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from nemo_dsv4_cp.kernels.costs import Cost, register_cost
 
 HEADS = 8
 """Rows a program: 8 x 512 numbers are 16 a thread, in 8-byte loads and more."""
@@ -44,17 +48,9 @@ def angles(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def norm_rotate_kernel(  # type: ignore[no-untyped-def]
-    x,
-    cos,
-    sin,
-    z,
-    n_heads,
-    eps,
-    D: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, cos, sin, z, n_heads, eps,
+    D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Grid (B L, N / ROWS): z = R y."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -70,17 +66,9 @@ def norm_rotate_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def norm_rotate_backward_kernel(  # type: ignore[no-untyped-def]
-    x,
-    cos,
-    sin,
-    grad,
-    n_heads,
-    eps,
-    D: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, cos, sin, grad, n_heads, eps,
+    D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Grid (B L, N / ROWS): dz in ``grad`` becomes dx, in place."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -99,16 +87,9 @@ def norm_rotate_backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def rotate_kernel(  # type: ignore[no-untyped-def]
-    x,
-    cos,
-    sin,
-    n_heads,
-    sign,
-    D: tl.constexpr,
-    ROTARY: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, cos, sin, n_heads, sign,
+    D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_R: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Grid (B L, N / ROWS): the last r dims turned in place, by -1 times the angle for ``sign``."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -119,26 +100,6 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
     rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     rows = turn(rows, c, s * sign, ROWS, BLOCK_R // 2)
     tl.store(x + at, rows.to(x.dtype.element_ty), mask=inside)
-
-
-def norm_rotate_into(
-    z: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-) -> None:
-    """Write R y of contiguous [B, L, N, D] rows into ``z``."""
-    tokens, (heads, width) = x.shape[0] * x.shape[1], x.shape[2:]
-    norm_rotate_kernel[tokens, triton.cdiv(heads, HEADS)](
-        x, cos, sin, z, heads, eps, width, cos.shape[-1], padded(width), HEADS
-    )
-
-
-def norm_rotate_backward_(
-    grad: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
-) -> None:
-    """Turn the gradient of R y into that of x, in place."""
-    tokens, (heads, width) = x.shape[0] * x.shape[1], x.shape[2:]
-    norm_rotate_backward_kernel[tokens, triton.cdiv(heads, HEADS)](
-        x, cos, sin, grad, heads, eps, width, cos.shape[-1], padded(width), HEADS
-    )
 
 
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, sign: float = 1.0) -> None:
@@ -153,3 +114,38 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, sign: floa
 def padded(size: int) -> int:
     """Return the power of two that a tile holds ``size`` numbers in, 16 at least."""
     return max(16, int(triton.next_power_of_2(size)))
+
+
+@torch.library.custom_op("dsv4_cp::rotate", mutates_args=())
+def rotate_op(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    """Return [B, L, D] with its last r dims turned by [B, L, r] angles, -1 times for ``sign``."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    if out.numel():
+        rotate_(out.unsqueeze(2), cos, sin, sign=sign)
+    return out
+
+
+@rotate_op.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, cos, sin, sign = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.sign = sign
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return rotate_op(grad, *ctx.saved_tensors, -ctx.sign), None, None, None
+
+
+rotate_op.register_autograd(_backward, setup_context=_setup)
+
+
+@register_cost("dsv4_cp::rotate")
+def _(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, _: float) -> Cost:
+    size = x.element_size()
+    whole, turned = x.numel() * size, x.numel() // x.shape[-1] * cos.shape[-1] * size
+    angles = 2 * cos.numel() * cos.element_size()
+    return Cost(2 if whole else 0, whole + turned + angles, whole + turned, scratch_bytes=0)

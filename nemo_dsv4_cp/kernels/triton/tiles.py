@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+import triton
 
 FLOAT32 = 32
 """Row of the tables for float32 on any device: no tensor cores, and twice the bytes."""
@@ -28,10 +29,10 @@ class Tile:
     """How one kernel walks.
 
     Attributes:
-        heads: Heads of a query that a program takes.
-        keys: Keys a step.
-        columns: Of the head dim that a program takes; 0 for all.
-        warps: Warps a program.
+        heads: Heads of a query per program.
+        keys: Keys per step.
+        columns: Columns of the head dim per program; 0 for all.
+        warps: Warps per program.
         stages: Steps whose loads are in flight.
     """
 
@@ -73,8 +74,8 @@ KEYS_GRAD = {
     100: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=2),
 }
 
-# A query's chosen entries, all heads at once: nothing to keep, the sums leave by atomics.
-CHOSEN_GRAD = {
+# A query's selected entries, all heads at once: nothing is held, the sums leave by atomics.
+SELECTED_GRAD = {
     FLOAT32: Tile(heads=0, keys=32, columns=64, warps=8, stages=1),
     80: Tile(heads=0, keys=64, columns=64, warps=8, stages=1),
     90: Tile(heads=0, keys=64, columns=128, warps=8, stages=1),
@@ -109,8 +110,18 @@ def compiled_for(arch: int) -> Iterator[None]:
         _compiled_for.reset(before)
 
 
+def compiling_ahead() -> bool:
+    """Whether kernels are compiled for an architecture that need not be here."""
+    return _compiled_for.get() is not None
+
+
 def of(table: dict[int, Tile], x: torch.Tensor) -> Tile:
-    """Return the tile for a tensor: of its device's architecture, or the last before that."""
+    """Return the tile for a tensor: of its device's architecture, or the last before that.
+
+    Raises:
+        ValueError: If Triton interprets, and cannot multiply numbers of the tensor's type.
+    """
+    refuse_interpreted_bfloat16(x)
     arch = _compiled_for.get()
     if x.is_cuda:
         arch = torch.cuda.get_device_capability(x.device)[0] * 10
@@ -119,3 +130,12 @@ def of(table: dict[int, Tile], x: torch.Tensor) -> Tile:
     if x.dtype == torch.float32:
         return table[FLOAT32]
     return table[max(known for known in table if known <= arch)]
+
+
+def refuse_interpreted_bfloat16(x: torch.Tensor) -> None:
+    """Raise ValueError for a tensor that the interpreter would multiply wrongly."""
+    if x.dtype is torch.bfloat16 and triton.knobs.runtime.interpret:
+        raise ValueError(
+            "Triton's interpreter multiplies the bits of bfloat16 as integers; under "
+            "TRITON_INTERPRET=1 set torch_dtype: float32"
+        )

@@ -13,16 +13,12 @@ row, the same bits every time and no atomics:
    many that equal it as are lacking.
 """
 
-# B batch rows   L local queries   P entries   K chosen entries   C queries of a chunk
+# B batch rows   L local queries   P entries   K selected entries   C queries of a chunk
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-
-from nemo_dsv4_cp.kernels.triton import tiles
-from nemo_dsv4_cp.kernels.triton.index_scores import GROUP
 
 # Two counts travel in one cumulative sum: of what is above in the low bits, of ties from TIES on.
 TIES = tl.constexpr(16)
@@ -42,31 +38,19 @@ def _kth(numbers, K):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def top_k_kernel(  # type: ignore[no-untyped-def]
-    scores,
-    maxima,
-    visible,
-    chosen,
-    first_query,
-    n_queries,
-    n_rows,
-    first_entry,
-    n_scores,
-    visible_rows,
-    K,
-    BLOCK_K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STEP: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Grid (C, B): places of the K best into ``chosen`` [B, L, K], the rest of which is -1."""
+    scores, maxima, visible, selected, first_query, n_queries, n_rows, first_entry, n_scores,
+    visible_rows, K,
+    BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (C, B): places of the K best into ``selected`` [B, L, K], the rest of which is -1."""
     c, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     query = first_query + c
     bounds = visible + ((row % visible_rows) * n_queries + query) * 2
     first, stop = tl.load(bounds), tl.load(bounds + 1)
-    chosen += (row * n_queries + query) * K
+    selected += (row * n_queries + query) * K
     slot = tl.arange(0, BLOCK_K)
     if stop - first <= K:
-        tl.store(chosen + slot, tl.where(slot < stop - first, first + slot, -1), slot < K)
+        tl.store(selected + slot, tl.where(slot < stop - first, first + slot, -1), slot < K)
         return
     first, stop = first - first_entry, stop - first_entry
     scores += (row * n_rows + c) * n_scores
@@ -79,15 +63,15 @@ def top_k_kernel(  # type: ignore[no-untyped-def]
     best = best.to(tl.uint32, bitcast=True)
     bound = _kth(best, K)
 
-    # Their numbers wait in the memory of the choice: fewer than K.
+    # Their numbers wait in the memory of the result: fewer than K.
     above = (best > bound).to(tl.int32)
     n_above = tl.sum(above)
-    tl.store(chosen + tl.cumsum(above) - 1, group, mask=above == 1)
+    tl.store(selected + tl.cumsum(above) - 1, group, mask=above == 1)
     tl.debug_barrier()
-    held = tl.load(chosen + slot, mask=slot < n_above, other=0)
+    held = tl.load(selected + slot, mask=slot < n_above, other=0)
     of_held = held[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    in_sight = (slot < n_above)[:, None] & (of_held >= first) & (of_held < stop)
-    few = tl.load(scores + of_held, mask=in_sight, other=0).to(tl.uint32, bitcast=True)
+    in_range = (slot < n_above)[:, None] & (of_held >= first) & (of_held < stop)
+    few = tl.load(scores + of_held, mask=in_range, other=0).to(tl.uint32, bitcast=True)
     threshold = tl.maximum(bound, _kth(few, K))
     lacking = K - tl.sum((few > threshold).to(tl.int32))
     tl.debug_barrier()
@@ -107,35 +91,6 @@ def top_k_kernel(  # type: ignore[no-untyped-def]
         ties = n_ties + (before >> TIES)
         taken = higher | (tie & (ties < lacking))
         to = n_taken + (before & LOW_BITS) + tl.minimum(ties, lacking)
-        tl.store(chosen + to, first_entry + place, mask=taken)
+        tl.store(selected + to, first_entry + place, mask=taken)
         n_taken += tl.sum(higher.to(tl.int32))
         n_ties += tl.sum(tie.to(tl.int32))
-
-
-def choose_into(
-    chosen: torch.Tensor,
-    scores: torch.Tensor,
-    maxima: torch.Tensor,
-    visible: torch.Tensor,
-    *,
-    first_query: int,
-    first_entry: int,
-) -> None:
-    """Write the choice of the C queries from ``first_query`` on into int32 [B, L, K].
-
-    Args:
-        chosen: Contiguous.
-        scores: Int32 [B, C, n] of :func:`index_scores.score_into`.
-        maxima: Int32 [B, C, n / GROUP].
-        visible: Int32 [B or 1, L, 2], the first entry that a query may see and one past the last.
-        first_query: Place of the chunk's first query.
-        first_entry: Entry of the first score.
-    """
-    (batch, length, kept), (_, rows, n_scores) = chosen.shape, scores.shape
-    block, groups = triton.next_power_of_2(kept), triton.next_power_of_2(n_scores // GROUP)
-    tile = tiles.of(tiles.TOP_K, scores)
-    top_k_kernel[rows, batch](
-        scores, maxima, visible, chosen, first_query, length, rows, first_entry, n_scores,
-        visible.shape[0], kept, BLOCK_K=block, GROUPS=groups, STEP=min(tile.keys, groups),
-        GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip

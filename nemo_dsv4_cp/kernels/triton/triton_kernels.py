@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels as :class:`nemo_dsv4_cp.kernels.protocol.Kernels`."""
 
-# B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K chosen entries
-# I index heads   F index width
+# B batch rows   L queries   D head_dim   P entries   F index width
 
 from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nemo_dsv4_cp.kernels.protocol import Rope
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Rope,
+)
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.kernels.triton.attention import attend
-from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
-from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
-from nemo_dsv4_cp.kernels.triton.rotary import rotate
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
-from nemo_dsv4_cp.sequence.queries import Queries
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.triton.attention import attend_op
+from nemo_dsv4_cp.kernels.triton.chunks import backward_chunks, score_chunks
+from nemo_dsv4_cp.kernels.triton.norm_rotate import rotate_op
+from nemo_dsv4_cp.kernels.triton.selection import select_entries_op
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +33,17 @@ WIDEST = 512
 """The largest head dim whose tiles fit a multiprocessor."""
 
 MANY_HEADS = 128
-"""The most heads that the sums of chosen entries take at a time."""
-
+"""The most heads that the sums of selected entries take at a time."""
 
 INDEX_TILE = 64 * 128
 """The most numbers of one index query: they stay in shared memory beside a block of keys."""
 
 
-class TritonKernels:
-    """Kernels of this package, for CUDA devices of capability 8.0 and more."""
+class TritonKernels(TorchKernels):
+    """Kernels of this package, for CUDA devices of capability 8.0 and more.
+
+    Sizes that do not fit a multiprocessor go through the torch path.
+    """
 
     def __init__(self, *, workspace_bytes: int) -> None:
         """Remember how much scratch an operation may take, on a device that can run kernels.
@@ -45,70 +52,94 @@ class TritonKernels:
             ValueError: If there is no such device and Triton does not interpret.
         """
         _check_device()
-        self.workspace_bytes = workspace_bytes
-        self._torch = TorchKernels(workspace_bytes=workspace_bytes)
+        super().__init__(workspace_bytes=workspace_bytes)
+
+    # Each operation is one function here, and what a step computes once is under one key: a layer
+    # runs these in every forward.
 
     def rotate(self, x_BLD: torch.Tensor, rope: Rope) -> torch.Tensor:
         """Return keys or entries with their last r dims rotated."""
-        return rotate(x_BLD, rope)
+        (cos, sin), batch = rope, x_BLD.shape[0]
+        cos, sin = cos.expand(batch, -1, -1).contiguous(), sin.expand(batch, -1, -1).contiguous()
+        rotated: torch.Tensor = rotate_op(x_BLD, cos, sin, 1.0)
+        return rotated
 
-    def choose_entries(
-        self,
-        q_BLIF: torch.Tensor,
-        weights_BLI: torch.Tensor,
-        keys_BPF: torch.Tensor,
-        rope: Rope,
-        *,
-        queries: Queries,
-        ratio: int,
-        topk: int,
+    def select_entries(
+        self, queries: IndexQueries, keys_BPF: torch.Tensor, *, topk: int
     ) -> torch.Tensor:
-        """Rotate index queries and return the ``topk`` best of the entries that each may see."""
-        _check_dtype(q_BLIF)
-        heads, width = q_BLIF.shape[2:]
-        if padded(heads) * padded(width) > INDEX_TILE:
-            _say_torch_chooses(heads, width)
-            return self._torch.choose_entries(
-                q_BLIF, weights_BLI, keys_BPF, rope, queries=queries, ratio=ratio, topk=topk
-            )
-        return choose_entries(
-            q_BLIF, weights_BLI, keys_BPF, rope,
-            queries=queries, ratio=ratio, topk=topk, workspace_bytes=self.workspace_bytes,
-        )  # fmt: skip
+        """Rotate index queries and return the ``topk`` best entries of each, in order of place."""
+        q, (cos, sin), plan = queries.q_BLIF, queries.rope, queries.plan
+        batch, _, heads, width = q.shape
+        padded = triton.next_power_of_2(max(heads, 16)) * triton.next_power_of_2(max(width, 16))
+        if padded > INDEX_TILE:
+            _report_torch_selects(heads, width)
+            return super().select_entries(queries, keys_BPF, topk=topk)
+        workspace_bytes = self.workspace_bytes
+        visible, chunks = plan.queries.once(
+            ("top-k selection", plan.ratio, batch, workspace_bytes, q.device),
+            lambda: (
+                plan.queries.visible_entries(plan.ratio, q.device),
+                score_chunks(plan, batch=batch, workspace_bytes=workspace_bytes),
+            ),
+        )
+        selected: torch.Tensor = select_entries_op(
+            q.contiguous(),
+            queries.weights_BLI.float().contiguous(),
+            keys_BPF.contiguous(),
+            cos.expand(batch, -1, -1).contiguous(),
+            sin.expand(batch, -1, -1).contiguous(),
+            torch.stack(visible, dim=-1).to(torch.int32),
+            topk,
+            chunks,
+        )
+        return selected
 
     def attend(
-        self,
-        q_BLND: torch.Tensor,
-        raw_BTD: torch.Tensor,
-        entries_BPD: torch.Tensor,
-        sinks_N: torch.Tensor,
-        chosen_BLK: torch.Tensor | None,
-        rope: Rope,
-        *,
-        plan: AttentionPlan,
-        scale: float,
-        eps: float,
-        groups: int,
+        self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
     ) -> torch.Tensor:
-        """Attend to the window and to entries, all that are past or the chosen."""
-        _check_dtype(q_BLND)
-        heads, width = q_BLND.shape[2:]
-        if width > WIDEST or (chosen_BLK is not None and heads > MANY_HEADS):
-            _say_torch_attends(heads, width)
-            return self._torch.attend(
-                q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, rope,
-                plan=plan, scale=scale, eps=eps, groups=groups,
-            )  # fmt: skip
-        return attend(
-            q_BLND, raw_BTD, entries_BPD, sinks_N, chosen_BLK, rope,
-            plan=plan, scale=scale, eps=eps, groups=groups,
-            workspace_bytes=self.workspace_bytes,
-        )  # fmt: skip
+        """Attend to the window and to entries, all in range or the selected."""
+        q, (cos, sin), plan = queries.q_BLND, queries.rope, queries.plan
+        selected = queries.selected_BLK
+        batch, _, heads, width = q.shape
+        if width > WIDEST or (selected is not None and heads > MANY_HEADS):
+            _report_torch_attends(heads, width)
+            return super().attend(queries, keys, constants)
+        sizes: dict[str, Any] = {
+            "batch": batch,
+            "heads": heads,
+            "width": width,
+            "n_selected": None if selected is None else selected.shape[-1],
+            "itemsize": q.element_size(),
+            "in_order": torch.are_deterministic_algorithms_enabled(),
+            "workspace_bytes": self.workspace_bytes,
+        }
+        ranges, chunks = plan.queries.once(
+            ("attention", plan.window, plan.ratio, q.device, *sizes.values()),
+            lambda: (plan.visible_ranges(q.device), backward_chunks(plan, **sizes)),
+        )
+        out: torch.Tensor = attend_op(
+            q,
+            keys.raw_BTD.contiguous(),
+            keys.entries_BPD.contiguous(),
+            keys.sinks_N,
+            None if selected is None else selected.contiguous(),
+            cos.expand(batch, -1, -1).contiguous(),
+            sin.expand(batch, -1, -1).contiguous(),
+            ranges,
+            chunks,
+            plan.window,
+            constants.scale,
+            constants.eps,
+            constants.groups,
+        )[0]
+        return out
 
 
 def _check_device() -> None:
-    if triton.knobs.runtime.interpret or isinstance(torch.empty(0), FakeTensor):
-        return  # interpreted, or weighed
+    if triton.knobs.runtime.interpret or tiles.compiling_ahead():
+        return
+    if isinstance(torch.empty(0), FakeTensor):
+        return  # profiled
     if not torch.cuda.is_available():
         raise ValueError(
             "context_parallel.kernels='triton' needs a CUDA device, and torch sees none; set "
@@ -123,19 +154,11 @@ def _check_device() -> None:
         )
 
 
-def _check_dtype(q: torch.Tensor) -> None:
-    if q.dtype is torch.bfloat16 and triton.knobs.runtime.interpret:
-        raise ValueError(
-            "Triton's interpreter multiplies the bits of bfloat16 as whole numbers; under "
-            "TRITON_INTERPRET=1 set torch_dtype: float32"
-        )
-
-
 @functools.cache
-def _say_torch_chooses(heads: int, width: int) -> None:
+def _report_torch_selects(heads: int, width: int) -> None:
     logger.info(
-        "The index choice of %d heads of %d goes through torch: the Triton kernels take %d numbers "
-        "a query.",
+        "Top-k selection with %d heads of %d goes through torch: the Triton kernels take %d "
+        "numbers per query.",
         heads,
         width,
         INDEX_TILE,
@@ -143,10 +166,10 @@ def _say_torch_chooses(heads: int, width: int) -> None:
 
 
 @functools.cache
-def _say_torch_attends(heads: int, width: int) -> None:
+def _report_torch_attends(heads: int, width: int) -> None:
     logger.info(
         "Attention of %d heads of %d goes through torch: the Triton kernels take head dims up to "
-        "%d, and %d heads where entries are chosen.",
+        "%d, and %d heads with top-k indices.",
         heads,
         width,
         WIDEST,

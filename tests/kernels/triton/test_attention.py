@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.kernels.triton.attention import attend
+from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
 from tests.examples import MANY
-from tests.kernels.choices import queries_of
+from tests.kernels.cases import attend, queries_of
 from tests.kernels.triton.device import DEVICE
 
 WORKSPACES = [1, 60_000, 1 << 20]
@@ -34,9 +34,9 @@ def cases(draw):
     rotary = draw(st.sampled_from([2, 8, width]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     entries = -(-layout.seq_len // ratio) if ratio else 0
-    chosen = None
+    selected = None
     if ratio and draw(st.booleans()):
-        chosen = choice(draw, queries, ratio, batch, entries, generator)
+        selected = selection(draw, queries, ratio, batch, entries, generator)
     angles = random(generator, batch, length, rotary // 2).repeat(1, 1, 2)
     tensors = [
         random(generator, batch, length, heads, width),
@@ -46,10 +46,16 @@ def cases(draw):
     ]
     groups = draw(st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0]))
     options = {"plan": plan, "scale": width**-0.5, "eps": 1e-6, "groups": groups}
-    return tensors, chosen, (angles.cos(), angles.sin()), options, draw(st.sampled_from(WORKSPACES))
+    return (
+        tensors,
+        selected,
+        (angles.cos(), angles.sin()),
+        options,
+        draw(st.sampled_from(WORKSPACES)),
+    )
 
 
-def choice(draw, queries, ratio, batch, entries, generator):
+def selection(draw, queries, ratio, batch, entries, generator):
     """Draw some of the entries that each query may see, the unused slots last."""
     kept = draw(st.integers(0, entries))
     first, stop = queries.layout.visible_entries(queries.positions(), ratio)
@@ -60,11 +66,11 @@ def choice(draw, queries, ratio, batch, entries, generator):
     return best.indices.masked_fill(best.values < 0, NOTHING).to(torch.int32)
 
 
-def with_gradients(attend_, tensors, chosen, rope, weight=None, **options):
+def with_gradients(kernels, tensors, selected, rope, weight=None, **options):
     leaves = [tensor.to(DEVICE).clone().requires_grad_() for tensor in tensors]
     rope = tuple(part.to(DEVICE) for part in rope)
-    chosen = None if chosen is None else chosen.to(DEVICE)
-    out = attend_(leaves[0] * 1, *leaves[1:], chosen, rope, **options)
+    selected = None if selected is None else selected.to(DEVICE)
+    out = attend(kernels, leaves[0] * 1, *leaves[1:], selected, rope, **options)
     # The output projection gives gradients of [G, B L, D N / G].
     batch, length, groups, columns = out.shape
     weight = random(torch.Generator().manual_seed(7), groups, batch, length, columns)
@@ -82,23 +88,24 @@ def assert_same(mine, theirs, tolerances=(1e-5, 5e-5)):
 
 @given(cases())
 def test_output_and_gradients_are_the_torch_paths(case):
-    tensors, chosen, rope, options, workspace = case
-    theirs = TorchKernels(workspace_bytes=1 << 20).attend
-    mine = with_gradients(attend, tensors, chosen, rope, workspace_bytes=workspace, **options)
-    assert_same(mine, with_gradients(theirs, tensors, chosen, rope, **options))
+    tensors, selected, rope, options, workspace = case
+    theirs = TorchKernels(workspace_bytes=1 << 20)
+    kernels = TritonKernels(workspace_bytes=workspace)
+    mine = with_gradients(kernels, tensors, selected, rope, **options)
+    assert_same(mine, with_gradients(theirs, tensors, selected, rope, **options))
 
 
 @settings(max_examples=300 if MANY else 3)  # each runs three times
 @given(case=cases())
 def test_the_deterministic_path_sums_the_same(case):
-    tensors, chosen, rope, options, workspace = case
-    theirs = TorchKernels(workspace_bytes=1 << 20).attend
-    expected = with_gradients(theirs, tensors, chosen, rope, **options)
+    tensors, selected, rope, options, workspace = case
+    theirs = TorchKernels(workspace_bytes=1 << 20)
+    expected = with_gradients(theirs, tensors, selected, rope, **options)
+    kernels = TritonKernels(workspace_bytes=workspace)
     torch.use_deterministic_algorithms(True)
     try:
         mine, again = (
-            with_gradients(attend, tensors, chosen, rope, workspace_bytes=workspace, **options)
-            for _ in range(2)
+            with_gradients(kernels, tensors, selected, rope, **options) for _ in range(2)
         )
     finally:
         torch.use_deterministic_algorithms(False)
@@ -116,7 +123,8 @@ def test_what_is_not_finite_is_not_swallowed(which):
     rope = (torch.ones(1, 12, 4, device=DEVICE), torch.zeros(1, 12, 4, device=DEVICE))
     options = {"plan": AttentionPlan(queries, 4, 4), "scale": 0.25, "eps": 1e-6, "groups": 1}
     sinks = torch.zeros(2, device=DEVICE)
-    out = attend(*tensors.values(), sinks, None, rope, workspace_bytes=1 << 20, **options)
+    kernels = TritonKernels(workspace_bytes=1 << 20)
+    out = attend(kernels, *tensors.values(), sinks, None, rope, **options)
     lost = out.isnan().any(-1).flatten().tolist()
     # Entry 4 is seen from position 19 on, the queries being those of 12 to 23.
     first, last = {"q": (4, 5), "raw": (1, 5), "entries": (7, 12)}[which]

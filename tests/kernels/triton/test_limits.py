@@ -11,6 +11,7 @@ from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
+from tests.kernels.cases import attend, select_entries
 from tests.kernels.triton.device import DEVICE, INTERPRETED
 
 KERNELS = TritonKernels(workspace_bytes=1 << 20)
@@ -30,18 +31,21 @@ def test_attention_of_head_dims_beyond_512(caplog):
     tensors = [random(1, 4, 1, 528), random(1, 5, 528), random(1, 0, 528), random(1)]
     options = {"plan": AttentionPlan(QUERIES, 2, 0), "scale": 0.1, "eps": 1e-6, "groups": 1}
     with caplog.at_level(logging.INFO):
-        outs = [KERNELS.attend(*tensors, None, rope(), **options) for _ in range(2)]
-    assert torch.equal(outs[0], REFERENCE.attend(*tensors, None, rope(), **options))
+        outs = [attend(KERNELS, *tensors, None, rope(), **options) for _ in range(2)]
+    assert torch.equal(outs[0], attend(REFERENCE, *tensors, None, rope(), **options))
     assert [record.message for record in caplog.records if "goes through torch" in record.message]
     assert len(caplog.records) == 1
 
 
-def test_an_index_choice_of_more_numbers_than_fit(caplog):
+def test_a_selection_of_more_numbers_than_fit(caplog):
     q, weights, keys = random(1, 4, 65, 128), random(1, 4, 65), random(1, 2, 128)
-    options = {"queries": QUERIES, "ratio": 2, "topk": 1}
+    options = {"plan": AttentionPlan(QUERIES, 1, 2), "topk": 1}
     with caplog.at_level(logging.INFO):
-        mine, _ = (KERNELS.choose_entries(q.clone(), weights, keys, rope(), **options),) * 2
-    assert torch.equal(mine, REFERENCE.choose_entries(q.clone(), weights, keys, rope(), **options))
+        mine, theirs = (
+            select_entries(kernels, q.clone(), weights, keys, rope(), **options)
+            for kernels in (KERNELS, REFERENCE)
+        )
+    assert torch.equal(mine, theirs)
     assert len(caplog.records) == 1
     assert "65 heads of 128" in caplog.text
 
@@ -50,7 +54,7 @@ def test_an_index_choice_of_more_numbers_than_fit(caplog):
 def test_bfloat16_is_not_interpreted():
     q = random(1, 4, 1, 16).bfloat16()
     with pytest.raises(ValueError, match="torch_dtype: float32"):
-        KERNELS.attend(
-            q, q[:, :, 0], q[:, :0, 0], q[0, 0, 0, :1], None, rope(),
+        attend(
+            KERNELS, q, q[:, :, 0], q[:, :0, 0], q[0, 0, 0, :1], None, rope(),
             plan=AttentionPlan(QUERIES, 2, 0), scale=1.0, eps=1e-6, groups=1,
         )  # fmt: skip

@@ -20,7 +20,8 @@ SIZES = {
 }
 
 
-# The last 16 of 256 tokens see the window's 3 keys and 2 chosen entries; of 128 one, the last two.
+# The last 16 of 256 tokens see the window's 3 keys and 2 selected entries; at ratio 128 one entry,
+# the last token two.
 @pytest.mark.parametrize(
     ("ratio", "keys"), [(0, 16 * 3), (4, 16 * (3 + 2)), (128, 16 * (3 + 1) + 1)]
 )

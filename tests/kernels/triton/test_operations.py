@@ -15,13 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.kernels.triton.attention import attend
-from nemo_dsv4_cp.kernels.triton.index_choice import choose_entries
-from nemo_dsv4_cp.kernels.triton.rotary import rotate
+from nemo_dsv4_cp.kernels.triton import TritonKernels, tiles
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
 from tests.examples import MANY
+from tests.kernels.cases import attend, select_entries
 from tests.kernels.triton.device import DEVICE, INTERPRETED
 
 LENGTH, HEADS, WIDTH, WINDOW, RATIO, TOPK = 16, 4, 16, 3, 4, 2
@@ -29,19 +28,17 @@ OPERATIONS = {"dsv4_cp::rotate", "dsv4_cp::choose_entries", "dsv4_cp::attend"}
 
 
 def layer(q, keys, entries):
-    """Rotate keys, choose entries and attend: all operations, with gradients."""
-    queries = Queries.own(SequenceLayout(LENGTH))
+    """Rotate keys, select entries and attend: all operations, with gradients."""
+    plan = AttentionPlan(Queries.own(SequenceLayout(LENGTH)), WINDOW, RATIO)
+    kernels = TritonKernels(workspace_bytes=1 << 20)
     rope = (q.new_ones(1, LENGTH, 4), q.new_zeros(1, LENGTH, 4))
     of_keys = (q.new_ones(1, keys.shape[1], 4), q.new_zeros(1, keys.shape[1], 4))
     with torch.no_grad():
-        chosen = choose_entries(
-            q.clone(), q.new_ones(1, LENGTH, HEADS), entries, rope,
-            queries=queries, ratio=RATIO, topk=TOPK, workspace_bytes=1 << 20,
-        )  # fmt: skip
+        weights = q.new_ones(1, LENGTH, HEADS)
+        selected = select_entries(kernels, q.clone(), weights, entries, rope, plan=plan, topk=TOPK)
     return attend(
-        q, rotate(keys, of_keys), entries, q.new_zeros(HEADS), chosen, rope,
-        plan=AttentionPlan(queries, WINDOW, RATIO), scale=0.25, eps=1e-6, groups=2,
-        workspace_bytes=1 << 20,
+        kernels, q, kernels.rotate(keys, of_keys), entries, q.new_zeros(HEADS), selected, rope,
+        plan=plan, scale=0.25, eps=1e-6, groups=2,
     )  # fmt: skip
 
 
@@ -108,15 +105,15 @@ def test_a_layer_of_one_rank_compiles_without_a_break(ratio):
     forward = build(case, None, dtype=torch.float32, device=DEVICE, **CPU_SIZES)
     torch._dynamo.reset()
     with torch.compiler.set_stance("default"):
-        told = torch._dynamo.explain(forward)()
-    assert told.graph_break_count == 0, told.break_reasons
-    seen = {node.target for graph in told.graphs for node in graph.graph.nodes}
+        explained = torch._dynamo.explain(forward)()
+    assert explained.graph_break_count == 0, explained.break_reasons
+    seen = {node.target for graph in explained.graphs for node in graph.graph.nodes}
     assert torch.ops.dsv4_cp.attend.default in seen
 
 
 @pytest.fixture
 def bfloat16_products(monkeypatch):
-    """Mend the interpreter, which multiplies the bits of bfloat16 as whole numbers."""
+    """Fix the interpreter, which multiplies the bits of bfloat16 as integers."""
 
     def floats(x):
         if x.dtype.scalar != triton.language.bfloat16:
@@ -128,6 +125,7 @@ def bfloat16_products(monkeypatch):
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(tiles, "refuse_interpreted_bfloat16", lambda _: None)
 
 
 def errors(run, exact, given):
@@ -151,21 +149,21 @@ def test_half_precision_errs_no_more_than_the_torch_path(dtype, width, bfloat16_
     shapes = [(1, length, 3, width), (1, length + 4, width), (1, 6, width), (3,)]
     given = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     angles = torch.randn(1, length, 8, generator=generator).repeat(1, 1, 2)
-    chosen = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, length, -1)
+    selected = torch.tensor([0, 2, -1], dtype=torch.int32).expand(1, length, -1)
     options = {
         "plan": AttentionPlan(queries, 5, ratio), "scale": width**-0.5, "eps": 1e-6, "groups": 3
     }  # fmt: skip
 
-    def by(attend_, dtype, **more):
+    def by(kernels, dtype):
         rope = (angles.cos().to(dtype), angles.sin().to(dtype))
-        return lambda *leaves: attend_(*leaves, chosen, rope, **options, **more)
+        return lambda *leaves: attend(kernels, *leaves, selected, rope, **options)
 
-    torch_path = TorchKernels(workspace_bytes=1 << 20).attend
+    torch_path = TorchKernels(workspace_bytes=1 << 20)
     leaves = [x.double().requires_grad_() for x in given]
     rounded = tuple(part.to(dtype).double() for part in (angles.cos(), angles.sin()))
-    out = torch_path(*leaves, chosen, rounded, **options)
+    out = attend(torch_path, *leaves, selected, rounded, **options)
     exact = [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
-    mine = errors(by(attend, dtype, workspace_bytes=1 << 20), exact, given)
+    mine = errors(by(TritonKernels(workspace_bytes=1 << 20), dtype), exact, given)
     theirs = errors(by(torch_path, dtype), exact, given)
     for a, b in zip(mine, theirs, strict=True):
         assert a <= 1.5 * b + 2 * torch.finfo(dtype).eps

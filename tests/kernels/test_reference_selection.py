@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import indexer_scores_torch
 
-from nemo_dsv4_cp.kernels.reference.index_choice import _best, index_scores
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.reference.torch_kernels import best_entries
 
 
 def test_scores_are_automodel():
@@ -12,7 +13,9 @@ def test_scores_are_automodel():
     shapes = [(2, 7, 3, 16), (2, 5, 16), (2, 7, 3)]
     q, keys, weights = (torch.randn(shape, generator=generator) for shape in shapes)
     expected = indexer_scores_torch(q, keys, weights, 0.25)
-    assert torch.equal(index_scores(q, keys, weights * 0.25, 0), expected)
+    kernels = TorchKernels(workspace_bytes=1 << 20)
+    scores = kernels.index_scores(q, keys, weights * 0.25, first_query=0, ratio=4)
+    assert torch.equal(scores, expected)
 
 
 @given(
@@ -24,5 +27,5 @@ def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, fi
     seen = range(first, min(stop, len(scores)))
     expected = sorted(seen, key=lambda entry: (-scores[entry], entry))
     bounds = (torch.tensor([[[bound]]]) for bound in (first, stop))
-    best = _best(torch.tensor([[scores]]), *bounds, len(scores))
+    best = best_entries(torch.tensor([[scores]]), *bounds, len(scores))
     assert best[0, 0].tolist()[: len(seen)] == expected

@@ -1,14 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of rows, queries, and index choices that they make, drawn."""
+"""Ranks of rows, queries, and what they select among, drawn; and calls of kernels by tensors."""
 
 import torch
 from hypothesis import strategies as st
 
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+)
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.sequence.packed_layout import PackedLayout
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
 
 WORKSPACES = [1, 3_000, 1 << 20]
+
+
+def attend(kernels, q, raw, entries, sinks, selected, rope, *, plan, scale, eps, groups):
+    return kernels.attend(
+        AttentionQueries(q, rope, plan, selected),
+        AttentionKeys(raw, entries, sinks),
+        AttentionConstants(scale, eps, groups),
+    )
+
+
+def select_entries(kernels, q, weights, keys, rope, *, plan, topk):
+    return kernels.select_entries(IndexQueries(q, weights, rope, plan), keys, topk=topk)
 
 
 def layouts(draw, batch):
@@ -21,7 +39,7 @@ def layouts(draw, batch):
     rows = [sorted(draw(st.sets(st.integers(1, total), max_size=3)) | {0}) for _ in range(batch)]
     longest = max(map(len, rows))
     starts = torch.tensor([row + [total] * (longest - len(row)) for row in rows])
-    return PackedLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
+    return SequenceLayout.of_documents(starts, local_len, cp_rank=rank, cp_size=ranks)
 
 
 def queries_of(draw, batch):
@@ -36,8 +54,8 @@ def queries_of(draw, batch):
 
 
 @st.composite
-def choices(draw):
-    """Draw whole numbers, whose scores are exact in any order, and of few values: many tie."""
+def selections(draw):
+    """Draw integers, whose scores are exact in any order, and of few values: many tie."""
     batch = draw(st.integers(1, 3))
     queries, ratio = queries_of(draw, batch), draw(st.sampled_from([1, 2, 4]))
     layout, length = queries.layout, len(queries)
@@ -46,16 +64,16 @@ def choices(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     largest = draw(st.sampled_from([0, 1, 30]))
 
-    def whole(*shape):
+    def integers(*shape):
         return torch.randint(-largest, largest + 1, shape, generator=generator).float()
 
-    # Quarter turns keep whole numbers whole.
+    # Quarter turns keep integers integers.
     turns = torch.randint(0, 4, (batch, length, 4), generator=generator).repeat(1, 1, 2)
     cos, sin = (torch.tensor(values)[turns] for values in ([1.0, 0, -1, 0], [0.0, 1, 0, -1]))
     tensors = [
-        whole(batch, length, heads, width),
-        whole(batch, length, heads),
-        whole(batch, entries, width),
+        integers(batch, length, heads, width),
+        integers(batch, length, heads),
+        integers(batch, entries, width),
     ]
-    options = {"queries": queries, "ratio": ratio, "topk": draw(st.integers(1, 50))}
+    options = {"plan": AttentionPlan(queries, 1, ratio), "topk": draw(st.integers(1, 50))}
     return tensors, (cos, sin), options, draw(st.sampled_from(WORKSPACES))

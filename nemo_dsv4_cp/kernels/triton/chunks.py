@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cuts queries into chunks whose stored numbers fit the workspace.
+
+Backward of attention stores, of each query and head of a chunk, the rotated output gradient, and p
+and ds of its keys in whole blocks of ``tiles.ALIGNED``. Top-k selection stores scores and the
+maxima of their groups. Operations take chunks as plain integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+
+GROUP = 32
+"""Scores that share a stored maximum: 128 bytes, a line of the cache."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Queries [begin, end), the keys that they see between them, and entries one by one."""
+
+    begin: int
+    end: int
+    raw_begin: int
+    raw_end: int
+    entry_begin: int
+    entry_end: int
+    seen: int
+
+    def entry_slots(self, n_selected: int | None) -> int:
+        """Return for how many entries p and ds are stored: K, or None for all that are seen."""
+        if n_selected is None:
+            return in_blocks(self.entry_begin, self.entry_end)
+        return in_blocks(0, n_selected)
+
+    @property
+    def n_scores(self) -> int:
+        """How many scores are stored of an index query: whole groups."""
+        return -(-(self.entry_end - self.entry_begin) // GROUP) * GROUP
+
+    @property
+    def score_bytes(self) -> int:
+        """What scores and maxima take of an index query."""
+        return 4 * (self.n_scores + self.n_scores // GROUP)
+
+
+_FIELDS = len(fields(Chunk))
+
+
+def cut(
+    plan: AttentionPlan,
+    bytes_per_query: Callable[[Chunk], int],
+    *,
+    batch: int,
+    workspace_bytes: int,
+) -> list[Chunk]:
+    """Cut the queries so that what is stored of a chunk fits the workspace, one query at least."""
+    chunks: list[Chunk] = []
+    length, begin = len(plan.queries), 0
+    while begin < length:
+        rows = length - begin
+        while True:
+            queries = slice(begin, begin + rows)
+            raw, entries = plan.raw_span(queries), plan.entry_span(queries)
+            seen = plan.entries_seen(queries, batch=batch)
+            chunk = Chunk(
+                begin, begin + rows, raw.start, raw.stop, entries.start, entries.stop, seen
+            )
+            fitting = max(1, workspace_bytes // max(1, batch * bytes_per_query(chunk)))
+            if rows <= fitting:
+                break
+            # Fewer queries may see fewer entries, and then more of them fit.
+            rows = max(fitting, rows // 2)
+        chunks.append(chunk)
+        begin += rows
+    return chunks
+
+
+def backward_chunks(
+    plan: AttentionPlan, *,
+    batch: int, heads: int, width: int, n_selected: int | None, itemsize: int, in_order: bool,
+    workspace_bytes: int,
+) -> list[int]:  # fmt: skip
+    """Return the chunks of attention's backward, :class:`Chunk` after :class:`Chunk` as integers.
+
+    ``in_order``: whether the contributions to selected entries are stored too, in float32.
+    """
+
+    def stored(chunk: Chunk) -> int:
+        return backward_bytes(chunk, heads, width, plan.window, n_selected, itemsize, in_order)
+
+    return _numbers(cut(plan, stored, batch=batch, workspace_bytes=workspace_bytes))
+
+
+def backward_bytes(
+    chunk: Chunk, heads: int, width: int, window: int, n_selected: int | None, itemsize: int,
+    in_order: bool,
+) -> int:  # fmt: skip
+    """Return what backward stores of a query: do, p, ds, and each selected entry's part."""
+    slots = raw_slots(window) + chunk.entry_slots(n_selected)
+    sums = (n_selected or 0) * width * 4 if in_order else 0
+    return heads * (width + 2 * slots) * itemsize + sums
+
+
+def score_chunks(plan: AttentionPlan, *, batch: int, workspace_bytes: int) -> list[int]:
+    """Return the chunks of top-k selection; queries that see nothing are in none."""
+    chunks = cut(plan, lambda c: c.score_bytes, batch=batch, workspace_bytes=workspace_bytes)
+    return _numbers([chunk for chunk in chunks if chunk.n_scores])
+
+
+def _numbers(chunks: list[Chunk]) -> list[int]:
+    return [number for chunk in chunks for number in vars(chunk).values()]
+
+
+def chunks_of(numbers: list[int]) -> Iterator[Chunk]:
+    """Read the integers of :func:`backward_chunks` or :func:`score_chunks`."""
+    for i in range(0, len(numbers), _FIELDS):
+        yield Chunk(*numbers[i : i + _FIELDS])
+
+
+def in_blocks(begin: int, end: int) -> int:
+    """Return how many keys the blocks hold that [begin, end) touches, be it by its bound alone."""
+    first = begin // tiles.ALIGNED * tiles.ALIGNED
+    return -(-(end - first) // tiles.ALIGNED) * tiles.ALIGNED
+
+
+def raw_slots(window: int) -> int:
+    """Return for how many raw keys p and ds are stored: a window begins anywhere in a block."""
+    return in_blocks(0, window + tiles.ALIGNED - 1)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Top-k selection as one operation: rotary, then scores and the best of them by chunks of rows."""
+
+# B batch rows   L queries   I index heads   F index width   P entries   K selected entries
+# r rotary dims
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch.utils.flop_counter import register_flop_formula
+
+from nemo_dsv4_cp.kernels.costs import Cost, register_cost
+from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.kernels.triton.chunks import GROUP, chunks_of
+from nemo_dsv4_cp.kernels.triton.index_scores import index_scores_kernel
+from nemo_dsv4_cp.kernels.triton.norm_rotate import padded, rotate_
+from nemo_dsv4_cp.kernels.triton.top_k import top_k_kernel
+from nemo_dsv4_cp.sequence.plan import NOTHING
+
+
+@torch.library.custom_op("dsv4_cp::choose_entries", mutates_args=("q",))
+def select_entries_op(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor,
+    sin: torch.Tensor, visible: torch.Tensor, topk: int, chunks: list[int],
+) -> torch.Tensor:  # fmt: skip
+    """Return int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots, which come last.
+
+    Args:
+        q: Index queries before rotary [B, L, I, F], contiguous; rotated in place.
+        weights: Float32 [B, L, I].
+        keys: Index keys [B, P, F].
+        cos: [B, L, r].
+        sin: [B, L, r].
+        visible: Int32 [B or 1, L, 2], the first entry that a query may see and one past the last.
+        topk: K.
+        chunks: Of :func:`score_chunks`.
+    """
+    rotate_(q, cos, sin)
+    (batch, length, heads, width), n_entries = q.shape, keys.shape[1]
+    n_selected = min(topk, n_entries)
+    selected = torch.full((batch, length, n_selected), NOTHING, dtype=torch.int32, device=q.device)
+    tile, top_k_tile = tiles.of(tiles.INDEX_SCORES, q), tiles.of(tiles.TOP_K, visible)
+    block_heads = padded(heads)
+    queries = max(1, tile.heads // block_heads)
+    for chunk in chunks_of(chunks):
+        rows, n_scores = chunk.end - chunk.begin, chunk.n_scores
+        scores = visible.new_empty(batch, rows, n_scores)
+        maxima = visible.new_empty(batch, rows, n_scores // GROUP)
+        grid = (triton.cdiv(n_scores, tile.keys), triton.cdiv(rows, queries), batch)
+        index_scores_kernel[grid](
+            q, weights, keys, visible, scores, maxima, chunk.begin, length, rows, n_entries,
+            chunk.entry_begin, n_scores, visible.shape[0],
+            HEADS=heads, BLOCK_HEADS=block_heads, F=width, BLOCK_F=padded(width), KEYS=tile.keys,
+            QUERIES=triton.next_power_of_2(queries), GROUP=GROUP,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        groups = triton.next_power_of_2(n_scores // GROUP)
+        top_k_kernel[rows, batch](
+            scores, maxima, visible, selected, chunk.begin, length, rows, chunk.entry_begin,
+            n_scores, visible.shape[0], n_selected,
+            BLOCK_K=triton.next_power_of_2(n_selected), GROUPS=groups,
+            STEP=min(top_k_tile.keys, groups), GROUP=GROUP,
+            num_warps=top_k_tile.warps, num_stages=top_k_tile.stages,
+        )  # fmt: skip
+    return selected
+
+
+@select_entries_op.register_fake
+def _(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor,
+    sin: torch.Tensor, visible: torch.Tensor, topk: int, chunks: list[int],
+) -> torch.Tensor:  # fmt: skip
+    return visible.new_empty(*q.shape[:2], min(topk, keys.shape[1]))
+
+
+@register_cost("dsv4_cp::choose_entries")
+def _(
+    q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor,
+    sin: torch.Tensor, visible: torch.Tensor, topk: int, chunks: list[int],
+) -> Cost:  # fmt: skip
+    batch, length, heads, width = q.shape
+    rotated = batch * length * heads * cos.shape[-1] * q.element_size()
+    indices = 4 * batch * length * min(topk, keys.shape[1])
+    launches, most = 2, 0
+    read, written = rotated + 2 * batch * length * cos.shape[-1] * cos.element_size(), rotated
+    for chunk in chunks_of(chunks):
+        rows, scored = batch * (chunk.end - chunk.begin), chunk.n_scores
+        # Scores: q, weights and keys to scores and maxima; the best: maxima twice, and of the
+        # groups that reach the bound, about K, the scores twice.
+        launches, most = launches + 2, max(most, rows * chunk.score_bytes)
+        read += rows * heads * (width * q.element_size() + 4)
+        read += batch * (chunk.entry_end - chunk.entry_begin) * width * keys.element_size()
+        read += 2 * 4 * rows * (scored // GROUP + min(scored, topk * GROUP))
+        written += rows * chunk.score_bytes
+    return Cost(launches, read, written + 2 * indices, scratch_bytes=most)
+
+
+@register_flop_formula(torch.ops.dsv4_cp.choose_entries)
+def _(q: tuple[int, ...], *others: Any, **_: Any) -> int:
+    heads, width = q[2:]
+    chunks: list[int] = others[6]
+    return 2 * heads * width * sum(chunk.seen for chunk in chunks_of(chunks))
