@@ -194,7 +194,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         low = self.q_norm(self.wq_a(hidden))
         weights = head_weights(indexer, hidden) if select else None
         queries = _Queries(plan.local, low, rope, weights)
-        q_index = self._project_index(queries) if select else None
+        q_index = index_queries(indexer, low) if select else None
         rows = fetched.wait()
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
         index_keys = None
@@ -243,7 +243,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             (take(cos, own), take(sin, own)),
             None if weights is None else take(weights, own),
         )
-        q_index = self._project_index(local) if select else None
+        q_index = index_queries(indexer, local.low_BCA) if select else None
         q = self._project(local)
         rows = fetched.wait()
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
@@ -258,7 +258,7 @@ class ContextParallelAttention(DeepseekV4Attention):
             (rows["remote_cos"], rows["remote_sin"]),
             rows.get("remote_weights"),
         )
-        remote_q_index = self._project_index(remote) if select else None
+        remote_q_index = index_queries(indexer, remote.low_BCA) if select else None
         remote_q = self._project(remote)
         if index_keys is not None:
             of_all = plan.in_order(index_keys.wait())
@@ -288,9 +288,6 @@ class ContextParallelAttention(DeepseekV4Attention):
         q = self.wq_b(queries.low_BCA)
         heads: torch.Tensor = q.unflatten(-1, (self.num_heads, self.head_dim))
         return heads
-
-    def _project_index(self, queries: _Queries) -> torch.Tensor:
-        return index_queries(self.compressor.indexer, queries.low_BCA)
 
     def _select(
         self, queries: _Queries, q_index: torch.Tensor | None, index_keys: torch.Tensor

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seconds and floating-point operations of each Triton operation of a layer, on this machine."""
 
-# L local queries   T raw keys   P entries
-
 from __future__ import annotations
 
 import statistics
@@ -10,22 +8,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_dsv4_cp.gpus import known_gpu
-from nemo_dsv4_cp.kernels.protocol import (
-    AttentionConstants,
-    AttentionKeys,
-    AttentionQueries,
-    IndexQueries,
-)
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
+from nemo_dsv4_cp.tools.layer_kernels import attend, attention_tensors, selection
 
 
 @dataclass(frozen=True)
@@ -39,12 +33,12 @@ class OperationTime:
 
     @property
     def tflops(self) -> float:
-        """Return products a second, times 1e12."""
+        """Floating-point operations per second, times 1e12."""
         return self.flops / self.seconds / 1e12
 
 
 def peak_tflops() -> float | None:
-    """Return what this GPU could do, None without one that is known."""
+    """Return the peak of this GPU, None without one that is known."""
     gpu = known_gpu()
     return None if gpu is None else gpu.tflops
 
@@ -55,14 +49,7 @@ def time_operations(
 ) -> list[OperationTime]:  # fmt: skip
     """Time the operations of the last rank's layer, one row, drawn tensors, after one run each.
 
-    Args:
-        fields: A complete model config.
-        ratio: Compress ratio of the layer.
-        seq_len: S, tokens in the whole row.
-        cp_size: Number of CP ranks.
-        dtype: Of activations.
-        workspace_bytes: How much scratch an operation may take.
-        repeats: Runs that count.
+    ``fields`` are those of a complete model config.
 
     Raises:
         ValueError: If the kernels cannot run here.
@@ -70,40 +57,23 @@ def time_operations(
     kernels = TritonKernels(workspace_bytes=workspace_bytes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = SequenceLayout.of_padded(seq_len, cp_rank=cp_size - 1, cp_size=cp_size)
-    length, window = layout.local_len, fields["sliding_window"]
-    heads, width = fields["num_attention_heads"], fields["head_dim"]
-    plan = AttentionPlan(Queries.own(layout), window, ratio)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, dtype=dtype, device=device)
-
-    angles = draw(length, fields["qk_rope_head_dim"] // 2).repeat(1, 1, 2)
+    sizes = SimpleNamespace(**fields)
+    plan = AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
+    draw = partial(torch.randn, dtype=dtype, device=device)
+    angles = draw(1, layout.local_len, sizes.qk_rope_head_dim // 2).repeat(1, 1, 2)
     rope = (angles.cos(), angles.sin())
     measure = partial(_measure, ratio, device, repeats)
-    found = [measure("rotary of keys", partial(kernels.rotate, draw(length, width), rope))]
+    keys = draw(1, layout.local_len, sizes.head_dim)
+    found = [measure("rotary of keys", partial(kernels.rotate, keys, rope))]
     selected = None
     if ratio == OVERLAP_RATIO:
-        index_heads, index_width = fields["index_n_heads"], fields["index_head_dim"]
-        weights = draw(length, index_heads).float()
-        select = partial(
-            kernels.select_entries,
-            IndexQueries(draw(length, index_heads, index_width), weights, rope, plan),
-            draw(layout.seq_len // ratio, index_width),
-            topk=fields["index_topk"],
-        )
+        select = selection(kernels, sizes, plan, rope, draw)
         selected = select()
         found.append(measure("index choice", select))
-    q, raw = draw(length, heads, width), draw(length + window - 1, width)
-    entries, sinks = draw(layout.seq_len // ratio if ratio else 0, width), draw(heads)[0]
-    leaves = [leaf.requires_grad_() for leaf in (q, raw, entries, sinks)]
-    attend = partial(
-        kernels.attend,
-        AttentionQueries(q, rope, plan, selected),
-        AttentionKeys(raw, entries, sinks),
-        AttentionConstants(width**-0.5, fields["rms_norm_eps"], fields["o_groups"]),
-    )
-    found.append(measure("attention forward", attend))
-    out = attend()
+    leaves = [leaf.requires_grad_() for leaf in attention_tensors(sizes, plan, draw)]
+    run = partial(attend, kernels, sizes, plan, rope, selected, *leaves)
+    found.append(measure("attention forward", run))
+    out = run()
     backward = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
     return [*found, measure("attention backward", backward)]
 

@@ -34,8 +34,8 @@ Pass = Literal["forward", "repeated", "backward"]
 """A pass through a layer; ``repeated`` is the recomputation under activation checkpointing."""
 PASSES: tuple[Pass, ...] = ("forward", "repeated", "backward")
 
-Stage = Literal["shard", "project_index", "project", "select", "attend"]
-"""What computes a product: the shard's tokens, or for some queries a method of the layer."""
+Stage = Literal["shard", "index_queries", "project", "select", "attend"]
+"""What computes a product: the shard's tokens, or for some queries a function of the layer."""
 
 _BF16, _FP32, _INT32 = 2, 4, 4
 _WORKSPACE_BYTES = 256 << 20
@@ -98,8 +98,8 @@ def query_operations(sizes: ModelSizes, ratio: int, runs: Runs) -> Operations:
     s, queries = sizes, sum(map(len, runs))
     per_head, index_width = s.num_attention_heads * s.head_dim, s.index_n_heads * s.index_head_dim
     visible = sum(entries_seen(run, ratio) for run in runs) if ratio else 0
-    chooses = ratio == OVERLAP_RATIO
-    attended = _seen(runs, ratio, s.index_topk) if chooses else visible
+    selects = ratio == OVERLAP_RATIO
+    attended = _seen(runs, ratio, s.index_topk) if selects else visible
     keys = (_seen(runs, 1, s.sliding_window) + attended) * per_head
     forward, backward = ATTENTION_PRODUCTS
     operations = (
@@ -111,12 +111,12 @@ def query_operations(sizes: ModelSizes, ratio: int, runs: Runs) -> Operations:
             queries * s.o_lora_rank * (per_head + s.o_groups * s.hidden_size),
         ),
     )
-    if not chooses:
+    if not selects:
         return operations
     projected = queries * s.q_lora_rank * index_width
     return (
         *operations,
-        Operation("indexer.wq_b", "project_index", "products", projected),
+        Operation("indexer.wq_b", "index_queries", "products", projected),
         Operation("index scores", "select", "kernels", visible * index_width),
     )
 

@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether kernels compute what the torch path computes, at a model's own sizes, on this machine."""
 
-# L local queries   I index heads   F index width   N heads   D head_dim   P entries
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
-from nemo_dsv4_cp.kernels.protocol import (
-    AttentionConstants,
-    AttentionKeys,
-    AttentionQueries,
-    IndexQueries,
-    Kernels,
-    Rope,
-)
+from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
+from nemo_dsv4_cp.tools.layer_kernels import attend, attention_tensors, selection
 from nemo_dsv4_cp.tools.verification import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
 
 _SIZES = (
@@ -43,7 +34,7 @@ _SIZES = (
 _ROW = 16384
 _SHARD = 256
 _SHARD_ON_CPU = 4
-"""An interpreter takes a second for a few queries of V4's size."""
+"""An interpreter takes seconds for a few queries of V4's size."""
 
 Run = Callable[..., torch.Tensor]
 
@@ -53,18 +44,11 @@ def verify_kernels(
 ) -> list[Difference]:
     """Run every operation of a model's layers, with gradients, and compare it with the torch path.
 
-    The queries are the last of a row of 16,384 tokens. In float32 results may differ by what the
-    package allows everywhere; in a shorter type by twice what the torch path in that type is from
-    itself in float64.
-
-    Args:
-        fields: A model config's fields.
-        name: Of kernels in the entry-point group.
-        dtype: Of activations.
-        workspace_bytes: How much scratch an operation may take.
-
-    Returns:
-        Differences over the largest entry; of top-k selection, the share of indices that differ.
+    The queries are the last of a row of 16,384 tokens. Differences are relative to the largest
+    entry; of top-k selection, the share of indices that differ. In float32 they may be what the
+    package allows everywhere; in a shorter type, twice what the torch path in that type differs
+    from itself in float64. ``name`` is that of kernels in the entry-point group, ``dtype`` that of
+    activations.
 
     Raises:
         ValueError: If the kernels cannot run here.
@@ -83,40 +67,32 @@ def verify_kernels(
         plan = AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
         selected = None
         if ratio == OVERLAP_RATIO:
-            selected = _select(reference, sizes, plan, draw)
-            mine = _select(kernels, sizes, plan, draw)
+            no_turn = draw.integers(1, shard, sizes.qk_rope_head_dim)
+            rope = torch.ones_like(no_turn), torch.zeros_like(no_turn)
+            selected, mine = (
+                selection(by, sizes, plan, rope, draw.integers)() for by in (reference, kernels)
+            )
             share = (_by_place(mine) != _by_place(selected)).double().mean()
             found.append(Difference(f"ratio {ratio}: index choice", float(share), 0.0))
-        tensors = _attention_tensors(sizes, layout, ratio, draw)
-        attend = partial(_attend, sizes=sizes, plan=plan, selected=selected, draw=draw)
+
+        def run(
+            by: Kernels,
+            *tensors: torch.Tensor,
+            plan: AttentionPlan = plan,
+            selected: torch.Tensor | None = selected,
+        ) -> torch.Tensor:
+            rope = draw.rope(layout, sizes.qk_rope_head_dim, tensors[0].dtype)
+            return attend(by, sizes, plan, rope, selected, *tensors)
+
         names = ("output", "queries", "raw keys", "entries", "sinks")
-        found += _compare(f"ratio {ratio}: ", names, attend, kernels, reference, tensors)
+        tensors = attention_tensors(sizes, plan, draw)
+        found += _compare(f"ratio {ratio}: ", names, run, kernels, reference, tensors)
 
     def rotate(by: Kernels, keys: torch.Tensor) -> torch.Tensor:
         return by.rotate(keys, draw.rope(layout, sizes.qk_rope_head_dim, keys.dtype))
 
     keys = draw(1, shard, sizes.head_dim)
     return found + _compare("rotary: ", ("output", "keys"), rotate, kernels, reference, [keys])
-
-
-def _attend(
-    by: Kernels,
-    q: torch.Tensor,
-    raw: torch.Tensor,
-    entries: torch.Tensor,
-    sinks: torch.Tensor,
-    *,
-    sizes: Any,
-    plan: AttentionPlan,
-    selected: torch.Tensor | None,
-    draw: _Draw,
-) -> torch.Tensor:
-    rope = draw.rope(plan.queries.layout, sizes.qk_rope_head_dim, q.dtype)
-    return by.attend(
-        AttentionQueries(q, rope, plan, selected),
-        AttentionKeys(raw, entries, sinks),
-        AttentionConstants(sizes.head_dim**-0.5, sizes.rms_norm_eps, sizes.o_groups),
-    )
 
 
 class _Draw:
@@ -129,7 +105,7 @@ class _Draw:
     def __call__(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator).to(self._device, self._dtype)
 
-    def whole(self, *shape: int) -> torch.Tensor:
+    def integers(self, *shape: int) -> torch.Tensor:
         """Draw integers, the same each time, whose scores are exact and often tie."""
         generator = torch.Generator().manual_seed(1)
         numbers = torch.randint(-3, 4, shape, generator=generator)
@@ -144,35 +120,10 @@ class _Draw:
         return cos, sin
 
 
-def _select(kernels: Kernels, sizes: Any, plan: AttentionPlan, draw: _Draw) -> torch.Tensor:
-    heads, width, layout = sizes.index_n_heads, sizes.index_head_dim, plan.queries.layout
-    no_turn = draw.whole(1, layout.local_len, sizes.qk_rope_head_dim)
-    queries = IndexQueries(
-        draw.whole(1, layout.local_len, heads, width),
-        draw.whole(1, layout.local_len, heads).float(),
-        (torch.ones_like(no_turn), torch.zeros_like(no_turn)),
-        plan,
-    )
-    keys = draw.whole(1, layout.seq_len // plan.ratio, width)
-    return kernels.select_entries(queries, keys, topk=sizes.index_topk)
-
-
 def _by_place(selected: torch.Tensor) -> torch.Tensor:
     """Sort each query's entries: they may come in any order."""
     last = torch.iinfo(selected.dtype).max
     return selected.masked_fill(selected == NOTHING, last).sort(-1).values
-
-
-def _attention_tensors(
-    sizes: Any, layout: SequenceLayout, ratio: int, draw: _Draw
-) -> list[torch.Tensor]:
-    heads, width = sizes.num_attention_heads, sizes.head_dim
-    return [
-        draw(1, layout.local_len, heads, width),
-        draw(1, layout.local_len + sizes.sliding_window - 1, width),
-        draw(1, layout.seq_len // ratio if ratio else 0, width),
-        draw(heads),
-    ]
 
 
 def _compare(

@@ -44,7 +44,7 @@ WINDOW_ONLY: tuple[Event, ...] = (
 )
 ALL_LOCAL: tuple[Event, ...] = (
     ("start", "fetch"),
-    ("local", "project_index"),
+    ("local", "index_queries"),
     ("wait", "fetch"),
     ("start", "index_keys"),
     ("start", "entries"),
@@ -56,12 +56,12 @@ ALL_LOCAL: tuple[Event, ...] = (
 )
 SOME_REMOTE: tuple[Event, ...] = (
     ("start", "fetch"),
-    ("local", "project_index"),
+    ("local", "index_queries"),
     ("local", "project"),
     ("wait", "fetch"),
     ("start", "index_keys"),
     ("start", "entries"),
-    ("remote", "project_index"),
+    ("remote", "index_queries"),
     ("remote", "project"),
     ("wait", "index_keys"),
     ("remote", "select"),

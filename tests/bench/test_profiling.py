@@ -121,7 +121,7 @@ def costly(x: torch.Tensor) -> torch.Tensor:
     return x.clone()
 
 
-def test_the_registered_cost_of_an_operation_is_counted_and_its_scratch_is_in_the_peak():
+def test_what_an_operation_registers_is_counted_and_its_scratch_is_in_the_peak():
     register_cost("dsv4_cp_tests::costly")(lambda x: Cost(7, 11, 13, scratch_bytes=1000))
     with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
         out = costly(torch.zeros(8, 4))

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,14 @@ def test_what_would_make_training_fail_is_named_with_its_remedy(
 
         monkeypatch.setattr(diagnosis, "entry_points", none_of_ours)
     else:
-        installed = diagnosis._version
-        monkeypatch.setattr(
-            diagnosis, "_version", lambda name: None if name == missing else installed(name)
-        )
+        installed = diagnosis.version
+
+        def version(name):
+            if name == missing:
+                raise PackageNotFoundError(name)
+            return installed(name)
+
+        monkeypatch.setattr(diagnosis, "version", version)
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1
     printed = " ".join(done.output.split())
@@ -65,7 +70,7 @@ def test_what_would_make_training_fail_is_named_with_its_remedy(
     assert found[0]["remedy"].count(remedy) == 1
 
 
-def test_a_trap_of_the_environment_is_told(monkeypatch):
-    monkeypatch.setattr(diagnosis, "_version", lambda name: "3.9.0")
+def test_a_trap_of_the_environment_is_reported(monkeypatch):
+    monkeypatch.setattr(diagnosis, "version", lambda name: "3.9.0")
     (triton,) = [f for f in diagnosis._versions() if f.subject == "triton"]
     assert "pip install triton==3.7.1" in triton.remedy

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.attention import ContextParallelAttention, layer
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.bench.profiling import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.exchange.collectives import InFlight, process_group
@@ -21,7 +21,7 @@ from nemo_dsv4_cp.tools.step_time import order_of, waiting
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 GPU = Gpu("none", 80, 1000, 10, kernel_share=0.1, nvlink_gbs=100, network_gbs=10)
-STAGES = ("project_index", "project", "select", "attend")
+STAGES = ("index_queries", "project", "select", "attend")
 SECONDS = {
     (whose, stage): 2.0 ** (4 * (whose == "remote") + place)
     for whose in ("local", "remote")
@@ -48,28 +48,47 @@ class Recorder:
         self._own, self._flights, self._patch = own, [], monkeypatch.setattr
         begin, end = InFlight.begin, InFlight.end
 
-        def on_begin(flight, *arguments):
-            if flight not in self._flights:
+        def name(flight):
+            if not any(flight is known for known in self._flights):
                 self._flights.append(flight)
-            self.events.append(("start", collectives[self._flights.index(flight)]))
+            return next(n for n, f in zip(collectives, self._flights, strict=False) if f is flight)
+
+        def on_begin(flight, *arguments):
+            self.events.append(("start", name(flight)))
             begin(flight, *arguments)
 
         def on_end(flight):
-            self.events.append(("wait", collectives[self._flights.index(flight)]))
+            self.events.append(("wait", name(flight)))
             return end(flight)
 
         self._patch(InFlight, "begin", on_begin)
         self._patch(InFlight, "end", on_end)
-        for stage in STAGES:
+        self._whose = {}  # by low-rank queries
+        for stage in ("project", "select", "attend"):
             self._watch(stage)
+        index_queries = layer.index_queries
+
+        def on_index_queries(indexer, low):
+            self.forward.append((low, "index_queries"))
+            return index_queries(indexer, low)
+
+        self._patch(layer, "index_queries", on_index_queries)
+
+    def resolve(self):
+        """Name whose index queries were made: their low-rank queries are projected later."""
+        self.forward[:] = [
+            (first if isinstance(first, str) else self._whose[first], name)
+            for first, name in self.forward
+        ]
 
     def _watch(self, stage):
         original = getattr(ContextParallelAttention, f"_{stage}")
 
-        def run(layer, queries, *others):
+        def run(module, queries, *others):
             first = queries.plan.queries.runs[0].start
             event = ("local" if first in self._own else "remote", stage)
-            result = original(layer, queries, *others)
+            self._whose[queries.low_BCA] = event[0]
+            result = original(module, queries, *others)
             self.forward.append(event)
             if result.requires_grad:
                 result.register_hook(lambda _: self.backward.append(event))
@@ -97,8 +116,9 @@ def test_the_orders_are_those_of_the_layer(ratio, moves, monkeypatch):
         out = build(case, group, dtype=torch.bfloat16, device=torch.device("cpu"))()
         recorder.events = recorder.backward
         out.backward(torch.empty_like(out))
+    recorder.resolve()
 
-    of_indexer = {"project_index", "index_keys", "select"}
+    of_indexer = {"index_queries", "index_keys", "select"}
     order = [
         event for event in order_of(ratio, moves=moves) if ratio == 4 or event[1] not in of_indexer
     ]
@@ -186,13 +206,13 @@ def test_a_layer_is_done_when_its_last_rank_is():
     # Of compute without end nothing is hidden, and of links without end nothing waited for.
     shape, schedule = shape_and_schedule(16, moves=True)
     at_once = dataclasses.replace(GPU, tflops=1e12, float32_tflops=1e12)
-    layer = step_time.layer_time(FLASH, shape, 4, schedule, at_once, "boundary")
-    assert layer.exposed == pytest.approx(layer.communicating, rel=1e-6)
-    assert layer.seconds(overlap=True) == pytest.approx(layer.seconds(overlap=False), rel=1e-6)
+    found = step_time.layer_time(FLASH, shape, 4, schedule, at_once, "boundary")
+    assert found.exposed == pytest.approx(found.communicating, rel=1e-6)
+    assert found.seconds(overlap=True) == pytest.approx(found.seconds(overlap=False), rel=1e-6)
     slow = dataclasses.replace(GPU, tflops=1, float32_tflops=1)
-    layer = step_time.layer_time(FLASH, shape, 4, schedule, slow, "boundary")
-    assert 0 == layer.exposed < layer.communicating
-    assert layer.seconds(overlap=False) == layer.computing + layer.communicating
+    found = step_time.layer_time(FLASH, shape, 4, schedule, slow, "boundary")
+    assert 0 == found.exposed < found.communicating
+    assert found.seconds(overlap=False) == found.computing + found.communicating
 
 
 def test_a_step_is_its_layers_and_the_head():
@@ -211,5 +231,5 @@ def test_a_step_is_its_layers_and_the_head():
 def test_one_rank_waits_for_nobody():
     shape, schedule = shape_and_schedule(1, moves=False)
     for ratio in (0, 4, 128):
-        layer = step_time.layer_time(FLASH, shape, ratio, schedule, GPUS["b200"], "boundary")
-        assert layer.communicating == layer.exposed == 0
+        found = step_time.layer_time(FLASH, shape, ratio, schedule, GPUS["b200"], "boundary")
+        assert found.communicating == found.exposed == 0

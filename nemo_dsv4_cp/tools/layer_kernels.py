@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of one layer at a model's sizes: to verify, time or compile them."""
+
+# L local queries   I index heads   F index width   N heads   D head_dim   T raw keys   P entries
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+    Kernels,
+    Rope,
+)
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+
+Draw = Callable[..., torch.Tensor]
+"""Makes a tensor of a shape."""
+
+
+def selection(
+    kernels: Kernels, sizes: Any, plan: AttentionPlan, rope: Rope, draw: Draw
+) -> Callable[[], torch.Tensor]:
+    """Return top-k selection on drawn tensors; ``sizes`` has the fields of a model config."""
+    heads, width, layout = sizes.index_n_heads, sizes.index_head_dim, plan.queries.layout
+    weights = draw(1, layout.local_len, heads).float()
+    queries = IndexQueries(draw(1, layout.local_len, heads, width), weights, rope, plan)
+    keys = draw(1, layout.seq_len // plan.ratio, width)
+    return partial(kernels.select_entries, queries, keys, topk=sizes.index_topk)
+
+
+def attention_tensors(sizes: Any, plan: AttentionPlan, draw: Draw) -> list[torch.Tensor]:
+    """Draw queries [1, L, N, D], raw keys [1, T, D], entries [1, P, D] and sinks [N]."""
+    heads, width, layout = sizes.num_attention_heads, sizes.head_dim, plan.queries.layout
+    return [
+        draw(1, layout.local_len, heads, width),
+        draw(1, layout.local_len + sizes.sliding_window - 1, width),
+        draw(1, layout.seq_len // plan.ratio if plan.ratio else 0, width),
+        draw(heads),
+    ]
+
+
+def attend(
+    kernels: Kernels,
+    sizes: Any,
+    plan: AttentionPlan,
+    rope: Rope,
+    selected: torch.Tensor | None,
+    *tensors: torch.Tensor,
+) -> torch.Tensor:
+    """Run attention on :func:`attention_tensors`."""
+    q, raw, entries, sinks = tensors
+    return kernels.attend(
+        AttentionQueries(q, rope, plan, selected),
+        AttentionKeys(raw, entries, sinks),
+        AttentionConstants(sizes.head_dim**-0.5, sizes.rms_norm_eps, sizes.o_groups),
+    )
