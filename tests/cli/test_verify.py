@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify``, once through its installed entry point."""
+"""``verify``, its installed entry point included."""
 
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from nemo_dsv4_cp.cli.app import app
-from nemo_dsv4_cp.tools import recipes
+from nemo_dsv4_cp.tools import local_ranks, recipes
 from nemo_dsv4_cp.tools.verification import Verification
+from tests.ranks import fork_ranks
 
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
@@ -77,19 +79,33 @@ def recipe(tmp_path):
     return write
 
 
-def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
-    figures = tmp_path / "figures.json"
-    path = recipe("flash_packed", "model.config.num_nextn_predict_layers=1")
+def installed(arguments):
+    """Run ``verify`` in a process of its own, whose ranks import AutoModel again."""
     done = subprocess.run(
-        [COMMAND, "verify", str(path), "--ranks", "2", "--json", str(figures)],
+        [COMMAND, *arguments],
         capture_output=True,
         text=True,
         timeout=1800,  # a loaded machine takes minutes
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "The same" in done.stdout
-    (left_out,) = [line for line in done.stdout.splitlines() if line.startswith("Left out")]
+    return done.returncode, done.stdout, done.stderr
+
+
+def forked(arguments):
+    """Run ``verify`` in this process, with ranks that are forks."""
+    with patch.object(local_ranks, "spawn", fork_ranks):
+        done = CliRunner().invoke(app, arguments)
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("run", [forked, pytest.param(installed, marks=pytest.mark.slow)])
+def test_a_packed_flash_recipe_is_the_same_under_cp(run, recipe, tmp_path):
+    figures = tmp_path / "figures.json"
+    path = recipe("flash_packed", "model.config.num_nextn_predict_layers=1")
+    status, output, errors = run(["verify", str(path), "--ranks", "2", "--json", str(figures)])
+    assert status == 0, output + errors
+    assert "The same" in output
+    (left_out,) = [line for line in output.splitlines() if line.startswith("Left out")]
     assert "expert parallelism (distributed.ep_size: 64), activation checkpointing of" in left_out
     named = {figure["name"]: figure for figure in json.loads(figures.read_text())}
     assert all(figure["passes"] for figure in named.values())
@@ -100,7 +116,7 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(recipe, tmp_path):
 
 
 @pytest.fixture
-def verify_broken(recipe, forked_local_ranks):
+def verify_broken(recipe):
     """Verify the tiny recipe with the transport ``broken``."""
 
     def run():
@@ -108,7 +124,7 @@ def verify_broken(recipe, forked_local_ranks):
         fields = yaml.safe_load(path.read_text())
         fields["model"]["config"]["context_parallel"]["transport"] = "broken"
         path.write_text(yaml.safe_dump(fields))
-        return CliRunner().invoke(app, ["verify", str(path)])
+        return forked(["verify", str(path)])
 
     return run
 
@@ -116,9 +132,9 @@ def verify_broken(recipe, forked_local_ranks):
 def test_a_lost_term_of_attention_is_found_and_named(verify_broken, tmp_path, monkeypatch):
     """A transport of another distribution, which loses the keys before the cut."""
     install(BROKEN, "NoWindowBeforeTheCut", tmp_path, monkeypatch)
-    done = verify_broken()
-    assert done.exit_code == 1, done.output
-    printed = " ".join(done.stdout.split())
+    status, output, errors = verify_broken()
+    assert status == 1, output + errors
+    printed = " ".join(output.split())
     assert "Differs:" in printed
     assert "gradient of model.layers." in printed
     assert "above all logits" in printed
@@ -127,12 +143,12 @@ def test_a_lost_term_of_attention_is_found_and_named(verify_broken, tmp_path, mo
 def test_a_rank_that_fails_is_a_line_and_a_log(verify_broken, tmp_path, monkeypatch):
     install(RAISING, "Raises", tmp_path, monkeypatch)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    done = verify_broken()
-    assert done.exit_code == 1, done.output
-    assert done.stdout == ""
+    status, output, errors = verify_broken()
+    assert status == 1, output + errors
+    assert output == ""
     (log,) = tmp_path.glob("nemo-dsv4-cp-*.log")
     expected = f"rank 1 failed: ArithmeticError: no left [context] here (log: {log})"
-    assert done.stderr.strip() == expected
+    assert errors.strip() == expected
     assert "Traceback (most recent call last)" in log.read_text()
 
 

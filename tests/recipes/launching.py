@@ -125,13 +125,15 @@ class Launcher:
 
 def _serve() -> None:
     """Fork the ranks of each launch that a line of standard input describes."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print is no answer
     torch.set_num_threads(1)
     # Imported here and not by ranks: all that a launch needs.
     import tests.recipes.preloaded  # noqa: F401
 
     gc.collect()
     gc.freeze()  # so that collecting garbage copies no page of this process
-    print("[]", flush=True)
+    print("[]", file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         directory = Path(job["directory"])
@@ -139,9 +141,10 @@ def _serve() -> None:
         for rank in range(job["processes"]):
             pid = os.fork()
             if not pid:
+                answers.close()
                 _run_rank(directory, rank, job["processes"], job["port"])
             ranks[pid] = rank
-        print(json.dumps([*ranks]), flush=True)
+        print(json.dumps([*ranks]), file=answers, flush=True)
         statuses = [0] * job["processes"]
         while ranks:
             pid, status = os.wait()
@@ -149,7 +152,7 @@ def _serve() -> None:
             if status:
                 for other in ranks:
                     os.kill(other, signal.SIGKILL)
-        print(json.dumps(statuses), flush=True)
+        print(json.dumps(statuses), file=answers, flush=True)
 
 
 def _run_rank(directory: Path, rank: int, size: int, port: int) -> None:
