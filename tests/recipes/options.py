@@ -222,8 +222,8 @@ REFUSALS = (
     *_refused(
         "lora-all",
         message=r"peft\.target_modules=\['\*'\] selects .*wo_a",
-        why="the pattern selects the grouped projection `wo_a`, which LoRA does not support; the error "
-        "names patterns that work",
+        why="the pattern selects the grouped projection `wo_a`, which LoRA does not support; the "
+        "error names patterns that work",
     ),
     *_refused(
         "mtp-1+pp",
@@ -234,8 +234,8 @@ REFUSALS = (
     *_refused(
         "chunked+pp",
         message="ChunkedCrossEntropy requires pipeline stages that can return hidden states",
-        why="AutoModel refuses them together at any `cp_size`, because its pipeline stages return no "
-        "hidden states for this model",
+        why="AutoModel refuses them together at any `cp_size`, because its pipeline stages return "
+        "no hidden states for this model",
     ),
     *_refused(
         "ac-selective+lora",
@@ -267,8 +267,8 @@ REPLACEMENTS = (
     Replacement(
         frozenset({"fused", "pp"}),
         "MaskedCrossEntropy",
-        "AutoModel's pipeline stages return no hidden states for this model, so AutoModel warns and "
-        "uses `MaskedCrossEntropy`",
+        "AutoModel's pipeline stages return no hidden states for this model, so AutoModel warns "
+        "and uses `MaskedCrossEntropy`",
     ),
 )
 
