@@ -76,10 +76,10 @@ def section(name: str, *kinds: Kind) -> tuple[Kind, ...]:
 KINDS = (
     *section(
         "The batch",
-        refused("a list in the dict's place", whole(lambda b: [b]), "the batch is of type list"),
-        refused("`None` in the dict's place", whole(None), "the batch is of type NoneType"),
+        refused("a list instead of a dict", whole(lambda b: [b]), "the batch is of type list"),
+        refused("`None` instead of a dict", whole(None), "the batch is of type NoneType"),
         refused("no rows", all_tensors(lambda t: t[:0]), _NOTHING),
-        refused("rows of no token", all_tensors(lambda t: t[:, :0]), _NOTHING),
+        refused("rows without tokens", all_tensors(lambda t: t[:, :0]), _NOTHING),
         refused(
             "images",
             put("pixel_values", torch.ones(1, 3, 4, 4)),
@@ -87,7 +87,7 @@ KINDS = (
             NotImplementedError,
         ),
         refused(
-            "another layout, such as `qkv_format: sbhd`",
+            "a layout other than rows of tokens, such as `qkv_format: sbhd`",
             put("qkv_format", "sbhd"),
             "qkv_format='sbhd' is another layout than rows of tokens",
         ),
@@ -130,7 +130,7 @@ KINDS = (
             _EMBEDS,
         ),
         refused(
-            "embeddings: whole numbers",
+            "embeddings: integers",
             both(put("inputs_embeds", lambda b: embedded(b).long()), drop("input_ids")),
             _EMBEDS,
         ),
@@ -144,10 +144,10 @@ KINDS = (
         "Labels and loss masks",
         refused("no labels", drop("labels"), _NO_LABELS, KeyError),
         refused("labels: `None`", put("labels", None), _NO_LABELS, KeyError),
-        refused("labels: a token longer", remake("labels", longer), _LABELS),
-        refused("labels: a token shorter", remake("labels", lambda t: t[:, 1:]), _LABELS),
-        refused("labels: a row more", remake("labels", another_row), _LABELS),
-        refused("labels: a row less", remake("labels", lambda t: t[1:]), _LABELS),
+        refused("labels: one token too many", remake("labels", longer), _LABELS),
+        refused("labels: one token too few", remake("labels", lambda t: t[:, 1:]), _LABELS),
+        refused("labels: one row too many", remake("labels", another_row), _LABELS),
+        refused("labels: one row too few", remake("labels", lambda t: t[1:]), _LABELS),
         refused("labels: of one dimension", remake("labels", lambda t: t[0]), _LABELS),
         refused("labels: of three dimensions", remake("labels", lambda t: t[..., None]), _LABELS),
         refused("labels: a list", remake("labels", torch.Tensor.tolist), _LABELS),
@@ -174,12 +174,12 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "loss mask: a token longer",
+            "loss mask: one token too many",
             argue(loss_mask=lambda b: longer(b["labels"] * 0.0)),
             _WEIGHTS,
         ),
         refused(
-            "loss mask: in the batch, a row more",
+            "loss mask: one row too many, in the batch",
             put("loss_mask", lambda b: another_row(b["labels"] * 0.0)),
             _WEIGHTS,
         ),
@@ -199,7 +199,7 @@ KINDS = (
             "loss_mask holds inf for token 0 of row 0; use finite numbers",
         ),
         refused(
-            "loss mask: bools, in place of labels",
+            "loss mask: bools, instead of labels",
             both(argue(loss_mask=lambda b: b["labels"] > 0), drop("labels")),
             "loss_mask, in place of labels, is bool ...; use int64 [",
         ),
@@ -207,10 +207,16 @@ KINDS = (
     *section(
         "Masks",
         refused(
-            "`attention_mask`: a token longer", remake("attention_mask", longer), _MASK, fits=plain
+            "`attention_mask`: one token too many",
+            remake("attention_mask", longer),
+            _MASK,
+            fits=plain,
         ),
         refused(
-            "`attention_mask`: a row more", remake("attention_mask", another_row), _MASK, fits=plain
+            "`attention_mask`: one row too many",
+            remake("attention_mask", another_row),
+            _MASK,
+            fits=plain,
         ),
         refused(
             "`attention_mask`: of three dimensions",
@@ -237,7 +243,7 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "`attention_mask`: numbers of documents",
+            "`attention_mask`: document numbers",
             remake("attention_mask", at(2)),
             _VALUES,
             fits=plain,
@@ -255,7 +261,7 @@ KINDS = (
             fits=several_tokens,
         ),
         refused(
-            "`attention_mask`: 4-D, a token longer",
+            "`attention_mask`: 4-D, one token too many",
             put("attention_mask", lambda b: torch.cat((square(b), square(b)[..., :1]), -1)),
             _MASK,
             fits=plain,
@@ -273,7 +279,7 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "`attention_mask`: 4-D, of documents or a window",
+            "`attention_mask`: 4-D, for documents or a window",
             put("attention_mask", half_real),
             _PAST,
             fits=several_tokens,
@@ -291,7 +297,7 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "`padding_mask`: a token longer",
+            "`padding_mask`: one token too many",
             put("padding_mask", lambda b: longer(b["input_ids"] < 0)),
             "padding_mask is bool ..., beside tokens ...; use bool [",
             fits=plain,
@@ -307,7 +313,9 @@ KINDS = (
         ),
         refused("positions: floats", remake("position_ids", torch.Tensor.float), _PLACES),
         refused("positions: NaN", remake("position_ids", lambda t: t * NAN), _PLACES),
-        refused("positions: a token shorter", remake("position_ids", lambda t: t[:, 1:]), _PLACES),
+        refused(
+            "positions: one token too few", remake("position_ids", lambda t: t[:, 1:]), _PLACES
+        ),
         refused("positions: on the meta device", remake("position_ids", to_meta), _PLACES),
         refused(
             "positions: that start at 1",
@@ -322,13 +330,13 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "positions: that restart, with nothing about documents",
+            "positions: that restart, without document lengths",
             remake("position_ids", torch.zeros_like),
             _COUNT,
             fits=several_tokens,
         ),
         refused(
-            "positions: other than the documents'",
+            "positions: that disagree with the documents",
             remake("position_ids", lambda t: t + 1),
             "position_ids disagree with the documents of row 0: token 0 is at position 0",
             fits=packed,
@@ -342,7 +350,7 @@ KINDS = (
             _UNTOLD,
             KeyError,
         ),
-        refused("padded lengths alone", drop("seq_lens"), _UNTOLD, KeyError, packed),
+        refused("padded lengths without lengths", drop("seq_lens"), _UNTOLD, KeyError, packed),
         refused(
             "a negative length",
             remake("seq_lens", at(-3)),
@@ -367,25 +375,25 @@ KINDS = (
         ),
         refused("lengths: on the meta device", remake("seq_lens", to_meta), _LENGTHS, fits=packed),
         refused(
-            "lengths: a row more",
+            "lengths: one row too many",
             remake("seq_lens", another_row),
             "seq_lens describes ... rows, and the batch has",
             fits=packed,
         ),
         refused(
-            "padded lengths: less than the real ones",
+            "padded lengths: shorter than the documents",
             remake("seq_lens_padded", at(0)),
             "seq_lens: document 0 of row 0 has ... tokens, and seq_lens_padded gives it 0",
             fits=packed,
         ),
         refused(
-            "padded lengths: a document less",
+            "padded lengths: one document too few",
             remake("seq_lens_padded", at(NO_DOCUMENT)),
             "seq_lens: row 0 tells ... documents, and seq_lens_padded ...; use as many numbers",
             fits=packed,
         ),
         refused(
-            "padded lengths: a row more",
+            "padded lengths: one row too many",
             remake("seq_lens_padded", another_row),
             "seq_lens_padded describes ... rows, and the batch has",
             fits=packed,
@@ -409,7 +417,7 @@ KINDS = (
             fits=packed,
         ),
         refused(
-            "`_packed_seq_ids`: a token longer",
+            "`_packed_seq_ids`: one token too many",
             both(put("_packed_seq_ids", lambda b: longer(numbers(b))), drop("seq_lens")),
             "_packed_seq_ids is int64 ...; use int64 [...], a whole number a token",
             fits=packed,
@@ -421,19 +429,19 @@ KINDS = (
             fits=packed,
         ),
         refused(
-            "documents told twice and differently",
+            "`seq_lens` and `cu_seqlens` that disagree",
             put("cu_seqlens", lambda b: at(0, token=1)(offsets(b["seq_lens"]))),
             "seq_lens and cu_seqlens tell different documents of row 0; leave one of them out",
             fits=packed,
         ),
         refused(
-            "no document at all",
+            "no document",
             both(*(remake(key, torch.zeros_like) for key in ("seq_lens", "seq_lens_padded"))),
             "the packed rows hold no document: pack one token at least",
             fits=packed,
         ),
         refused(
-            "a label outside all documents",
+            "a label on a token outside all documents",
             both(
                 *(remake(key, at(0)) for key in ("seq_lens", "seq_lens_padded")),
                 drop("position_ids"),
@@ -445,17 +453,17 @@ KINDS = (
     *section(
         "Other keys and arguments",
         refused(
-            "`_cp_metadata_seq_dims`: a dimension that there is not",
+            "`_cp_metadata_seq_dims`: a dimension that the tensor does not have",
             declared({"advantages": 2}),
             "advantages is ..., and by _cp_metadata_seq_dims its dimension 2 follows tokens",
         ),
         refused(
-            "`_cp_metadata_seq_dims`: a dimension of another length",
+            "`_cp_metadata_seq_dims`: a dimension that is not as long as the row",
             declared({"weights": 0}, weights=torch.ones(999)),
             "weights is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
         ),
         refused(
-            "`_cp_metadata_seq_dims`: the rows of the labels",
+            "`_cp_metadata_seq_dims`: the batch dimension of the labels",
             declared({"labels": 0}),
             "labels is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
             fits=not_square,
@@ -501,7 +509,7 @@ KINDS = (
             "padding_token_id=97 is no token id, 0 to 96; set the tokenizer's pad_token",
         ),
         refused(
-            "a `padding_token_id` of text",
+            "a `padding_token_id` that is text",
             argue(padding_token_id="<pad>"),
             "padding_token_id='<pad>' is no token id, 0 to 96; set the tokenizer's pad_token",
         ),
@@ -519,7 +527,7 @@ KINDS = (
         refused("the block: a word", block("boundary"), "is not a mapping; write a block such as"),
         refused("the block: a number", block("2"), "is not a mapping; write a block such as"),
         refused(
-            "the block's name misspelt",
+            "a misspelled name of the block",
             fields("{context_paralel: {transport: boundary}}"),
             "the block is called context_parallel",
         ),
@@ -537,39 +545,39 @@ KINDS = (
             for text in ("0", "-128", "12.5", ".nan", "wide", "null")
         ),
         refused(
-            "more ranks than `max_position_embeddings` fills shards",
+            "a `cp_size` with more shards than `max_position_embeddings` fills",
             fields("{max_position_embeddings: 8}"),
             "distributed.cp_size=2 cannot work: shards hold a multiple of 8 tokens",
         ),
     ),
     *section(
-        "Odd batches, trained on as they are meant",
+        "Unusual but valid batches",
         as_meant("ids: int32", remake("input_ids", torch.Tensor.int)),
         as_meant("labels: int32", remake("labels", torch.Tensor.int)),
-        as_meant("all of it int32", all_tensors(torch.Tensor.int)),
-        as_meant("column after column in memory", all_tensors(by_columns)),
-        as_meant("every other number in memory", all_tensors(every_other)),
+        as_meant("all tensors: int32", all_tensors(torch.Tensor.int)),
+        as_meant("all tensors: column-major in memory", all_tensors(by_columns)),
+        as_meant("all tensors: every other element of a longer tensor", all_tensors(every_other)),
         as_meant(
-            "one row expanded to all, of stride 0",
+            "all tensors: one row expanded to all rows, with stride 0",
             all_tensors(lambda t: t[:1].expand_as(t)),
             before=one_row_for_all,
         ),
         as_meant(
-            "one token expanded to all, of stride 0",
+            "ids: one token expanded to all tokens, with stride 0",
             remake("input_ids", lambda t: t[:1, :1].expand_as(t)),
             plain,
             before=one_token_for_all,
         ),
-        as_meant("a `UserDict`", whole(collections.UserDict)),
+        as_meant("a `UserDict` instead of a dict", whole(collections.UserDict)),
         as_meant(
-            "keys that nobody knows",
+            "unknown keys",
             whole(lambda b: b | {"name": "x", "none": None, "more": {"a": 1}, 5: torch.ones(3)}),
         ),
         as_meant("`attention_mask`: bools", remake("attention_mask", torch.Tensor.bool), plain),
         as_meant("`attention_mask`: floats", remake("attention_mask", torch.Tensor.float), plain),
         as_meant("`attention_mask`: int8", remake("attention_mask", torch.Tensor.char), plain),
         as_meant(
-            "`attention_mask`: one row for all",
+            "`attention_mask`: one row for the whole batch",
             remake("attention_mask", lambda t: t[:1]),
             plain,
             before=one_row_for_all,
@@ -581,7 +589,7 @@ KINDS = (
             plain,
         ),
         as_meant(
-            "`attention_mask`: 4-D, one row for all",
+            "`attention_mask`: 4-D, one row for the whole batch",
             put("attention_mask", lambda b: square(b)[:1]),
             plain,
             before=one_row_for_all,
@@ -594,17 +602,17 @@ KINDS = (
         as_meant("no positions", drop("position_ids")),
         as_meant("positions: `None`", put("position_ids", None)),
         as_meant(
-            "positions: one row for all",
+            "positions: one row for the whole batch",
             remake("position_ids", lambda t: t[:1]),
             before=one_row_for_all,
         ),
         as_meant(
-            "masks of any kind beside documents, which tell the padding",
+            "`attention_mask`: any values, if document lengths mark the padding",
             put("attention_mask", lambda b: half_real(b) * NAN),
             packed,
         ),
         as_meant(
-            "`cu_seqlens` for lengths",
+            "`cu_seqlens` instead of `seq_lens`",
             both(
                 put("cu_seqlens", lambda b: offsets(b["seq_lens"])),
                 drop("seq_lens", "seq_lens_padded"),
@@ -612,12 +620,12 @@ KINDS = (
             packed,
         ),
         as_meant(
-            "`_packed_seq_ids` for lengths",
+            "`_packed_seq_ids` instead of `seq_lens`",
             both(put("_packed_seq_ids", numbers), drop("seq_lens", "seq_lens_padded")),
             packed,
         ),
         as_meant(
-            "documents told three times alike",
+            "`seq_lens`, `cu_seqlens` and `_packed_seq_ids` that agree",
             both(
                 put("cu_seqlens", lambda b: offsets(b["seq_lens"])),
                 put("_packed_seq_ids", numbers),
@@ -625,7 +633,7 @@ KINDS = (
             packed,
         ),
         as_meant(
-            "documents of no token",
+            "documents without tokens",
             both(
                 *(
                     remake(key, lambda t: torch.cat((t, torch.zeros_like(t)), 1))
@@ -635,7 +643,7 @@ KINDS = (
             packed,
         ),
         as_meant(
-            "lengths: more fillers than rows need",
+            "lengths: more fill values than rows need",
             both(
                 *(
                     remake(key, lambda t: torch.cat((t, torch.full_like(t, NO_DOCUMENT)), 1))
@@ -645,7 +653,7 @@ KINDS = (
             packed,
         ),
         as_meant(
-            "lengths: of one dimension, for one row",
+            "lengths: of one dimension, for a batch of one row",
             remake("seq_lens", lambda t: t[0]),
             one_packed_row,
         ),
@@ -657,11 +665,13 @@ KINDS = (
         as_meant("`padding_token_id: None`", argue(padding_token_id=None)),
     ),
     *section(
-        "Odd YAML, and taken as it is meant",
-        as_meant("no block", block("null")),
-        as_meant("flags as YAML has them", block("{enabled: yes, pad_documents: off}")),
-        as_meant("flags as text or 1 and 0", block('{enabled: "true", pad_documents: 0}')),
-        as_meant("a key twice: the last counts", block("{transport: x, transport: boundary}")),
+        "Unusual but valid YAML",
+        as_meant("no `context_parallel` block", block("null")),
+        as_meant("flags: `yes` and `off`", block("{enabled: yes, pad_documents: off}")),
+        as_meant("flags: text, and 0", block('{enabled: "true", pad_documents: 0}')),
+        as_meant(
+            "the same key twice: the last one counts", block("{transport: x, transport: boundary}")
+        ),
         as_meant("a `workspace_mib` of 10^12", block("{workspace_mib: 1000000000000}")),
     ),
 )
