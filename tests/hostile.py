@@ -545,7 +545,7 @@ KINDS = (
             for text in ("0", "-128", "12.5", ".nan", "wide", "null")
         ),
         refused(
-            "a `cp_size` with more shards than `max_position_embeddings` fills",
+            "a `cp_size` with more shards than a row of `max_position_embeddings` tokens fills",
             fields("{max_position_embeddings: 8}"),
             "distributed.cp_size=2 cannot work: shards hold a multiple of 8 tokens",
         ),
