@@ -34,11 +34,11 @@ def table(results: list[dict[str, Any]]) -> str:
         cells += [""] * (len(OPTIONS) - number)
         lines.append(f"| {number} {row.name} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {option.name}: {option.meaning}" for number, option in numbered)]
-    lines += ["", "Refused before the first step:", ""]
+    lines += ["", "Refused with an error before the first optimizer step:", ""]
     for why, refusals in groupby(REFUSALS, lambda refusal: refusal.why):
         spelled = ", ".join(" with ".join(sorted(refusal.options)) for refusal in refusals)
         lines.append(f"- {spelled}: {why}")
-    lines += ["", "Equal, with another loss than the recipe names:", ""]
+    lines += ["", "Equal, but with another loss than the one in the recipe:", ""]
     for replacement in REPLACEMENTS:
         lines.append(f"- {' with '.join(sorted(replacement.options))}: {replacement.why}")
     return "\n".join(lines) + "\n"

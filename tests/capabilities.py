@@ -12,7 +12,7 @@ import pytest
 
 CAPABILITIES = (
     "attention layers, 1 to 8 ranks",
-    "training, one document a row",
+    "training, one document per row",
     "expert parallelism and activation checkpointing",
     "packed documents and gradient accumulation",
     "multi-token prediction",

@@ -117,7 +117,7 @@ def expert_parallel(launch):
     )
 
 
-@pytest.mark.capability("training, one document a row")
+@pytest.mark.capability("training, one document per row")
 def test_the_cli_trains_at_cp_2_as_at_cp_1_and_the_loss_falls(trained):
     assert_same(*trained)
     losses = trained[0].losses
@@ -132,7 +132,8 @@ def test_expert_parallelism_and_checkpointing_change_no_loss(
     with_experts, without = expert_parallel, trained[0]
     if "weights.float(), differentiable=False" in inspect.getsource(experts):
         record_property(
-            "but", "on the first step alone: its torch dispatcher hands routers no gradient"
+            "but",
+            "only the first step: this release's torch dispatcher passes routers no gradient",
         )
         with_experts, without = (
             run._replace(losses=run.losses[:1]) for run in (with_experts, without)
@@ -273,7 +274,7 @@ def test_a_checkpoint_loads_without_the_plugin_and_back(
     assert ours.losses[0] < trained[0].losses[0] - 0.2  # trained weights, not random ones
     if not HAS_SHARDER:
         record_property(
-            "but", "not read without the plugin: this release by itself cannot shard V4"
+            "but", "only loading with the plugin: without it, this release cannot shard V4"
         )
         return
     plain = launch("plain", 2, distributed=on_either | {"cp_size": 1}, model=plain_model, **changes)

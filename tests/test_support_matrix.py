@@ -36,11 +36,11 @@ TESTS = """
     def test_works_in_part(record_property):
         record_property("but", "on the first step alone")
 
-    @pytest.mark.capability("attention layers, 1 to 8 ranks", "training, one document a row")
+    @pytest.mark.capability("attention layers, 1 to 8 ranks", "training, one document per row")
     def test_does_not_work():
         assert False
 
-    @pytest.mark.capability("training, one document a row")
+    @pytest.mark.capability("training, one document per row")
     def test_works_otherwise(): ...
 """
 
@@ -52,7 +52,7 @@ def test_what_tests_showed_is_written_by_capability(pytester):
     assert found["packages"]["nemo_automodel"]
     assert found["capabilities"] == {
         "attention layers, 1 to 8 ranks": "fails",
-        "training, one document a row": "fails",
+        "training, one document per row": "fails",
         "expert parallelism and activation checkpointing": "not tested: no test ran",
         "packed documents and gradient accumulation": "not tested: no test ran",
         "multi-token prediction": "refused",

@@ -38,7 +38,8 @@ def oracle_job(group, rank, *arguments):
 def tell_the_limit(record_property):
     if AUTOMODEL_CHOOSES_AMONG_ALL:
         record_property(
-            "but", "not of what its indexer chooses, which spends choices on the future"
+            "but",
+            "except top-k selection, in which this release also selects future entries",
         )
 
 

@@ -21,12 +21,12 @@ COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
 BROKEN = """
 import torch
-from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
+from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.exchange.collectives import cp_rank
 from nemo_dsv4_cp.exchange.collectives import Pending
 
 
-class NoWindowBeforeTheCut(BoundaryTransport):
+class NoWindowBeforeTheCut(Transport):
     def fetch(self, tensors, plans):
         answers = super().fetch(tensors, plans)
 
@@ -44,11 +44,11 @@ class NoWindowBeforeTheCut(BoundaryTransport):
 
 
 RAISING = """
-from nemo_dsv4_cp.exchange.boundary import BoundaryTransport
+from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.exchange.collectives import cp_rank
 
 
-class Raises(BoundaryTransport):
+class Raises(Transport):
     def fetch(self, tensors, plans):
         if cp_rank(self.cp_group):
             raise ArithmeticError("no left [context] here")

@@ -49,10 +49,10 @@ _COUNT = "position_ids do not count 0, 1, 2, ... along each row, as if documents
 KINDS = (
     *section(
         "The batch",
-        refused("a list in the dict's place", whole(lambda b: [b]), "the batch is of type list"),
-        refused("`None` in the dict's place", whole(None), "the batch is of type NoneType"),
+        refused("a list instead of a dict", whole(lambda b: [b]), "the batch is of type list"),
+        refused("`None` instead of a dict", whole(None), "the batch is of type NoneType"),
         refused("no rows", all_tensors(lambda t: t[:0]), _NOTHING),
-        refused("rows of no token", all_tensors(lambda t: t[:, :0]), _NOTHING),
+        refused("rows without tokens", all_tensors(lambda t: t[:, :0]), _NOTHING),
         refused(
             "images",
             put("pixel_values", torch.ones(1, 3, 4, 4)),
@@ -60,7 +60,7 @@ KINDS = (
             NotImplementedError,
         ),
         refused(
-            "another layout, such as `qkv_format: sbhd`",
+            "a layout other than rows of tokens, such as `qkv_format: sbhd`",
             put("qkv_format", "sbhd"),
             "qkv_format='sbhd' is another layout than rows of tokens",
         ),
@@ -117,10 +117,10 @@ KINDS = (
         "Labels and loss masks",
         refused("no labels", drop("labels"), _NO_LABELS, KeyError),
         refused("labels: `None`", put("labels", None), _NO_LABELS, KeyError),
-        refused("labels: a token longer", remake("labels", longer), _LABELS),
-        refused("labels: a token shorter", remake("labels", lambda t: t[:, 1:]), _LABELS),
-        refused("labels: a row more", remake("labels", another_row), _LABELS),
-        refused("labels: a row less", remake("labels", lambda t: t[1:]), _LABELS),
+        refused("labels: one token too many", remake("labels", longer), _LABELS),
+        refused("labels: one token too few", remake("labels", lambda t: t[:, 1:]), _LABELS),
+        refused("labels: one row too many", remake("labels", another_row), _LABELS),
+        refused("labels: one row too few", remake("labels", lambda t: t[1:]), _LABELS),
         refused("labels: of one dimension", remake("labels", lambda t: t[0]), _LABELS),
         refused("labels: of three dimensions", remake("labels", lambda t: t[..., None]), _LABELS),
         refused("labels: a list", remake("labels", torch.Tensor.tolist), _LABELS),
@@ -147,12 +147,12 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "loss mask: a token longer",
+            "loss mask: one token too many",
             argue(loss_mask=lambda b: longer(b["labels"] * 0.0)),
             _WEIGHTS,
         ),
         refused(
-            "loss mask: in the batch, a row more",
+            "loss mask: one row too many, in the batch",
             put("loss_mask", lambda b: another_row(b["labels"] * 0.0)),
             _WEIGHTS,
         ),
@@ -172,7 +172,7 @@ KINDS = (
             "loss_mask holds inf for token 0 of row 0; use finite numbers",
         ),
         refused(
-            "loss mask: bools, in place of labels",
+            "loss mask: bools, instead of labels",
             both(argue(loss_mask=lambda b: b["labels"] > 0), drop("labels")),
             "loss_mask, in place of labels, is bool ...; use int64 [",
         ),
@@ -180,10 +180,16 @@ KINDS = (
     *section(
         "Masks",
         refused(
-            "`attention_mask`: a token longer", remake("attention_mask", longer), _MASK, fits=plain
+            "`attention_mask`: one token too many",
+            remake("attention_mask", longer),
+            _MASK,
+            fits=plain,
         ),
         refused(
-            "`attention_mask`: a row more", remake("attention_mask", another_row), _MASK, fits=plain
+            "`attention_mask`: one row too many",
+            remake("attention_mask", another_row),
+            _MASK,
+            fits=plain,
         ),
         refused(
             "`attention_mask`: of three dimensions",
@@ -210,7 +216,7 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "`attention_mask`: numbers of documents",
+            "`attention_mask`: document numbers",
             remake("attention_mask", at(2)),
             _VALUES,
             fits=plain,
@@ -228,7 +234,7 @@ KINDS = (
             fits=several_tokens,
         ),
         refused(
-            "`attention_mask`: 4-D, a token longer",
+            "`attention_mask`: 4-D, one token too many",
             put("attention_mask", lambda b: torch.cat((square(b), square(b)[..., :1]), -1)),
             _MASK,
             fits=plain,
@@ -246,7 +252,7 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "`attention_mask`: 4-D, of documents or a window",
+            "`attention_mask`: 4-D, for documents or a window",
             put("attention_mask", half_real),
             _PAST,
             fits=several_tokens,
@@ -264,7 +270,7 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "`padding_mask`: a token longer",
+            "`padding_mask`: one token too many",
             put("padding_mask", lambda b: longer(b["input_ids"] < 0)),
             "padding_mask is bool ..., beside tokens ...; use bool [",
             fits=plain,
@@ -280,7 +286,9 @@ KINDS = (
         ),
         refused("positions: floats", remake("position_ids", torch.Tensor.float), _PLACES),
         refused("positions: NaN", remake("position_ids", lambda t: t * NAN), _PLACES),
-        refused("positions: a token shorter", remake("position_ids", lambda t: t[:, 1:]), _PLACES),
+        refused(
+            "positions: one token too few", remake("position_ids", lambda t: t[:, 1:]), _PLACES
+        ),
         refused("positions: on the meta device", remake("position_ids", to_meta), _PLACES),
         refused(
             "positions: that start at 1",
@@ -295,13 +303,13 @@ KINDS = (
             fits=plain,
         ),
         refused(
-            "positions: that restart, with nothing about documents",
+            "positions: that restart, without document lengths",
             remake("position_ids", torch.zeros_like),
             _COUNT,
             fits=several_tokens,
         ),
         refused(
-            "positions: other than the documents'",
+            "positions: that disagree with the documents",
             remake("position_ids", lambda t: t + 1),
             "position_ids disagree with the documents of row 0: token 0 is at position 0",
             fits=packed,

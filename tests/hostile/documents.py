@@ -41,7 +41,7 @@ KINDS = (
             _UNTOLD,
             KeyError,
         ),
-        refused("padded lengths alone", drop("seq_lens"), _UNTOLD, KeyError, packed),
+        refused("padded lengths without lengths", drop("seq_lens"), _UNTOLD, KeyError, packed),
         refused(
             "a negative length",
             remake("seq_lens", at(-3)),
@@ -66,25 +66,25 @@ KINDS = (
         ),
         refused("lengths: on the meta device", remake("seq_lens", to_meta), _LENGTHS, fits=packed),
         refused(
-            "lengths: a row more",
+            "lengths: one row too many",
             remake("seq_lens", another_row),
             "seq_lens describes ... rows, and the batch has",
             fits=packed,
         ),
         refused(
-            "padded lengths: less than the real ones",
+            "padded lengths: shorter than the documents",
             remake("seq_lens_padded", at(0)),
             "seq_lens: document 0 of row 0 has ... tokens, and seq_lens_padded gives it 0",
             fits=packed,
         ),
         refused(
-            "padded lengths: a document less",
+            "padded lengths: one document too few",
             remake("seq_lens_padded", at(NO_DOCUMENT)),
             "seq_lens: row 0 describes ... documents, and seq_lens_padded ...; use as many numbers",
             fits=packed,
         ),
         refused(
-            "padded lengths: a row more",
+            "padded lengths: one row too many",
             remake("seq_lens_padded", another_row),
             "seq_lens_padded describes ... rows, and the batch has",
             fits=packed,
@@ -108,7 +108,7 @@ KINDS = (
             fits=packed,
         ),
         refused(
-            "`_packed_seq_ids`: a token longer",
+            "`_packed_seq_ids`: one token too many",
             both(put("_packed_seq_ids", lambda b: longer(numbers(b))), drop("seq_lens")),
             "_packed_seq_ids is int64 ...; use int64 [...], an integer per token",
             fits=packed,
@@ -120,19 +120,19 @@ KINDS = (
             fits=packed,
         ),
         refused(
-            "documents described twice and differently",
+            "`seq_lens` and `cu_seqlens` that disagree",
             put("cu_seqlens", lambda b: at(0, token=1)(offsets(b["seq_lens"]))),
             "seq_lens and cu_seqlens describe different documents of row 0; leave one of them out",
             fits=packed,
         ),
         refused(
-            "no document at all",
+            "no document",
             both(*(remake(key, torch.zeros_like) for key in ("seq_lens", "seq_lens_padded"))),
             "the packed rows hold no document: pack one token at least",
             fits=packed,
         ),
         refused(
-            "a label outside all documents",
+            "a label on a token outside all documents",
             both(
                 *(remake(key, at(0)) for key in ("seq_lens", "seq_lens_padded")),
                 drop("position_ids"),
@@ -144,17 +144,17 @@ KINDS = (
     *section(
         "Other keys and arguments",
         refused(
-            "`_cp_metadata_seq_dims`: a dimension that there is not",
+            "`_cp_metadata_seq_dims`: a dimension that the tensor does not have",
             declared({"advantages": 2}),
             "advantages is ..., and by _cp_metadata_seq_dims its dimension 2 follows tokens",
         ),
         refused(
-            "`_cp_metadata_seq_dims`: a dimension of another length",
+            "`_cp_metadata_seq_dims`: a dimension that is not as long as the row",
             declared({"weights": 0}, weights=torch.ones(999)),
             "weights is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
         ),
         refused(
-            "`_cp_metadata_seq_dims`: the rows of the labels",
+            "`_cp_metadata_seq_dims`: the batch dimension of the labels",
             declared({"labels": 0}),
             "labels is ..., and by _cp_metadata_seq_dims its dimension 0 follows tokens",
             fits=not_square,
@@ -200,7 +200,7 @@ KINDS = (
             "padding_token_id=97 is no token id, 0 to 96; set the tokenizer's pad_token",
         ),
         refused(
-            "a `padding_token_id` of text",
+            "a `padding_token_id` that is text",
             argue(padding_token_id="<pad>"),
             "padding_token_id='<pad>' is no token id, 0 to 96; set the tokenizer's pad_token",
         ),

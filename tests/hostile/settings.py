@@ -32,7 +32,7 @@ KINDS = (
         refused("the block: a word", block("boundary"), "is not a mapping; write a block such as"),
         refused("the block: a number", block("2"), "is not a mapping; write a block such as"),
         refused(
-            "the block's name misspelt",
+            "a misspelled name of the block",
             fields("{context_paralel: {transport: boundary}}"),
             "the block is called context_parallel",
         ),
@@ -50,7 +50,7 @@ KINDS = (
             for text in ("0", "-128", "12.5", ".nan", "wide", "null")
         ),
         refused(
-            "more ranks than `max_position_embeddings` fills shards",
+            "a `cp_size` with more shards than a row of `max_position_embeddings` tokens fills",
             fields("{max_position_embeddings: 8}"),
             "distributed.cp_size=2 cannot work: shards hold a multiple of 8 tokens",
         ),

@@ -168,21 +168,24 @@ OPTIONS = (
     ),
     Option(
         "lora-indexer",
-        "`peft` on `*wkv`, `*wq_b`, names that the frozen indexer has too",
+        "`peft` on `*wkv`, `*wq_b`: the frozen indexer has modules of these names too",
         "lora",
         _lora("*wkv", "*wq_b"),
     ),
     Option("lora-all", "`peft` on `*`", "lora", _lora("*")),
     Option(
         "vision",
-        "a config with a vision tower, text only",
+        "a config with a vision tower; batches contain only text",
         "vision",
         _config(vision_n_layers=1, vision_dim=64, vision_n_heads=4, vision_inter_dim=64),
         same_as="base",
         idle="vision|image_|aligner",
     ),
     Option(
-        "hsdp", "`dp_replicate_size: 2` of 4", "hsdp", {"distributed": {"dp_replicate_size": 2}}
+        "hsdp",
+        "`dp_replicate_size: 2` with 4 data-parallel ranks",
+        "hsdp",
+        {"distributed": {"dp_replicate_size": 2}},
     ),
     Option("ep", "`ep_size: 2`", "ep", {"distributed": {"ep_size": 2}}, same_as="base"),
     Option("pp", "`pp_size: 2`", "pp", STAGES, same_as="base"),
@@ -219,27 +222,27 @@ REFUSALS = (
     *_refused(
         "lora-all",
         message=r"peft\.target_modules=\['\*'\] selects .*wo_a",
-        why="it selects the grouped projection `wo_a`, which LoRA cannot change; the error names "
-        "patterns that work",
+        why="the pattern selects the grouped projection `wo_a`, which LoRA does not support; the "
+        "error names patterns that work",
     ),
     *_refused(
         "mtp-1+pp",
         "mtp-2+pp",
         message="MTP with context and pipeline parallelism is not supported",
-        why="by AutoModel, at `cp_size` above 1; use `pp_size: 1`",
+        why="AutoModel refuses them together at `cp_size` above 1; use `pp_size: 1`",
     ),
     *_refused(
         "chunked+pp",
         message="ChunkedCrossEntropy requires pipeline stages that can return hidden states",
-        why="by AutoModel, at any `cp_size`, because its stages return no hidden states for this "
-        "model",
+        why="AutoModel refuses them together at any `cp_size`, because its pipeline stages return "
+        "no hidden states for this model",
     ),
     *_refused(
         "ac-selective+lora",
         "ac-selective+lora-indexer",
         message="Tensor cached during selective activation checkpoint has been mutated",
-        why="by torch on the first backward pass, at any `cp_size` and without this package too: "
-        "AutoModel's LoRA adds to a saved tensor in place; use "
+        why="torch raises an error on the first backward pass, at any `cp_size`, also without this "
+        "package: AutoModel's LoRA modifies a saved tensor in place; use "
         "`peft.use_memory_efficient_lora: false`",
     ),
 )
@@ -264,8 +267,8 @@ REPLACEMENTS = (
     Replacement(
         frozenset({"fused", "pp"}),
         "MaskedCrossEntropy",
-        "AutoModel's stages return no hidden states for this model; it warns and takes "
-        "`MaskedCrossEntropy`",
+        "AutoModel's pipeline stages return no hidden states for this model, so AutoModel warns "
+        "and uses `MaskedCrossEntropy`",
     ),
 )
 

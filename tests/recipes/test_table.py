@@ -79,11 +79,11 @@ def test_a_cell_is_a_pair_and_the_diagonal_an_option_alone(three_options):
         "2. two: `x: 2`",
         "3. three: `y: 1`",
         "",
-        "Refused before the first step:",
+        "Refused with an error before the first optimizer step:",
         "",
         "- three with two: both want the same rows",
         "",
-        "Equal, with another loss than the recipe names:",
+        "Equal, but with another loss than the one in the recipe:",
         "",
         "- one with three: one warns and takes `Other`",
     ]
