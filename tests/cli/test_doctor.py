@@ -28,7 +28,7 @@ def test_this_environment_can_train():
     assert done.returncode == 0, done.stdout + done.stderr
     found = findings(done.stdout)
     assert found["nemo_automodel"]["found"] == "0.7.0"
-    assert found["nemo_dsv4_cp.transports: boundary"]["found"].endswith(":BoundaryTransport")
+    assert found["nemo_dsv4_cp.transports: boundary"]["found"].endswith(".transport:Transport")
     assert found["AutoModel's registry"]["found"].endswith("-> nemo_dsv4_cp.model")
     assert found["contract for batches"]["found"] == "ContextParallelSharder"
     if not torch.cuda.is_available():

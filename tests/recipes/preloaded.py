@@ -17,7 +17,7 @@ for name in (
     "nemo_automodel.components.training.prewarm",
     "nemo_automodel.recipes.llm.kd",
     "nemo_automodel.recipes.llm.train_ft",
-    "nemo_dsv4_cp.exchange.boundary",
+    "nemo_dsv4_cp.exchange.transport",
     "nemo_dsv4_cp.kernels.reference",
     "nemo_dsv4_cp.model",
     "nemo_dsv4_cp.tools.stdlib_bytes",
