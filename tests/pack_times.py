@@ -23,7 +23,7 @@ from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 
 RANKS, SEQ_LEN, PACKS = 128, 1 << 20, 40
 PARTS = {
-    "schedules": (step_module, "schedule_of"),
+    "schedules": (step_module, "Schedules"),
     "exchange plans": (RowPlan, "of"),
     "visible ranges": (AttentionPlan, "visible_ranges"),
 }

@@ -83,7 +83,7 @@ def balance() -> Figure:
 
 
 def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
-    schedule, seq_len = balanced(layout, 4), layout.seq_len
+    schedule, seq_len = balanced(layout), layout.seq_len
     positions = torch.arange(0, seq_len, seq_len // 2048)
     first, stop = layout.visible_entries(positions, 4)
     seen = (stop - first)[0]
@@ -107,7 +107,7 @@ def _who_computes(axes: Axes, layout: SequenceLayout, title: str) -> None:
 
 def _how_much(axes: Axes, layout: SequenceLayout) -> None:
     for place, (schedule, label) in enumerate(
-        ((contiguous(layout), "balance: off"), (balanced(layout, 4), "balance: on"))
+        ((contiguous(layout), "balance: off"), (balanced(layout), "balance: on"))
     ):
         seen = entries_seen(layout, schedule, 4)
         mean = sum(seen) / len(seen)

@@ -9,7 +9,7 @@ index tensors that layers and kernels read. Layers of one kind share a plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries, Runs
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
-from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, contiguous, schedule_of
+from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, Schedules
 from nemo_dsv4_cp.sequence.windows import Windows, straddling
 
 STEP_KEY = "cp_step"
@@ -91,6 +91,18 @@ class LayerPlan:
         return gathered_BPD.gather(1, index)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One rank's part in a schedule, whatever the compress ratio; see :class:`LayerPlan`."""
+
+    local: Queries
+    local_rows: slice | torch.Tensor
+    remote: Queries
+    moves: Mapping[str, RowPlan]
+    n_keys: tuple[int, ...]
+    returned: RowPlan
+
+
 class StepContext:
     """What is true for one forward of one model; it dies with the step."""
 
@@ -108,8 +120,10 @@ class StepContext:
         self.transport: Transport = plugins.load(plugins.TRANSPORTS, options.transport)(
             group, overlap=options.overlap
         )
+        self._shards = [(layout.shard(rank),) for rank in range(layout.cp_size)]
         self._balance = str(options.balance)
-        self._schedules: dict[LayerKind, Schedule] = {}
+        self._schedules: Schedules | None = None
+        self._parts: dict[tuple[Schedule, int, torch.device], _Part] = {}
         self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
         self._ropes: dict[tuple[LayerPlan, int, torch.dtype], Rope] = {}
 
@@ -122,13 +136,9 @@ class StepContext:
 
     def schedule(self, kind: LayerKind) -> Schedule:
         """Return which rank computes which queries of a kind's layers."""
-        if kind not in self._schedules:
-            self._schedules[kind] = (
-                schedule_of(self.layout, kind.ratio, self._balance, kind.cost, gpu_here())
-                if kind.ratio
-                else contiguous(self.layout)
-            )
-        return self._schedules[kind]
+        if self._schedules is None:
+            self._schedules = Schedules(self.layout, self._balance, gpu_here())
+        return self._schedules.of(kind.ratio, kind.cost)
 
     def plan(self, kind: LayerKind, device: torch.device) -> LayerPlan:
         """Return the plan of a kind's layers.
@@ -159,48 +169,59 @@ class StepContext:
     # Not to be traced: torch.compile meets a plan that the model made before its first block.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _make(self, kind: LayerKind, device: torch.device) -> LayerPlan:
-        layout, schedule = self.layout, self.schedule(kind)
-        rank, ranks = layout.cp_rank, layout.cp_size
-        shards = tuple((layout.shard(r),) for r in range(ranks))
+        layout, ratio = self.layout, kind.ratio
+        part = self._part(self.schedule(kind), kind.window, device)
+        moves, windows, entry_order = dict(part.moves), None, None
+        if ratio:
 
-        def fetched(wanted: tuple[Runs, ...]) -> RowPlan:
-            return RowPlan.of(wanted, shards, rank=rank, device=device)
+            def before(tokens: int) -> RowPlan:
+                ranks = range(layout.cp_size)
+                return self._fetched([(layout.shard(r, before=tokens),) for r in ranks], device)
 
-        def keys(runs: Runs) -> Runs:
-            return raw_tokens(runs, kind.window)
-
-        def before(tokens: int) -> RowPlan:
-            return fetched(tuple((layout.shard(r, before=tokens),) for r in range(ranks)))
-
-        def queries(runs: Runs) -> AttentionPlan:
-            plan = AttentionPlan(Queries(layout, runs), kind.window, kind.ratio)
-            if runs:
-                plan.visible_ranges(device)  # stays with it, for every layer
-            return plan
-
-        of_remote = [keys(runs) for runs in schedule.remote]
-        of_local = [keys(runs) for runs in schedule.local]
-        moves = {"keys": fetched(tuple(a + b for a, b in zip(of_remote, of_local, strict=True)))}
-        windows = entry_order = remote = None
-        if kind.ratio:
-            inside = straddling(layout, kind.ratio)
-            windows = Windows.of(layout, kind.ratio, device)
-            entry_order = layout.entry_order(kind.ratio, windows.count, device)
+            inside = straddling(layout, ratio)
+            windows = Windows.of(layout, ratio, device)
+            entry_order = layout.entry_order(ratio, windows.count, device)
             moves["features"] = moves["index_features"] = before(inside)
             if kind.overlaps:
-                moves["overlap"] = moves["index_overlap"] = before(kind.ratio + inside)
-        if schedule.moves:
-            remote = queries(schedule.remote[rank])
-            of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
-            moves |= dict.fromkeys(of_queries, fetched(schedule.remote))
-        own = schedule.local[rank]
+                moves["overlap"] = moves["index_overlap"] = before(ratio + inside)
+        local = AttentionPlan(part.local, kind.window, ratio)
+        remote = AttentionPlan(part.remote, kind.window, ratio) if "remote_low" in moves else None
+        for plan in (local, remote):
+            if plan is not None and plan.queries.runs:
+                plan.visible_ranges(device)  # stays with it, for every layer
         return LayerPlan(
-            local=queries(own),
-            local_rows=rows_of(own, layout.start, device),
-            remote=remote,
-            moves=moves,
-            n_keys=tuple(sum(map(len, runs)) for runs in (of_remote[rank], of_local[rank])),
-            returned=RowPlan.of(shards, schedule.local, schedule.remote, rank=rank, device=device),
-            windows=windows,
-            entry_order=entry_order,
+            local, part.local_rows, remote, moves, part.n_keys, part.returned, windows, entry_order
         )
+
+    def _part(self, schedule: Schedule, window: int, device: torch.device) -> _Part:
+        """Return this rank's part in a schedule, made once for all kinds that share it."""
+        key = (schedule, window, device)
+        if key in self._parts:
+            return self._parts[key]
+        layout, rank = self.layout, self.layout.cp_rank
+        keys = [
+            (raw_tokens(remote, window), raw_tokens(local, window))
+            for remote, local in zip(schedule.remote, schedule.local, strict=True)
+        ]
+        moves = {
+            "keys": self._fetched([of_remote + of_local for of_remote, of_local in keys], device)
+        }
+        if schedule.moves:
+            of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
+            moves |= dict.fromkeys(of_queries, self._fetched(schedule.remote, device))
+        own = schedule.local[rank]
+        self._parts[key] = _Part(
+            local=Queries(layout, own),
+            local_rows=rows_of(own, layout.start, device),
+            remote=Queries(layout, schedule.remote[rank]),
+            moves=moves,
+            n_keys=tuple(sum(map(len, runs)) for runs in keys[rank]),
+            returned=RowPlan.of(
+                self._shards, schedule.local, schedule.remote, rank=rank, device=device
+            ),
+        )
+        return self._parts[key]
+
+    def _fetched(self, wanted: Sequence[Runs], device: torch.device) -> RowPlan:
+        """Return this rank's part in a fetch of the tokens that each rank wants."""
+        return RowPlan.of(wanted, self._shards, rank=self.layout.cp_rank, device=device)

@@ -120,10 +120,10 @@ def contiguous(layout: SequenceLayout) -> Schedule:
     return Schedule(tuple((layout.shard(rank),) for rank in ranks), ((),) * layout.cp_size)
 
 
-def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
-    """Let every rank's queries see about as many entries of a compress ratio."""
+def balanced(layout: SequenceLayout) -> Schedule:
+    """Let every rank's queries see about as many tokens, and so as many entries of any ratio."""
     if layout.packed:
-        return _by_blocks(layout, ratio)
+        return _by_blocks(layout)
     shards = [layout.shard(rank) for rank in range(layout.cp_size)]
     half = (layout.local_len + 1) // 2
     return Schedule(
@@ -132,31 +132,38 @@ def balanced(layout: SequenceLayout, ratio: int) -> Schedule:
     )
 
 
-def schedule_of(
-    layout: SequenceLayout, ratio: int, balance: str, cost: QueryCost, rates: _Rates
-) -> Schedule:
-    """Return the schedule that an option selects.
+class Schedules:
+    """The schedules of a step's layers: those that balance have the same one."""
 
-    Args:
-        layout: Positions; any rank's.
-        ratio: Compress ratio of the layer.
-        balance: ``"on"``, ``"off"``, or ``"auto"``: on if the time that the busiest rank saves is
-            longer than its exchanges take without overlap.
-        cost: What the layer's queries cost.
-        rates: Of the GPU that ``"auto"`` decides for.
-    """
-    stay = contiguous(layout)
-    # A shard of one token has no half to give.
-    if balance == "off" or layout.cp_size == 1 or layout.local_len < 2:
-        return stay
-    move = balanced(layout, ratio)
-    if balance == "on":
-        return move
-    spared = max(entries_seen(layout, stay, ratio)) - max(entries_seen(layout, move, ratio))
-    moved = max(sum(map(len, runs)) for runs in move.remote) * layout.rows
-    sent = moved * (cost.sent_forward + cost.sent_backward)
-    exchanged = rates.exchange_seconds(sent, layout.cp_size) + LAUNCH_SECONDS
-    return move if spared * cost.flops_per_entry / rates.kernels_per_second > exchanged else stay
+    def __init__(self, layout: SequenceLayout, balance: str, rates: _Rates) -> None:
+        """Bind a layout.
+
+        Args:
+            layout: Positions; any rank's.
+            balance: ``"on"``, ``"off"``, or ``"auto"``: on if the time that the busiest rank saves
+                is longer than its exchanges take without overlap.
+            rates: Of the GPU that ``"auto"`` decides for.
+        """
+        self._layout, self._balance, self._rates = layout, balance, rates
+        self._stay, self._move = contiguous(layout), None
+        # A shard of one token has no half to give.
+        if balance != "off" and layout.cp_size > 1 and layout.local_len > 1:
+            self._move = balanced(layout)
+
+    def of(self, ratio: int, cost: QueryCost) -> Schedule:
+        """Return the schedule of layers of a compress ratio, whose queries cost so much."""
+        if not ratio or self._move is None:
+            return self._stay
+        pays = self._balance == "on" or self._pays(self._move, ratio, cost)
+        return self._move if pays else self._stay
+
+    def _pays(self, move: Schedule, ratio: int, cost: QueryCost) -> bool:
+        layout, rates = self._layout, self._rates
+        stays, moves = (max(entries_seen(layout, s, ratio)) for s in (self._stay, move))
+        moved = max(sum(map(len, runs)) for runs in move.remote) * layout.rows
+        sent = moved * (cost.sent_forward + cost.sent_backward)
+        exchanged = rates.exchange_seconds(sent, layout.cp_size) + LAUNCH_SECONDS
+        return (stays - moves) * cost.flops_per_entry / rates.kernels_per_second > exchanged
 
 
 def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list[int]:
@@ -167,14 +174,14 @@ def entries_seen(layout: SequenceLayout, schedule: Schedule, ratio: int) -> list
     return [sum(before[run.stop] - before[run.start] for run in runs) for runs in ranks]
 
 
-def _by_blocks(layout: SequenceLayout, ratio: int) -> Schedule:
-    """Exchange blocks of equal length between ranks that see many entries and few."""
+def _by_blocks(layout: SequenceLayout) -> Schedule:
+    """Exchange blocks of equal length between ranks that see many tokens and few."""
     length, seq_len, shards = layout.local_len, layout.seq_len, layout.shard_starts
     block = max(length // BLOCKS, 1)
     count = length // block
     rest = length % block  # what follows a shard's last block stays
     begins = [b for start in shards for b in range(start, start + block * count + 1, block)]
-    seen = layout.entries_before([*begins, seq_len], ratio)
+    seen = layout.entries_before([*begins, seq_len], ratio=1)
     # A block is one integer, for speed: its cost * S + where it begins.
     blocks = [
         (b - a) * seq_len + begin for a, b, begin in zip(seen, seen[1:], begins, strict=False)
@@ -200,7 +207,7 @@ def _spread(held: list[list[int]], loads: list[int], unit: int) -> None:
     Args:
         held: Of each rank its blocks, as many each, ascending; changed in place. A block is an
             integer: its cost times ``unit``, plus its name, which is less than ``unit``.
-        loads: How many entries each rank's queries see.
+        loads: How many tokens each rank's queries see.
         unit: See ``held``.
     """
     mean = sum(loads) / len(loads)

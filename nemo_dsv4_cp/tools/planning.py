@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
-from nemo_dsv4_cp.sequence.schedule import QueryCost, contiguous, schedule_of
+from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedules
 from nemo_dsv4_cp.tools.inventory import (
     AUTOMODEL,
     BOUNDARY,
@@ -200,11 +200,9 @@ def row(request: Request, cp_size: int) -> Row:
 
 def _sharing(request: Request, shape: Shape, balance: str) -> Sharing:
     sizes, layout = request.sizes, shape.layout
+    of_layers = Schedules(layout, balance, request.gpu)
     schedules = {
-        ratio: schedule_of(layout, ratio, balance, QueryCost.of(sizes, ratio), request.gpu)
-        if ratio
-        else contiguous(layout)
-        for ratio in sizes.compress_ratios
+        ratio: of_layers.of(ratio, QueryCost.of(sizes, ratio)) for ratio in sizes.compress_ratios
     }
     moved = tuple(sorted(ratio for ratio, schedule in schedules.items() if schedule.moves))
     works = work_of_ranks(sizes, schedules, layout.local_len)

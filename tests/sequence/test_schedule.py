@@ -14,10 +14,10 @@ from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import (
     QueryCost,
+    Schedules,
     balanced,
     contiguous,
     entries_seen,
-    schedule_of,
 )
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from tests.kernels.cases import layouts
@@ -37,8 +37,7 @@ def largest_over_mean(layout, schedule, ratio):
 @given(st.data())
 def test_every_query_is_computed_once_and_every_rank_computes_as_many(data):
     layout = layouts(data.draw, data.draw(st.integers(1, 3)))
-    ratio = data.draw(st.sampled_from([1, 4]))
-    schedule = balanced(layout, ratio)
+    schedule = balanced(layout)
     computed = []
     for rank in range(layout.cp_size):
         local, remote = schedule.local[rank], schedule.remote[rank]
@@ -58,8 +57,8 @@ def test_every_query_is_computed_once_and_every_rank_computes_as_many(data):
 def test_halves_balance_rows_of_one_document(ratio, cp_size):
     layout = SequenceLayout(16384, 0, cp_size)
     assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
-    assert largest_over_mean(layout, balanced(layout, ratio), ratio) < 1.001
-    moved = [sum(map(len, runs)) for runs in balanced(layout, ratio).remote]
+    assert largest_over_mean(layout, balanced(layout), ratio) < 1.001
+    moved = [sum(map(len, runs)) for runs in balanced(layout).remote]
     assert moved == [8192] * cp_size
 
 
@@ -77,19 +76,19 @@ def test_packs_of_short_and_long_documents_are_balanced(seed, rows):
     layout = packed([row + [seq_len] * (longest - len(row)) for row in starts], seq_len // 64, 64)
     for ratio in (4, 128):
         assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
-        assert largest_over_mean(layout, balanced(layout, ratio), ratio) <= 1.06
-    assert max(len(runs) for runs in balanced(layout, 4).remote) <= 16
+        assert largest_over_mean(layout, balanced(layout), ratio) <= 1.06
+    assert max(len(runs) for runs in balanced(layout).remote) <= 16
 
 
 def test_equal_documents_stay_where_they_are():
     layout = packed([[0, 64, 128, 192]], 64, 4)
-    assert not balanced(layout, 4).moves
+    assert not balanced(layout).moves
 
 
 def test_auto_balances_what_spares_more_than_it_costs():
     def moves(layout, ratio=4, balance="auto", gpu="h100"):
         cost = QueryCost.of(FLASH, ratio)
-        return schedule_of(layout, ratio, balance, cost, GPUS[gpu]).moves
+        return Schedules(layout, balance, GPUS[gpu]).of(ratio, cost).moves
 
     assert not moves(SequenceLayout(512, 0, 8))
     assert moves(SequenceLayout(16384, 0, 8))
@@ -105,8 +104,8 @@ def test_auto_decides_by_the_rates_of_the_gpu():
     cost, layout = QueryCost.of(FLASH, 4), SequenceLayout(4096, 0, 16)
     slow = replace(GPUS["h100"], tflops=GPUS["h100"].tflops / 100)
     fast = replace(GPUS["h100"], tflops=GPUS["h100"].tflops * 100)
-    assert schedule_of(layout, 4, "auto", cost, slow).moves
-    assert not schedule_of(layout, 4, "auto", cost, fast).moves
+    assert Schedules(layout, "auto", slow).of(4, cost).moves
+    assert not Schedules(layout, "auto", fast).of(4, cost).moves
 
 
 def test_a_query_costs_what_crosses_for_it():

@@ -75,7 +75,7 @@ def by_hand(ratio, positions):
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize("shared", [False, True])
 def test_queries_are_counted_where_they_are_computed(ratio, shared):
-    schedule = balanced(LAYOUT, ratio) if shared else contiguous(LAYOUT)
+    schedule = balanced(LAYOUT) if shared else contiguous(LAYOUT)
     for local, remote in zip(schedule.local, schedule.remote, strict=True):
         for runs in (local, remote):
             positions = [i for run in runs for i in run]
@@ -103,7 +103,7 @@ def test_a_recomputation_repeats_what_takes_a_gradient():
 
 
 def test_all_layers_and_the_head_make_a_ranks_work():
-    schedules = {ratio: balanced(LAYOUT, ratio) for ratio in (4, 128)} | {0: contiguous(LAYOUT)}
+    schedules = {ratio: balanced(LAYOUT) for ratio in (4, 128)} | {0: contiguous(LAYOUT)}
     expected = [3 * 256 * 37 * 41] * 4
     for rank in range(4):
         for ratio in ODD.compress_ratios:
@@ -135,7 +135,7 @@ def test_operations_are_those_that_the_layer_computes(ratio, balance):
     if not ratio and balance == "on":
         pytest.skip("a layer without entries moves no queries")
     case = Case("boundary", ratio, 65536, 4, 2, kernels="triton", balance=balance)
-    schedule = balanced(case.layout, ratio) if balance == "on" else contiguous(case.layout)
+    schedule = balanced(case.layout) if balance == "on" else contiguous(case.layout)
     operations = [
         *query_operations(FLASH, ratio, schedule.local[2]),
         *query_operations(FLASH, ratio, schedule.remote[2]),
@@ -151,7 +151,7 @@ def test_operations_are_those_that_the_layer_computes(ratio, balance):
 def test_balance_moves_work_and_makes_none():
     stay, move = (
         work_of_ranks(ODD, {0: contiguous(LAYOUT), 4: schedule, 128: schedule}, 256)
-        for schedule in (contiguous(LAYOUT), balanced(LAYOUT, 4))
+        for schedule in (contiguous(LAYOUT), balanced(LAYOUT))
     )
     assert sum(stay) == sum(move)
     assert max(move) < max(stay)

@@ -30,7 +30,7 @@ def test_balance_is_planned_beside_what_stays(transport):
     request = Request(FLASH, 1 << 20, 64, batch=2, transport=transport)
     row = planning.row(request, 64)
     shape = Shape(SequenceLayout(16384, 63, 64), batch=2)
-    stay, half = contiguous(shape.layout), balanced(shape.layout, 4)
+    stay, half = contiguous(shape.layout), balanced(shape.layout)
     moved = 0
     for sharing, schedule in ((row.staying, stay), (row.moving, half)):
         schedules = {0: stay, 4: schedule, 128: schedule}

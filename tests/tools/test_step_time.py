@@ -31,7 +31,7 @@ SECONDS = {
 
 def shape_and_schedule(cp_size, *, moves, batch=1, local_len=1024):
     shape = Shape(SequenceLayout(local_len, cp_size - 1, cp_size), batch)
-    return shape, balanced(shape.layout, 4) if moves else contiguous(shape.layout)
+    return shape, balanced(shape.layout) if moves else contiguous(shape.layout)
 
 
 class Recorder:
