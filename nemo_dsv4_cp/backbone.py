@@ -157,7 +157,7 @@ class ContextParallelModel(DeepseekV4Model):
             ValueError: For left padding, or when there is no input.
         """
         self._cp_group = attn_kwargs.get(CP_GROUP_KEY)
-        # A model that made the step's context found text.
+        # If the model already made the step's context, the batch has no images.
         if STEP_KEY not in attn_kwargs and shows_images(
             self,
             input_ids=input_ids,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The full batch, which every rank has, -> this rank's shard of it.
 
-Checks come first, and while ranks compare their batches no rank raises before all have reported
-whether they will. After that nothing fails.
+All checks run before sharding; sharding a checked batch raises no error. If ranks compare their
+batches, an error on one rank is raised on all.
 
 # B batch rows   S tokens per row   L local tokens (padded S / R)   R CP ranks
 """
@@ -39,7 +39,7 @@ PAD_VALUES: dict[str, float] = {
 """What fills the padding of a per-token tensor; 0 for others, and a token id for ``input_ids``."""
 
 _PACKED_SHARD_MULTIPLE = 8
-"""Tokens that a packed shard's length is a multiple of: aligned matrix products, no window."""
+"""Tokens that a packed shard's length is a multiple of, which aligns matrix products."""
 
 
 def pad_tensor(tensor: torch.Tensor, seq_dim: int, pad_len: int, value: float) -> torch.Tensor:
@@ -115,7 +115,7 @@ def contiguous_shard(
             leaves the others waiting for it.
         sync_packed_length: Give packed rows one length on all ranks of the job, as AutoModel's
             HybridEP dispatcher needs it.
-        vocab_size: What token ids and labels are below; None leaves that unchecked.
+        vocab_size: Exclusive upper bound of token ids and labels; None leaves that unchecked.
         strict: Check the batch. False accepts and slices what AutoModel's function does
             (:func:`nemo_dsv4_cp.cp.make_dsv4_contiguous_shard_cp_batch_and_ctx`), unchecked.
 

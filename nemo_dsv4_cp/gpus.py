@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,7 @@ ASSUMED = GPUS["h100"]
 def known_gpu() -> Gpu | None:
     """Return the entry of this process's current CUDA device, None if there is none."""
     device = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    return next((gpu for name, gpu in GPUS.items() if name in device), None)
+    return next((GPUS[word] for word in re.split(r"\W+", device) if word in GPUS), None)
 
 
 def gpu_here() -> Gpu:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What top-k selection (CSA) goes by, from AutoModel's indexer: keys, queries and head weights.
+"""What top-k selection (CSA) reads, from AutoModel's indexer: keys, queries and head weights.
 
-The selection itself is the kernels'. All of it becomes integers, so nothing here has a gradient and
+The selection itself is the kernels'. It returns integers, so nothing here has a gradient, and
 selective checkpointing saves none of it.
 """
 

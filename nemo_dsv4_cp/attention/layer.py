@@ -163,7 +163,7 @@ class ContextParallelAttention(DeepseekV4Attention):
     def _windowed(
         self, hidden: torch.Tensor, rope: Rope, transport: Transport, plan: LayerPlan
     ) -> torch.Tensor:
-        """Attend to the sliding window alone; its halo moves behind the query projections."""
+        """Attend to the sliding window alone; the halo exchange overlaps the query projections."""
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         fetched = transport.fetch({"keys": keys}, plan.moves)
         queries = _Queries(plan.local, self.q_norm(self.wq_a(hidden)), rope, None)
@@ -180,9 +180,9 @@ class ContextParallelAttention(DeepseekV4Attention):
     ) -> torch.Tensor:
         """Attend to this rank's own queries.
 
-        Overlap, in order: the exchange of halos runs behind the low-rank query projection and the
-        index queries, the all-gather of index keys behind the other projection, that of entries
-        behind top-k selection.
+        Overlap, in order: the exchange of halos overlaps the low-rank query projection and the
+        index queries, the all-gather of index keys the other projection, that of entries top-k
+        selection.
         """
         assert plan.windows is not None
         indices = self._indices.recall(rope[0]) if self._indices else None
@@ -220,9 +220,9 @@ class ContextParallelAttention(DeepseekV4Attention):
     ) -> torch.Tensor:
         """Attend to some of this rank's queries and to queries of other ranks.
 
-        Overlap, in order: the exchange of halos and remote queries runs behind the projections of
-        local queries, the all-gather of index keys behind those of remote ones, that of entries
-        behind top-k selection, and the return of remote outputs behind local attention.
+        Overlap, in order: the exchange of halos and remote queries overlaps the projections of
+        local queries, the all-gather of index keys those of remote ones, that of entries top-k
+        selection, and the return of remote outputs local attention.
         """
         assert plan.remote is not None and plan.windows is not None
         indices = self._indices.recall(rope[0]) if self._indices else None
@@ -320,7 +320,7 @@ class ContextParallelAttention(DeepseekV4Attention):
                 AttentionKeys(raw_keys, entries, self.sinks_param(q)),
                 AttentionConstants(self.scaling, self.config.rms_norm_eps, groups),
             )
-        else:  # other ranks have them all and wait for this rank's gradients, even if empty
+        else:  # no query is left here, but other ranks wait for this rank's gradients
             grouped = (q + raw_keys[:, :0, None]).flatten(2).unflatten(2, (groups, -1))
         out: torch.Tensor = self.wo_b(self.wo_a(grouped).flatten(2))
         return out

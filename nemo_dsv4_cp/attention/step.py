@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is true for a whole forward, computed once and handed to every layer.
+"""State of a whole forward, computed once and handed to every layer.
 
 Where tokens and documents are, which rank computes which queries, what moves for that, and the
 index tensors that layers and kernels read. Layers of one kind share a plan.
@@ -34,14 +34,14 @@ STEP_KEY = "cp_step"
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What layers share that have one plan.
+    """The settings that determine a layer's plan; layers of equal kind share one.
 
     Attributes:
         ratio: Compress ratio, 0 without compression.
         overlaps: Whether windows also pool the window before (CSA).
         has_indexer: Whether queries see only the entries that an indexer selects (CSA).
         window: W, sliding window in tokens.
-        cost: What a query costs, which load balancing goes by.
+        cost: What a query costs, which load balancing depends on.
     """
 
     ratio: int
@@ -65,9 +65,10 @@ class LayerPlan:
         local: Queries of its own shard that it computes itself.
         local_rows: Which rows of the shard they are.
         remote: Queries of other shards that it computes; None where no rank computes any.
-        moves: What may be fetched: ``keys``, the raw keys of remote and then of local queries;
-            ``features`` and ``overlap`` of windows, and with ``index_`` before them the indexer's;
-            ``remote_low``, ``remote_cos``, ``remote_sin`` and ``remote_weights`` of remote queries.
+        moves: The row plan of each tensor that a layer can fetch, by name: ``keys``, the raw keys
+            of remote and then of local queries; ``features`` and ``overlap`` of windows, and with
+            ``index_`` before them the indexer's; ``remote_low``, ``remote_cos``, ``remote_sin`` and
+            ``remote_weights`` of remote queries.
         n_keys: How many raw keys are for remote queries, and how many for local ones.
         returned: The rows of its own shard, computed here or by the rank that computes them.
         windows: The windows that it pools; None without compression.
@@ -104,7 +105,7 @@ class _Part:
 
 
 class StepContext:
-    """What is true for one forward of one model; it dies with the step."""
+    """State that all layers of one forward share; the next forward has another."""
 
     def __init__(
         self, layout: SequenceLayout, group: Group | None, options: ContextParallelOptions
@@ -125,7 +126,7 @@ class StepContext:
         self._schedules: Schedules | None = None
         self._parts: dict[tuple[Schedule, int, torch.device], _Part] = {}
         self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
-        self._ropes: dict[tuple[LayerPlan, int, torch.dtype], Rope] = {}
+        self._ropes: dict[tuple[int, int, torch.dtype, torch.device], Rope] = {}
 
     @classmethod
     def of_rows(
@@ -151,7 +152,7 @@ class StepContext:
         return self._plans[kind, device]
 
     def window_rope(self, plan: LayerPlan, rotary: Any, like_BLE: torch.Tensor) -> Rope | None:
-        """Return cos and sin of the windows' places, [B, n, r] each; computed once per plan.
+        """Return cos and sin of the windows' places, [B, n, r] each; computed once.
 
         Args:
             plan: Whose windows; None is returned if it has none.
@@ -160,7 +161,7 @@ class StepContext:
         """
         if plan.windows is None:
             return None
-        key = (plan, like_BLE.shape[0], like_BLE.dtype)
+        key = (plan.windows.ratio, like_BLE.shape[0], like_BLE.dtype, like_BLE.device)
         if key not in self._ropes:
             places = plan.windows.places.expand(like_BLE.shape[0], -1)
             self._ropes[key] = rotary(like_BLE, places)
@@ -178,12 +179,12 @@ class StepContext:
                 ranks = range(layout.cp_size)
                 return self._fetched([(layout.shard(r, before=tokens),) for r in ranks], device)
 
-            inside = straddling(layout, ratio)
+            tokens_before = straddling(layout, ratio)
             windows = Windows.of(layout, ratio, device)
             entry_order = layout.entry_order(ratio, windows.count, device)
-            moves["features"] = moves["index_features"] = before(inside)
+            moves["features"] = moves["index_features"] = before(tokens_before)
             if kind.overlaps:
-                moves["overlap"] = moves["index_overlap"] = before(ratio + inside)
+                moves["overlap"] = moves["index_overlap"] = before(ratio + tokens_before)
         local = AttentionPlan(part.local, kind.window, ratio)
         remote = AttentionPlan(part.remote, kind.window, ratio) if "remote_low" in moves else None
         for plan in (local, remote):

@@ -46,7 +46,7 @@ def plan(
     cp_size: Annotated[
         int | None, typer.Option(help="Plan this size alone, not all powers of two.", min=1)
     ] = None,
-    gpu: Annotated[str, typer.Option(help="h100, h200 or b200, in nodes of 8.")] = "h100",
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}, in nodes of 8.")] = "h100",
     gpu_memory: Annotated[
         float | None, typer.Option(help="Memory of a GPU, GiB; else that of --gpu.")
     ] = None,
@@ -185,8 +185,8 @@ def _table(headers: Sequence[str]) -> Table:
 def _memory(made: Plan) -> Table:
     transport = made.request.transport
     headers = ["cp\nsize", "shard\ntokens", "pad\n%"]
-    headers += [f"recv\n{_IN_HEADERS[path]}" for path in PATHS]
-    headers += [f"attn\n{_IN_HEADERS[path]}" for path in (transport, AUTOMODEL)]
+    headers += [f"recv\n{_IN_HEADERS.get(path, path)}" for path in PATHS]
+    headers += [f"attn\n{_IN_HEADERS.get(path, path)}" for path in (transport, AUTOMODEL)]
     table = _table([*headers, "need", "fits"])
     for row in made.rows:
         table.add_row(

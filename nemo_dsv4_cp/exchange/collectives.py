@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Process groups and the collectives over them; no other file calls ``torch.distributed``.
+"""Process groups and the collectives over them: the only file that starts any.
 
 Collectives with a gradient run while the device computes. One starts as soon as its input exists
 and is waited for where its output is first read. Two autograd functions, start and wait, give the

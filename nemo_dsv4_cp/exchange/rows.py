@@ -45,9 +45,9 @@ def start_rows(
     Returns:
         A function that waits for the rows that arrive: [B, m, ...] of each tensor, by source.
     """
-    flight, learns = InFlight(overlap), list(map(attrgetter("requires_grad"), leaving))
-    started = _start(plans, learns, flight, group, *leaving)
-    return partial(_wait, started, plans, learns, flight, group)
+    flight, needs_grad = InFlight(overlap), list(map(attrgetter("requires_grad"), leaving))
+    started = _start(plans, needs_grad, flight, group, *leaving)
+    return partial(_wait, started, plans, needs_grad, flight, group)
 
 
 class _Start(torch.autograd.Function):
@@ -55,12 +55,12 @@ class _Start(torch.autograd.Function):
     def forward(
         ctx: Any,
         plans: Sequence[RowPlan],
-        learns: Sequence[bool],
+        needs_grad: Sequence[bool],
         flight: InFlight,
         group: Group,
         *leaving: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.learns, ctx.flight = learns, flight
+        ctx.needs_grad, ctx.flight = needs_grad, flight
         _begin(leaving, map(attrgetter("leaving_counts", "arriving_counts"), plans), flight, group)
         return leaving[0].new_empty(0, dtype=torch.float32)
 
@@ -68,7 +68,7 @@ class _Start(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = iter(_end(ctx.flight))
-        return None, None, None, None, *(next(grads) if does else None for does in ctx.learns)
+        return None, None, None, None, *(next(grads) if does else None for does in ctx.needs_grad)
 
 
 class _Wait(torch.autograd.Function):
@@ -77,27 +77,27 @@ class _Wait(torch.autograd.Function):
         ctx: Any,
         started: torch.Tensor,
         plans: Sequence[RowPlan],
-        learns: Sequence[bool],
+        needs_grad: Sequence[bool],
         flight: InFlight,
         group: Group,
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)  # of rows that take none
-        ctx.plans, ctx.learns, ctx.flight, ctx.group = plans, learns, flight, group
+        ctx.plans, ctx.needs_grad, ctx.flight, ctx.group = plans, needs_grad, flight, group
         arriving = _end(flight)
         ctx.device = started.device
         ctx.like = list(map(attrgetter("shape", "dtype"), arriving))
-        ctx.mark_non_differentiable(*compress(arriving, map(not_, learns)))
+        ctx.mark_non_differentiable(*compress(arriving, map(not_, needs_grad)))
         return tuple(arriving)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         sent = []
-        for grad, (shape, dtype) in compress(zip(grads, ctx.like, strict=True), ctx.learns):
+        for grad, (shape, dtype) in compress(zip(grads, ctx.like, strict=True), ctx.needs_grad):
             zeros = partial(torch.zeros, shape, dtype=dtype, device=ctx.device)
             sent.append(zeros() if grad is None else grad)
         if sent:
-            plans = compress(ctx.plans, ctx.learns)
+            plans = compress(ctx.plans, ctx.needs_grad)
             counts = map(attrgetter("arriving_counts", "leaving_counts"), plans)
             _begin(sent, counts, ctx.flight, ctx.group)
         return torch.empty(0, device=ctx.device), None, None, None, None

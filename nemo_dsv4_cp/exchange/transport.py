@@ -16,7 +16,7 @@ from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
 
 
 class Transport:
-    """Moves the rows that other ranks want, and nothing else (``transport: boundary``).
+    """Sends each rank the rows that it requests, and all-gathers entries (``transport: boundary``).
 
     All verbs are collective and differentiable. Another transport overrides what it does in another
     way; it is found by its name in the entry-point group ``nemo_dsv4_cp.transports``.
@@ -38,7 +38,7 @@ class Transport:
         """Start to fetch, of each tensor [B, L, ...], the rows that its plan wants.
 
         Returns:
-            Of each its answer [B, T, ...]; tokens before the row's first are zeros.
+            Of each its answer [B, T, ...]; tokens before the first of the sequence are zeros.
         """
         moving = [name for name in tensors if self.cp_group and plans[name].moves]
         own, leaving = {}, []

@@ -2,7 +2,7 @@
 """Where every token, document and compressed entry is: positions only, no communication.
 
 Rank k of R owns the contiguous tokens [k * L, (k + 1) * L) of every row, and the compressed entries
-of the windows that end there. No other file computes a position itself.
+of the windows that end there. This file defines which rank holds which position.
 """
 
 # B batch rows   D documents per row   S global tokens   L local tokens (S / R)   R CP ranks
@@ -237,6 +237,8 @@ class SequenceLayout:
 
     def entry_span(self, span: range, ratio: int) -> range:
         """Return which entries the queries at the positions in ``span`` see between them."""
+        if not self.packed:  # also what torch.compile can trace
+            return range(span.stop // ratio)
         first, last = span.start, span.stop - 1
         spans = []
         for bounds in self.bounds:
@@ -257,6 +259,8 @@ class SequenceLayout:
 
         Summed over the queries of all ``rows``, from the first cut's document on.
         """
+        if not self.packed:
+            return entries_before(cuts, ratio)
         rows = [_entries_before(bounds, cuts, ratio) for bounds in self.bounds]
         return rows[0] if len(rows) == 1 else list(map(sum, zip(*rows, strict=True)))
 

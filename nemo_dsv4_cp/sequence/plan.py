@@ -16,13 +16,18 @@ NOTHING = -1
 """Fills the slots of a query that sees fewer than K entries."""
 
 
+def halo(window: int) -> int:
+    """Return how many raw keys before its first query a run of queries sees: W - 1."""
+    return window - 1
+
+
 def raw_tokens(runs: Runs, window: int) -> Runs:
     """Return the tokens whose raw keys queries need, in the order of attention's raw keys.
 
     For each run of queries its own tokens and the W - 1 before it. Tokens before the row's first
     stand for keys that no query sees.
     """
-    return tuple([range(run.start - window + 1, run.stop) for run in runs])
+    return tuple([range(run.start - halo(window), run.stop) for run in runs])
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class AttentionPlan:
 
     def raw_span(self, rows: slice) -> slice:
         """Return the raw keys that the queries in ``rows`` see between them."""
-        before, run_at = self.window - 1, self.queries.run_at
+        before, run_at = halo(self.window), self.queries.run_at
         end = rows.stop + before * (1 + run_at(rows.stop - 1))
         return slice(rows.start + before * run_at(rows.start), end)
 
@@ -66,7 +71,7 @@ class AttentionPlan:
     def _ranges(self, device: torch.device) -> torch.Tensor:
         layout, positions = self.queries.layout, self.queries.positions(device)
         inside = positions - layout.documents_at(positions)[0]
-        runs, before = self.queries.runs, self.window - 1
+        runs, before = self.queries.runs, halo(self.window)
         ends = accumulate(len(run) + before for run in runs)
         rows = [range(end - len(run), end) for run, end in zip(runs, ends, strict=True)]
         own = concatenated(tuple(rows), device)  # raw keys of the queries themselves

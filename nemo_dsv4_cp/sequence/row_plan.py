@@ -58,9 +58,9 @@ class RowPlan:
         Args:
             wanted: Of each rank, the tokens of its answer, in order; negative before the first.
             own: Of each rank, the tokens that it has rows of, ascending.
-            sent: Of each rank, the tokens that it sends rows of, ascending, of another tensor and
-                to itself too; by default those of ``own``, to other ranks. Each token is sent by
-                one rank, or is wanted by its owner alone.
+            sent: Of each rank, the tokens that it sends rows of, ascending. By default ``own``, and
+                never to itself. If given, they are rows of another tensor, and a rank may send to
+                itself. Each token is sent by one rank, or is wanted by its owner only.
             rank: Whose part.
             device: Where indices live.
         """

@@ -6,7 +6,8 @@ the most. Tokens stay with their shard; inside the layer queries move, so that e
 as many as it owns and all see about as many entries.
 
 Rows of one document: rank k of R computes the first half of its own shard and the second half of
-rank R - 1 - k's. Entries grow with the position, so every rank sees (2k) + (2R - 1 - 2k) halves'.
+rank R - 1 - k's. Entries grow with the position, and the two halves are numbers 2k and 2R - 1 - 2k
+of the row, whose sum is the same for every rank.
 Packed rows: blocks of queries are exchanged between the rank that sees the most entries and the one
 that sees the fewest, until all are near the mean.
 

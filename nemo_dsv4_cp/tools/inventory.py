@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, entries_seen
+from nemo_dsv4_cp.sequence.plan import halo
 from nemo_dsv4_cp.sequence.queries import Runs
 from nemo_dsv4_cp.sequence.schedule import ATTENTION_PRODUCTS, QueryCost, Schedule
 from nemo_dsv4_cp.tools.sizes import ModelSizes
@@ -241,7 +242,7 @@ def crossings(
     remote = shape.row_tokens - shape.tokens
     overlaps, cost = ratio == OVERLAP_RATIO, QueryCost.of(sizes, ratio)
     if path == BOUNDARY:
-        keys = shape.batch * min(sizes.sliding_window - 1, shape.layout.start)
+        keys = shape.batch * min(halo(sizes.sliding_window), shape.layout.start)
         # A window's predecessor: values and gates of its half.
         before, features = shape.batch * ratio, 2
     else:
@@ -257,11 +258,12 @@ def crossings(
     returned = []
     if balanced and ratio and path != AUTOMODEL:
         moved = shape.batch * (shape.layout.local_len // 2)
-        rows, key, halo = remote, 0, 0  # every rank has the keys
+        rows, key, before = remote, 0, 0  # every rank has the keys
         if path == BOUNDARY:  # the keys before the remote half come with it
-            rows, key, halo = moved, cost.key, shape.batch * (sizes.sliding_window - 1) * cost.key
-        forward += rows * (cost.low_rank + key + cost.angles) + halo
-        backward += rows * (cost.low_rank + key) + halo
+            rows, key = moved, cost.key
+            before = shape.batch * halo(sizes.sliding_window) * cost.key
+        forward += rows * (cost.low_rank + key + cost.angles) + before
+        backward += rows * (cost.low_rank + key) + before
         index += rows * cost.index_weights
         output = moved * cost.output
         returned = [Collective("returned", output, output, output, from_all=False)]
@@ -332,7 +334,7 @@ def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> i
         return max(mask, norm, masks + 6 * per_head + held + features)
 
     gathers = path == ALL_GATHER and shape.ranks > 1
-    raw = ((shape.row_tokens if gathers else tokens) + rows * (s.sliding_window - 1)) * s.head_dim
+    raw = ((shape.row_tokens if gathers else tokens) + rows * halo(s.sliding_window)) * s.head_dim
 
     # Between forward and backward: queries before their norm and after it, and the output.
     saved = 3 * per_head + grouped + 2 * hidden + 2 * low_rank + 2 * key + lse

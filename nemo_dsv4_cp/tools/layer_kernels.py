@@ -19,7 +19,7 @@ from nemo_dsv4_cp.kernels.protocol import (
     Kernels,
     Rope,
 )
-from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.plan import AttentionPlan, halo
 
 Draw = Callable[..., torch.Tensor]
 """Makes a tensor of a shape."""
@@ -41,7 +41,7 @@ def attention_tensors(sizes: Any, plan: AttentionPlan, draw: Draw) -> list[torch
     heads, width, layout = sizes.num_attention_heads, sizes.head_dim, plan.queries.layout
     return [
         draw(1, layout.local_len, heads, width),
-        draw(1, layout.local_len + sizes.sliding_window - 1, width),
+        draw(1, layout.local_len + halo(sizes.sliding_window), width),
         draw(1, layout.seq_len // plan.ratio if plan.ratio else 0, width),
         draw(heads),
     ]
