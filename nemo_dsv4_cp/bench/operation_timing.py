@@ -69,7 +69,7 @@ def time_operations(
     if ratio == OVERLAP_RATIO:
         select = selection(kernels, sizes, plan, rope, draw)
         selected = select()
-        found.append(measure("index choice", select))
+        found.append(measure("top-k selection", select))
     leaves = [leaf.requires_grad_() for leaf in attention_tensors(sizes, plan, draw)]
     run = partial(attend, kernels, sizes, plan, rope, selected, *leaves)
     found.append(measure("attention forward", run))

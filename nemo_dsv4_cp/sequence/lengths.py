@@ -42,10 +42,10 @@ def packed_padding(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.T
     Padding follows a document, up to its padded length, and the row's last document. The arguments
     are those of :func:`document_starts`; it does not wait for the device either.
     """
-    rooms, lengths = _lengths(batch, padded=True), _lengths(batch, padded=False)
-    if rooms is None:
+    padded_lengths, lengths = _lengths(batch, padded=True), _lengths(batch, padded=False)
+    if padded_lengths is None:
         return None
-    starts, lengths = laid_out(rooms if lengths is None else lengths, rooms)
+    starts, lengths = laid_out(padded_lengths if lengths is None else lengths, padded_lengths)
     return ~token_places(starts.expand(rows, -1), lengths.expand(rows, -1), seq_len)[2]
 
 
@@ -70,14 +70,18 @@ def used_slots_first(key: str, numbers: torch.Tensor) -> torch.Tensor:
     return numbers.gather(1, (~used).byte().argsort(dim=1, stable=True))
 
 
-def laid_out(lengths: torch.Tensor, rooms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def laid_out(
+    lengths: torch.Tensor, padded_lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the first token and the real tokens of documents, int64 [B, D] each.
 
-    ``rooms`` count the padding that follows a document too, and may have another D.
+    ``padded_lengths`` count the padding that follows a document too, and may have another D.
     """
-    slots = max(1, lengths.shape[1], rooms.shape[1])
-    lengths, rooms = (pad(each, (0, slots - each.shape[1])) for each in (lengths, rooms))
-    return rooms.cumsum(dim=1) - rooms, lengths
+    slots = max(1, lengths.shape[1], padded_lengths.shape[1])
+    lengths, padded_lengths = (
+        pad(each, (0, slots - each.shape[1])) for each in (lengths, padded_lengths)
+    )
+    return padded_lengths.cumsum(dim=1) - padded_lengths, lengths
 
 
 def token_places(

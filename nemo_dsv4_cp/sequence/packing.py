@@ -135,11 +135,11 @@ def document_places(
     name = next(iter(tensors))
     if name in TOKEN_IDS:
         return run_places(tensors[name].to(device))
-    lengths, rooms = (
+    lengths, padded_lengths = (
         document_lengths(name, used_slots_first(name, tensors.get(key, tensors[name]).to(device)))
         for key in (name, f"{name}_padded")
     )
-    return token_places(*laid_out(lengths, rooms), seq_len)[1:]
+    return token_places(*laid_out(lengths, padded_lengths), seq_len)[1:]
 
 
 def documents_from(numbers: Mapping[str, torch.Tensor], seq_len: int) -> Documents:
@@ -147,10 +147,10 @@ def documents_from(numbers: Mapping[str, torch.Tensor], seq_len: int) -> Documen
     found: dict[str, Documents] = {}
     for name in ("seq_lens", "cu_seqlens"):
         if name in numbers:
-            lengths = rooms = _checked_lengths(name, numbers[name])
+            lengths = padded_lengths = _checked_lengths(name, numbers[name])
             if (padded := f"{name}_padded") in numbers:
-                rooms = _checked_lengths(padded, numbers[padded])
-            found[name] = _fit(name, lengths, rooms, seq_len)
+                padded_lengths = _checked_lengths(padded, numbers[padded])
+            found[name] = _fit(name, lengths, padded_lengths, seq_len)
     found |= {name: _runs(numbers[name]) for name in TOKEN_IDS if name in numbers}
     found = {name: _without_empty(documents) for name, documents in found.items()}
     first, *others = found
@@ -183,15 +183,19 @@ def documents_as_automodel(batch: Mapping[str, Any], rows: int, seq_len: int) ->
     Raises:
         ValueError: If the documents do not fit their row.
     """
-    lengths, rooms = (
+    lengths, padded_lengths = (
         used_slots_first("seq_lens", torch.atleast_2d(numbers)[:rows].long().cpu())
         for numbers in (batch["seq_lens"], batch.get("seq_lens_padded", batch["seq_lens"]))
     )
     unused = lengths == NO_DOCUMENT
     lengths = lengths.clamp(min=0)
-    missing = lengths.shape[1] - rooms.shape[1]  # a padded length that is missing is the real one
-    rooms = pad(rooms, (0, missing)).maximum(lengths).masked_fill(unused, NO_DOCUMENT)
-    return _fit("seq_lens", lengths.masked_fill(unused, NO_DOCUMENT), rooms, seq_len)
+    missing = (
+        lengths.shape[1] - padded_lengths.shape[1]
+    )  # a padded length that is missing is the real one
+    padded_lengths = (
+        pad(padded_lengths, (0, missing)).maximum(lengths).masked_fill(unused, NO_DOCUMENT)
+    )
+    return _fit("seq_lens", lengths.masked_fill(unused, NO_DOCUMENT), padded_lengths, seq_len)
 
 
 def _holds_integers(value: Any) -> bool:
@@ -222,9 +226,9 @@ def _checked_lengths(key: str, numbers: torch.Tensor) -> torch.Tensor:
     return steps.where(used, NO_DOCUMENT)
 
 
-def _fit(name: str, lengths: torch.Tensor, rooms: torch.Tensor, seq_len: int) -> Documents:
-    """Return where documents lie that are followed by padding; ``rooms`` count it."""
-    real, padded = ((each != NO_DOCUMENT).sum(dim=1).tolist() for each in (lengths, rooms))
+def _fit(name: str, lengths: torch.Tensor, padded_lengths: torch.Tensor, seq_len: int) -> Documents:
+    """Return where documents lie that are followed by padding; ``padded_lengths`` count it."""
+    real, padded = ((each != NO_DOCUMENT).sum(dim=1).tolist() for each in (lengths, padded_lengths))
     for row, counts in enumerate(zip(real, padded, strict=True)):
         if len(set(counts)) > 1:
             raise ValueError(
@@ -232,15 +236,16 @@ def _fit(name: str, lengths: torch.Tensor, rooms: torch.Tensor, seq_len: int) ->
                 f"{counts[1]}; use as many numbers in both"
             )
     width = max(1, *real)
-    lengths, rooms = (
-        pad(each, (0, width - each.shape[1]), value=NO_DOCUMENT) for each in (lengths, rooms)
+    lengths, padded_lengths = (
+        pad(each, (0, width - each.shape[1]), value=NO_DOCUMENT)
+        for each in (lengths, padded_lengths)
     )
-    for row, slot in (lengths > rooms).nonzero().tolist():
+    for row, slot in (lengths > padded_lengths).nonzero().tolist():
         raise ValueError(
             f"{name}: document {slot} of row {row} has {lengths[row, slot]} tokens, and "
-            f"{name}_padded gives it {rooms[row, slot]}"
+            f"{name}_padded gives it {padded_lengths[row, slot]}"
         )
-    starts, tokens = laid_out(lengths.clamp(min=0), rooms.clamp(min=0))
+    starts, tokens = laid_out(lengths.clamp(min=0), padded_lengths.clamp(min=0))
     ends = starts + tokens
     for row, slot in ((ends > seq_len) & (lengths != NO_DOCUMENT)).nonzero().tolist():
         raise ValueError(
@@ -275,8 +280,8 @@ def _refuse_contradiction(first: str, documents: Documents, other: str, others: 
     Document numbers may count the padding that follows a document with it, as AutoModel's do.
     """
     for row, (mine, its) in enumerate(zip(documents.spans(), others.spans(), strict=True)):
-        room = dict(its)
-        within = all(length <= room.get(start, 0) for start, length in mine)
+        padded_length = dict(its)
+        within = all(length <= padded_length.get(start, 0) for start, length in mine)
         if not (within if other in TOKEN_IDS else mine == its):
             raise ValueError(
                 f"{first} and {other} describe different documents of row {row}; leave one of "

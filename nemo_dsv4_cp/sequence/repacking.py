@@ -48,9 +48,9 @@ def repack(
     """Lay documents end to end, each padded to a multiple, in rows of ``padded_len`` tokens."""
     documents = documents.to(device)
     used, lengths = documents.lengths != NO_DOCUMENT, documents.lengths.clamp(min=0)
-    rooms = round_up(lengths, document_multiple)
-    starts = rooms.cumsum(dim=1) - rooms
-    slots, places, inside = token_places(starts, rooms, padded_len)
+    padded_lengths = round_up(lengths, document_multiple)
+    starts = padded_lengths.cumsum(dim=1) - padded_lengths
+    slots, places, inside = token_places(starts, padded_lengths, padded_len)
     real = inside & (places < lengths.gather(1, slots))
     source = (documents.starts.gather(1, slots) + places).where(real, -1)
     return Repacked(
@@ -59,7 +59,7 @@ def repack(
         position_ids=places.where(inside, 0),
         seq_ids=(slots + 1).where(inside, 0),
         seq_lens=documents.lengths,
-        seq_lens_padded=rooms.where(used, NO_DOCUMENT),
+        seq_lens_padded=padded_lengths.where(used, NO_DOCUMENT),
     )
 
 

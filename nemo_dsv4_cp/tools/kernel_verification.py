@@ -73,7 +73,7 @@ def verify_kernels(
                 selection(by, sizes, plan, rope, draw.integers)() for by in (reference, kernels)
             )
             share = (_by_place(mine) != _by_place(selected)).double().mean()
-            found.append(Difference(f"ratio {ratio}: index choice", float(share), 0.0))
+            found.append(Difference(f"ratio {ratio}: top-k selection", float(share), 0.0))
 
         def run(
             by: Kernels,

@@ -37,7 +37,7 @@ def differences(kernels, monkeypatch, dtype=torch.float32):
 def test_the_torch_path_passes(monkeypatch, dtype):
     found = differences(TorchKernels, monkeypatch, dtype)
     assert all(difference.passes for difference in found), found
-    assert {"ratio 4: index choice", "ratio 128: output", "rotary: gradient of keys"} <= {
+    assert {"ratio 4: top-k selection", "ratio 128: output", "rotary: gradient of keys"} <= {
         difference.name for difference in found
     }
 
@@ -47,7 +47,7 @@ def test_the_torch_path_passes(monkeypatch, dtype):
     [
         (LosesSinks, "ratio 0: output"),
         (LosesSinks, "ratio 0: gradient of sinks"),
-        (SelectsTheFirst, "ratio 4: index choice"),
+        (SelectsTheFirst, "ratio 4: top-k selection"),
         (TurnsBack, "rotary: output"),
     ],
 )

@@ -21,7 +21,7 @@ from nemo_dsv4_cp.kernels.triton.top_k import top_k_kernel
 from nemo_dsv4_cp.sequence.plan import NOTHING
 
 
-@torch.library.custom_op("dsv4_cp::choose_entries", mutates_args=("q",))
+@torch.library.custom_op("dsv4_cp::select_entries", mutates_args=("q",))
 def select_entries_op(
     q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor,
     sin: torch.Tensor, visible: torch.Tensor, topk: int, chunks: list[int],
@@ -76,7 +76,7 @@ def _(
     return visible.new_empty(*q.shape[:2], min(topk, keys.shape[1]))
 
 
-@register_cost("dsv4_cp::choose_entries")
+@register_cost("dsv4_cp::select_entries")
 def _(
     q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor,
     sin: torch.Tensor, visible: torch.Tensor, topk: int, chunks: list[int],
@@ -98,7 +98,7 @@ def _(
     return Cost(launches, read, written + 2 * indices, scratch_bytes=most)
 
 
-@register_flop_formula(torch.ops.dsv4_cp.choose_entries)
+@register_flop_formula(torch.ops.dsv4_cp.select_entries)
 def _(q: tuple[int, ...], *others: Any, **_: Any) -> int:
     heads, width = q[2:]
     chunks: list[int] = others[6]

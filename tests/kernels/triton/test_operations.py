@@ -24,7 +24,7 @@ from tests.kernels.cases import attend, select_entries
 from tests.kernels.triton.device import DEVICE, INTERPRETED
 
 LENGTH, HEADS, WIDTH, WINDOW, RATIO, TOPK = 16, 4, 16, 3, 4, 2
-OPERATIONS = {"dsv4_cp::rotate", "dsv4_cp::choose_entries", "dsv4_cp::attend"}
+OPERATIONS = {"dsv4_cp::rotate", "dsv4_cp::select_entries", "dsv4_cp::attend"}
 
 
 def layer(q, keys, entries):
@@ -59,7 +59,7 @@ def test_flops_are_those_of_the_products():
     product = 2 * HEADS * WIDTH * (LENGTH * WINDOW + min(sum(seen), LENGTH * TOPK))
     assert counts["dsv4_cp.attend"] == 2 * product
     assert counts["dsv4_cp.attend_backward"] == 5 * product
-    assert counts["dsv4_cp.choose_entries"] == 2 * HEADS * WIDTH * sum(seen)
+    assert counts["dsv4_cp.select_entries"] == 2 * HEADS * WIDTH * sum(seen)
 
 
 def test_fake_tensors_take_the_shapes_and_dtypes_of_real_ones():
