@@ -321,6 +321,9 @@ class ContextParallelAttention(DeepseekV4Attention):
                 AttentionConstants(self.scaling, self.config.rms_norm_eps, groups),
             )
         else:  # no query is left here, but other ranks wait for this rank's gradients
-            grouped = (q + raw_keys[:, :0, None]).flatten(2).unflatten(2, (groups, -1))
+            nothing = (
+                q + raw_keys[:, :0, None] + entries[:, :0, None] + self.sinks_param(q)[:, None]
+            )
+            grouped = nothing.to(q.dtype).flatten(2).unflatten(2, (groups, -1))
         out: torch.Tensor = self.wo_b(self.wo_a(grouped).flatten(2))
         return out

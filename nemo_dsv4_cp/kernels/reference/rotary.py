@@ -124,5 +124,9 @@ def rotate_(
     x_BLND: torch.Tensor, cos_BLr: torch.Tensor, sin_BLr: torch.Tensor, *, workspace_bytes: int
 ) -> torch.Tensor:
     """Rotate the last r dims in place, with autograd; ``-sin_BLr`` undoes a rotation."""
-    out: torch.Tensor = _RotateInPlace.apply(x_BLND, cos_BLr, sin_BLr, workspace_bytes)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _rotated(x_BLND, cos_BLr, sin_BLr, workspace_bytes)
     return out
+
+
+# AOTAutograd loses the gradient of a graph's input that a Function writes over.
+_rotated = torch.compiler.disable(_RotateInPlace.apply)

@@ -109,7 +109,7 @@ class TorchKernels:
         self, queries: AttentionQueries, keys: AttentionKeys, scale: float
     ) -> torch.Tensor:
         """Attend from normed and rotated queries, [B, L, N, D]."""
-        out: torch.Tensor = SparseAttention.apply(  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _sparse_attention(
             queries.q_BLND,
             keys.raw_BTD,
             keys.entries_BPD,
@@ -120,6 +120,10 @@ class TorchKernels:
             self._chunk_bytes,
         )
         return out
+
+
+# Chunks break graphs, and AOTAutograd differentiates a Function whose forward breaks wrongly.
+_sparse_attention = torch.compiler.disable(SparseAttention.apply)
 
 
 def best_entries(
