@@ -89,7 +89,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         keep_ids_for_recomputation(self)
         batch_contract().adopt(self)
         options = ContextParallelOptions.of(config)
-        self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_fn)
+        self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_function)
         self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
         self._pad_documents = options.pad_documents
         self._compare_ranks = options.compare_ranks

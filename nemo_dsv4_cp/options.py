@@ -20,7 +20,7 @@ _FLAGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 _PLUGGED = {
     "transport": plugins.TRANSPORTS,
     "kernels": plugins.KERNELS,
-    "batch_fn": plugins.BATCH_FNS,
+    "batch_function": plugins.BATCH_FNS,
 }
 
 
@@ -40,14 +40,14 @@ class ContextParallelOptions:
             ``"off"``, or ``"auto"``, which does so where the time saved exceeds the cost of the
             transfer. YAML parses on and off as true and false, which mean the same.
         overlap: Overlap collectives with compute; False waits for each collective at once.
-        pad_multiple: A shard's length is padded to a multiple of this: ``"auto"`` for the LCM that
-            the compress ratios need, or a multiple of that LCM.
+        pad_multiple: Of unpacked rows, a shard's length is padded to a multiple of this: ``"auto"``
+            for the LCM that the compress ratios need, or a multiple of that LCM.
         pad_documents: True pads every document of packed rows to a multiple of ``pad_multiple``,
             as AutoModel does; False pads only the end of the row.
         compare_ranks: On which steps the ranks of a CP group compare the tokens and documents of
             their batches, and all raise if one rank refuses its batch: ``"first"``, ``"every"``
             or ``"never"``.
-        batch_fn: The function that shards a batch; a name in ``nemo_dsv4_cp.batch_fns``.
+        batch_function: The function that shards a batch; a name in ``nemo_dsv4_cp.batch_fns``.
         workspace_mib: Memory limit of one chunk of scores or of float32 rows, in MiB; smaller is
             slower. All other memory is linear in the shard and in the compressed KV entries.
         keep_index_choice: Under activation checkpointing, keep the indexer's top-k indices
@@ -67,7 +67,7 @@ class ContextParallelOptions:
     pad_multiple: int | str = AUTO
     pad_documents: bool = False
     compare_ranks: str = "first"
-    batch_fn: str = "contiguous_shard"
+    batch_function: str = "contiguous_shard"
     workspace_mib: int = 512
     keep_index_choice: bool = True
     check_finite: bool = False

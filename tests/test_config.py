@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import types
+from dataclasses import asdict
 
 import pytest
 import torch
+from nemo_automodel.components.config.loader import ConfigNode
 from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
 from omegaconf import OmegaConf
 
@@ -55,7 +57,7 @@ def test_a_block_may_be_any_mapping(wrap):
             {"kernels": "cutlass"},
             r"kernels='cutlass' is not installed; use one of \['auto', 'tilelang', 'torch', 'tri.*",
         ),
-        ({"batch_fn": "zigzag"}, r"batch_fn='zigzag'.*contiguous_shard"),
+        ({"batch_function": "zigzag"}, r"batch_function='zigzag'.*contiguous_shard"),
         (
             {"pad_multiple": 96},
             r"pad_multiple=96 .* 128, the LCM .*\[4, 128\].* use 128 or \"auto\"",
@@ -120,3 +122,11 @@ def test_dtype_and_automodels_fields_pass_through():
     config = make(torch_dtype="float32", num_hidden_layers=3)
     assert config.dtype in ("float32", torch.float32)
     assert config.num_hidden_layers == 3
+
+
+def test_every_default_passes_automodels_config_loader():
+    """It resolves keys that end in _fn as import paths."""
+    defaults = asdict(ContextParallelOptions())
+    loaded = ConfigNode({"context_parallel": defaults}).to_dict()["context_parallel"]
+    assert ContextParallelOptions(**loaded) == ContextParallelOptions()
+    assert loaded == defaults

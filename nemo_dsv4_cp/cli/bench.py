@@ -112,7 +112,7 @@ def bytes_(
 ) -> None:
     """Profile what one layer receives from other ranks, with fake tensors.
 
-    Example: python -m nemo_dsv4_cp bench bytes --seq-len 131072 --cp-size 8
+    Example: nemo-dsv4-cp bench bytes --seq-len 131072 --cp-size 8
     """
     _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
     # A middle rank has neighbors on both sides: halos arrive, and their gradients return.
@@ -136,7 +136,7 @@ def memory(
 ) -> None:
     """Profile the memory of one layer's forward and backward, and its largest tensors.
 
-    Example: python -m nemo_dsv4_cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
+    Example: nemo-dsv4-cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
     """
     _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
     options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
@@ -169,7 +169,7 @@ def launches(
 ) -> None:
     """Count what one layer launches, and the GB of tensors that it reads and writes.
 
-    Example: python -m nemo_dsv4_cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
+    Example: nemo-dsv4-cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
     """
     _check(seq_len, cp_size, ratio, json_=json_)
     options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
@@ -202,7 +202,7 @@ def work(
 
     Products of V4-Flash's Triton path in TFLOP; what the causal view hides does not count.
 
-    Example: python -m nemo_dsv4_cp bench work --seq-len 1048576 --cp-size 64 --shortest 1000
+    Example: nemo-dsv4-cp bench work --seq-len 1048576 --cp-size 64 --shortest 1000
     """
     _check(seq_len, cp_size, ratio, json_=json_)
     if shortest is not None and shortest > longest:
@@ -260,7 +260,7 @@ def kernels(
     Registers and stack are per thread, shared memory per program, in bytes; stack beyond a few
     bytes is spilled registers.
 
-    Example: python -m nemo_dsv4_cp bench kernels --arch 90
+    Example: nemo-dsv4-cp bench kernels --arch 90
     """
     check_outputs(json_=json_)
     for name in model:
@@ -294,7 +294,7 @@ def time_(
 ) -> None:
     """Time forward and backward: gloo ranks on the CPU, or one rank on a GPU if there is one.
 
-    Example: python -m nemo_dsv4_cp bench time --seq-len 8192 --cp-size 2 --repeats 5
+    Example: nemo-dsv4-cp bench time --seq-len 8192 --cp-size 2 --repeats 5
     """
     _check(seq_len, cp_size, ratio, json_=json_)
     gpu = torch.cuda.is_available()
@@ -341,7 +341,7 @@ def overlap(
 ) -> None:
     """Measure how much of delayed collectives overlaps with compute, on two gloo ranks of this CPU.
 
-    Example: python -m nemo_dsv4_cp bench overlap --delay 0.2
+    Example: nemo-dsv4-cp bench overlap --delay 0.2
     """
     with quiet():
         from nemo_dsv4_cp.bench.overlap import RANKS, SIZES, measure
@@ -391,7 +391,7 @@ def operations(
 ) -> None:
     """Time each Triton operation of a layer alone, on this GPU, with TFLOP/s and share of its peak.
 
-    Example: python -m nemo_dsv4_cp bench operations --seq-len 131072 --cp-size 8 --ratio 4
+    Example: nemo-dsv4-cp bench operations --seq-len 131072 --cp-size 8 --ratio 4
     """
     _check(seq_len, cp_size, ratio, json_=json_)
     with running():
