@@ -137,4 +137,4 @@ def test_options_that_cannot_be_are_named(arguments, message):
     ["bytes", "memory", "time", "launches", "kernels", "operations", "work", "overlap"],
 )
 def test_every_command_shows_an_example(command):
-    assert f"nemo_dsv4_cp bench {command}" in run(command, "--help").output
+    assert f"nemo-dsv4-cp bench {command}" in run(command, "--help").output
