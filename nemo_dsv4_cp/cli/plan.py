@@ -253,7 +253,7 @@ def _assumed(gpu: Gpu) -> str:
         f"{gpu.products_per_second / 1e12:.0f} TFLOP/s of matrix products, "
         f"{gpu.kernels_per_second / 1e12:.0f} of attention and index scores, "
         f"{gpu.float32_per_second / 1e12:.0f} in float32; {links} between nodes. Left out: traffic "
-        "of FSDP and of expert parallelism, the optimizer, and what memory bounds."
+        "of FSDP and of expert parallelism, the optimizer, and memory-bound operations."
     )
 
 

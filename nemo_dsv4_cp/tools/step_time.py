@@ -6,7 +6,7 @@ indices), and backward. Computing and communicating are the operations and colle
 ``inventory`` at the rates of ``gpus``. What of the collectives is exposed follows from
 :data:`ORDERS`, the order of work in ``attention/layer.py``.
 
-Left out, on every path alike: what memory bounds (norms, rotary, pooling, top-k,
+Left out, on every path alike: memory-bound operations (norms, rotary, pooling, top-k,
 hyper-connections, the optimizer), traffic of FSDP and of expert parallelism and their uneven
 experts, launches, and what a collective takes from the kernels it overlaps with. Rows hold one
 document.

@@ -50,7 +50,8 @@ KINDS = (
             for text in ("0", "-128", "12.5", ".nan", "wide", "null")
         ),
         refused(
-            "a `cp_size` with more shards than a row of `max_position_embeddings` tokens fills",
+            "a `cp_size` so large that even a row of `max_position_embeddings` tokens leaves some "
+            "ranks with only padding",
             fields("{max_position_embeddings: 8}"),
             "distributed.cp_size=2 cannot work: shards hold a multiple of 8 tokens",
         ),
