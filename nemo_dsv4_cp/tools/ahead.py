@@ -104,7 +104,9 @@ def _specimen(kernel: Any, values: Mapping[str, Any], options: tuple[int, int]) 
     constants: dict[str, Any] = {}
     for parameter in kernel.params:
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        specialised = not parameter.do_not_specialize
+        one = specialised and isinstance(value, int) and value == 1
+        if parameter.is_constexpr or value is None or one:
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = _TYPES[value.dtype]
@@ -112,7 +114,7 @@ def _specimen(kernel: Any, values: Mapping[str, Any], options: tuple[int, int]) 
             types[parameter.name] = "fp32"
         else:
             kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-            types[parameter.name] = kind if value % 16 else f"{kind}:16"
+            types[parameter.name] = f"{kind}:16" if specialised and value % 16 == 0 else kind
     return Specimen(kernel, types, constants, *options)
 
 
@@ -127,6 +129,7 @@ class Compiled:
         tensor_core: ``"mma.sync"``, ``"wgmma"`` or ``"tcgen05"``; None where nothing multiplies.
         products: How many of that instruction.
         needed: How many the products in the kernel's source take at least.
+        accumulators: How many tiles of tensor memory hold sums of products, on sm_100 and later.
     """
 
     kernel: str
@@ -137,6 +140,7 @@ class Compiled:
     tensor_core: str | None
     products: int
     needed: int
+    accumulators: int
 
 
 def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
@@ -168,6 +172,7 @@ def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
         found,
         counts[found] if found else 0,
         _needed(binary.asm["ttir"], arch, specimen.warps),
+        len(re.findall(r"ttng\.tmem_alloc\b", binary.asm["ttgir"])),
     )
 
 

@@ -29,9 +29,10 @@ import triton.language as tl
 
 from nemo_dsv4_cp.kernels.triton.attention_forward import LOG2E
 from nemo_dsv4_cp.kernels.triton.norm_rotate import angles, turn
+from nemo_dsv4_cp.kernels.triton.tiles import COUNTERS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def ready_kernel(  # type: ignore[no-untyped-def]
     x, out, grad, cos, sin, q, do, delta, sinks, lse, of_sinks, begin, n_chunk, n_queries, n_heads,
     group_heads, row_stride, token_stride, group_stride, eps,
@@ -83,7 +84,7 @@ def _score_step(  # type: ignore[no-untyped-def]
     tl.store(ds_to + to, ds.to(k.dtype), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def scores_kernel(  # type: ignore[no-untyped-def]
     q, do, raw, entries, ranges, selected, lse, delta, p_raw, ds_raw, p_entries, ds_entries, begin,
     n_chunk, n_queries, n_heads, n_raw, n_entries, n_selected, raw_slots, entry_slots, entry_base,
@@ -158,7 +159,7 @@ def _query_step(  # type: ignore[no-untyped-def]
     return tl.dot(weights, k, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def queries_kernel(  # type: ignore[no-untyped-def]
     raw, entries, ranges, selected, ds_raw, ds_entries, grad, begin, n_chunk, n_queries, n_heads,
     n_raw, n_entries, n_selected, raw_slots, entry_slots, entry_base, range_rows,
@@ -219,6 +220,27 @@ def _first_above(ranges, column, bound, begin, end):  # type: ignore[no-untyped-
 
 
 @triton.jit
+def _sum_over_queries(  # type: ignore[no-untyped-def]
+    factors, rows, first_row, acc, low, high, ranges, raws, entry_base, block, in_chunk, n_slots,
+    n_heads, col, D: tl.constexpr, HEADS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Add stored factors times the rows of queries [low, high) to a block of keys."""
+    step = tl.arange(0, HEADS)
+    blocks = (n_heads + HEADS - 1) // HEADS
+    for i in range(low * blocks, high * blocks):
+        query, head = i // blocks, i % blocks * HEADS + step[:, None]
+        of_window = tl.load(ranges + query * 4) // ALIGNED * ALIGNED
+        slot = block - tl.where(raws, of_window, entry_base) + tl.arange(0, ALIGNED)
+        here = head < n_heads
+        of_factors = ((in_chunk + query) * n_heads + head) * n_slots + slot[None, :]
+        weights = tl.load(factors + of_factors, mask=here, other=0.0)
+        of_rows = ((first_row + query) * n_heads + head) * D + col
+        x = tl.load(rows + of_rows, mask=here & (col < D), other=0.0)
+        acc = tl.dot(tl.trans(weights), x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=COUNTERS)
 def keys_kernel(  # type: ignore[no-untyped-def]
     q, do, p_raw, ds_raw, p_entries, ds_entries, ranges, grad_raw, grad_entries, begin, n_chunk,
     n_queries, n_heads, n_raw, n_entries, raw_slots, entry_slots, raw_blocks, raw_base, entry_base,
@@ -245,31 +267,23 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     low = _first_above(ranges, ends, tl.where(raws, block - 1, block), begin, end)
     high = _first_above(ranges, starts, block + ALIGNED - 1, begin, end)
     acc = tl.zeros((ALIGNED, COLUMNS), tl.float32)
-    step = tl.arange(0, HEADS)
-    blocks = (n_heads + HEADS - 1) // HEADS
-    for i in range(low * blocks, high * blocks):
-        query, head = i // blocks, i % blocks * HEADS + step[:, None]
-        of_window = tl.load(ranges + query * 4) // ALIGNED * ALIGNED
-        base = tl.where(raws, of_window, entry_base)
-        of_head = (row * n_chunk + query - begin) * n_heads + head
-        here = head < n_heads
-        to = of_head * n_slots + (block - base + tl.arange(0, ALIGNED))[None, :]
-        inside = here & (col < D)
-        weights = tl.load(ds + to, mask=here, other=0.0)
-        rows = tl.load(
-            q + ((row * n_queries + query) * n_heads + head) * D + col, mask=inside, other=0.0
-        )
-        acc = tl.dot(tl.trans(weights), rows, acc, input_precision="ieee")
-        weights = tl.load(p + to, mask=here, other=0.0)
-        rows = tl.load(do + of_head * D + col, mask=inside, other=0.0)
-        acc = tl.dot(tl.trans(weights), rows, acc, input_precision="ieee")
+    # One product per loop: Triton 3.4 to 3.8 miscompiles two that share an accumulator, on sm_100.
+    in_chunk = row * n_chunk - begin
+    acc = _sum_over_queries(
+        ds, q, row * n_queries, acc, low, high, ranges, raws, entry_base, block, in_chunk, n_slots,
+        n_heads, col, D, HEADS, ALIGNED,
+    )  # fmt: skip
+    acc = _sum_over_queries(
+        p, do, in_chunk, acc, low, high, ranges, raws, entry_base, block, in_chunk, n_slots,
+        n_heads, col, D, HEADS, ALIGNED,
+    )  # fmt: skip
     at = (row * n_keys + key[:, None]) * D + col
     inside = (key[:, None] < n_keys) & (col < D)
     acc += tl.load(grad + at, mask=inside, other=0.0)
     tl.store(grad + at, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def selected_kernel(  # type: ignore[no-untyped-def]
     q, do, p, ds, ranges, selected, grad, begin, n_chunk, n_queries, n_heads, n_entries, n_selected,
     n_slots, range_rows,

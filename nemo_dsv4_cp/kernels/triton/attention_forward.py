@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nemo_dsv4_cp.kernels.triton.tiles import COUNTERS
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -38,7 +40,7 @@ def _step(  # type: ignore[no-untyped-def]
     return acc, higher, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def forward_kernel(  # type: ignore[no-untyped-def]
     q, raw, entries, sinks, ranges, selected, out, lse, n_queries, n_heads, n_raw, n_entries,
     n_selected, range_rows, scale2,

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nemo_dsv4_cp.kernels.triton.tiles import COUNTERS
+
 
 @triton.jit
 def in_order(scores):  # type: ignore[no-untyped-def]
@@ -25,7 +27,7 @@ def in_order(scores):  # type: ignore[no-untyped-def]
     return turned.to(tl.uint32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def index_scores_kernel(  # type: ignore[no-untyped-def]
     q, weights, keys, visible, scores, maxima, first_query, n_queries, n_rows, n_entries,
     first_entry, n_scores, visible_rows,

@@ -17,11 +17,31 @@ from dataclasses import dataclass
 import torch
 import triton
 
+SHARED_MEMORY = 163 << 10
+"""Bytes per block that the tables assume: sm_80's. A40, L40S and RTX cards have 99 KiB."""
+
 FLOAT32 = 32
 """Row of the tables for float32 on any device: no tensor cores, and twice the bytes."""
 
 ALIGNED = 64
 """Keys that share a block of stored probabilities, whose gradient one program sums."""
+
+
+COUNTERS = (
+    "begin",
+    "n_chunk",
+    "n_queries",
+    "n_raw",
+    "n_entries",
+    "raw_blocks",
+    "raw_base",
+    "entry_base",
+    "first_query",
+    "first_entry",
+    "n_rows",
+    "n_scores",
+)
+"""Arguments that change with every pack: Triton would compile anew where 16 divides one or not."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +86,13 @@ QUERIES_GRAD = {
     100: Tile(heads=64, keys=64, columns=512, warps=8, stages=2),
 }
 
-# Two products with stored factors and nothing else: float32 sums of [64, 256].
+# Two products with stored factors, one after the other: float32 sums of [64, 256]. Each step loads
+# the place of its window first, so that five stages copy two steps ahead.
 KEYS_GRAD = {
     FLOAT32: Tile(heads=16, keys=ALIGNED, columns=128, warps=4, stages=2),
     80: Tile(heads=64, keys=ALIGNED, columns=128, warps=4, stages=2),
-    90: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=2),
-    100: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=2),
+    90: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=5),
+    100: Tile(heads=64, keys=ALIGNED, columns=256, warps=8, stages=5),
 }
 
 # A query's selected entries, all heads at once: nothing is held, the sums leave by atomics.

@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nemo_dsv4_cp.kernels.triton.tiles import COUNTERS
+
 # Two counts travel in one cumulative sum: of what is above in the low bits, of ties from TIES on.
 TIES = tl.constexpr(16)
 LOW_BITS = tl.constexpr((1 << 16) - 1)
@@ -36,7 +38,7 @@ def _kth(numbers, K):  # type: ignore[no-untyped-def]
     return threshold
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTERS)
 def top_k_kernel(  # type: ignore[no-untyped-def]
     scores, maxima, visible, selected, first_query, n_queries, n_rows, first_entry, n_scores,
     visible_rows, K,
