@@ -152,6 +152,19 @@ def _check_device() -> None:
             f"context_parallel.kernels='triton' needs a CUDA device of capability 8.0 or more, and "
             f"this one has {capability[0]}.{capability[1]}; set context_parallel.kernels: torch"
         )
+    shared = _shared_memory()
+    if shared < tiles.SHARED_MEMORY:
+        raise ValueError(
+            f"context_parallel.kernels='triton' needs {tiles.SHARED_MEMORY >> 10} KiB of shared "
+            f"memory per block, and {torch.cuda.get_device_name()} has {shared >> 10}; set "
+            "context_parallel.kernels: torch"
+        )
+
+
+def _shared_memory() -> int:
+    """Return the most bytes that a block of the current CUDA device may have."""
+    properties = triton.runtime.driver.active.utils.get_device_properties
+    return int(properties(torch.cuda.current_device())["max_shared_mem"])
 
 
 @functools.cache
