@@ -34,12 +34,9 @@ COUNTERS = (
     "n_raw",
     "n_entries",
     "raw_blocks",
-    "raw_base",
-    "entry_base",
     "first_query",
     "first_entry",
     "n_rows",
-    "n_scores",
 )
 """Arguments that change with every pack: Triton would compile anew where 16 divides one or not."""
 
