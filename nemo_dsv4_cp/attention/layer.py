@@ -25,7 +25,7 @@ from nemo_dsv4_cp.attention.recompute import KeptIndices, unseen_by_checkpointin
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
 from nemo_dsv4_cp.automodel.deepseek_v4 import kernel_backend
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import make_norms_uniform
-from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled
+from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, Pending, cp_enabled
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
@@ -38,6 +38,10 @@ from nemo_dsv4_cp.kernels.protocol import (
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.row_plan import take
+from nemo_dsv4_cp.sequence.windows import Windows
+
+_ToPool = tuple[dict[str, torch.Tensor], Windows, Rope, torch.dtype, Kernels]
+"""What windows are pooled from and how: the arguments of ``pool_windows`` after its module."""
 
 _IMAGE_PATH_KEYS = ("packed_seq_ids", "vision_token_types")
 
@@ -197,10 +201,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         q_index = index_queries(indexer, low) if select else None
         rows = fetched.wait()
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
-        index_keys = None
-        if select:
-            index_keys = transport.gather(pool_index_keys(indexer, *to_pool))
-        entries = transport.gather(pool_windows(self.compressor, *to_pool))
+        index_keys, entries = self._start_gathers(transport, to_pool, index=select)
 
         q = self._project(queries)
         if index_keys is not None:
@@ -247,10 +248,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         q = self._project(local)
         rows = fetched.wait()
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
-        index_keys = None
-        if select:
-            index_keys = transport.gather(pool_index_keys(indexer, *to_pool))
-        entries = transport.gather(pool_windows(self.compressor, *to_pool))
+        index_keys, entries = self._start_gathers(transport, to_pool, index=select)
 
         remote = _Queries(
             plan.remote,
@@ -282,6 +280,15 @@ class ContextParallelAttention(DeepseekV4Attention):
         if index:
             features |= index_features(compressor.indexer, hidden, overlaps=overlaps)
         return features
+
+    def _start_gathers(
+        self, transport: Transport, to_pool: _ToPool, *, index: bool
+    ) -> tuple[Pending[torch.Tensor] | None, Pending[torch.Tensor]]:
+        """Pool this rank's windows and start to gather index keys, where ``index``, and entries."""
+        index_keys = None
+        if index:
+            index_keys = transport.gather(pool_index_keys(self.compressor.indexer, *to_pool))
+        return index_keys, transport.gather(pool_windows(self.compressor, *to_pool))
 
     def _project(self, queries: _Queries) -> torch.Tensor:
         """Return queries [B, C, N, D] before norm and rotary."""

@@ -47,7 +47,7 @@ class KeptIndices:
     def keep(self, key: torch.Tensor, indices: Sequence[torch.Tensor]) -> None:
         """Remember the indices of the forward that ``key`` belongs to, of all its queries.
 
-        Two forwards with one key cannot be told apart later: neither's indices are kept.
+        Two forwards with one key cannot be distinguished later: neither's indices are kept.
         """
         if torch.compiler.is_compiling():
             return

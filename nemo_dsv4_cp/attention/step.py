@@ -98,7 +98,7 @@ class _Part:
 
     local: Queries
     local_rows: slice | torch.Tensor
-    remote: Queries
+    remote: Queries | None
     moves: Mapping[str, RowPlan]
     n_keys: tuple[int, ...]
     returned: RowPlan
@@ -185,13 +185,22 @@ class StepContext:
             moves["features"] = moves["index_features"] = before(tokens_before)
             if kind.overlaps:
                 moves["overlap"] = moves["index_overlap"] = before(ratio + tokens_before)
-        local = AttentionPlan(part.local, kind.window, ratio)
-        remote = AttentionPlan(part.remote, kind.window, ratio) if "remote_low" in moves else None
-        for plan in (local, remote):
-            if plan is not None and plan.queries.runs:
+
+        def attention(queries: Queries) -> AttentionPlan:
+            plan = AttentionPlan(queries, kind.window, ratio)
+            if queries.runs:
                 plan.visible_ranges(device)  # stays with it, for every layer
+            return plan
+
         return LayerPlan(
-            local, part.local_rows, remote, moves, part.n_keys, part.returned, windows, entry_order
+            local=attention(part.local),
+            local_rows=part.local_rows,
+            remote=None if part.remote is None else attention(part.remote),
+            moves=moves,
+            n_keys=part.n_keys,
+            returned=part.returned,
+            windows=windows,
+            entry_order=entry_order,
         )
 
     def _part(self, schedule: Schedule, window: int, device: torch.device) -> _Part:
@@ -207,14 +216,16 @@ class StepContext:
         moves = {
             "keys": self._fetched([of_remote + of_local for of_remote, of_local in keys], device)
         }
+        remote = None
         if schedule.moves:
+            remote = Queries(layout, schedule.remote[rank])
             of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
             moves |= dict.fromkeys(of_queries, self._fetched(schedule.remote, device))
         own = schedule.local[rank]
         self._parts[key] = _Part(
             local=Queries(layout, own),
             local_rows=rows_of(own, layout.start, device),
-            remote=Queries(layout, schedule.remote[rank]),
+            remote=remote,
             moves=moves,
             n_keys=tuple(sum(map(len, runs)) for runs in keys[rank]),
             returned=RowPlan.of(

@@ -85,7 +85,7 @@ class SequenceLayout:
         cp_rank: This rank's index.
         cp_size: R, number of CP ranks.
         bounds: Of each packed row, where its documents start, ascending from 0, then S. Padding at
-            a row's end is a document of its own. Rows that are alike share one entry.
+            a row's end is a document of its own. Empty if each row is one document.
         starts: The same starts on the device, int64 [B, D]; S fills up rows of fewer documents.
             None if each row is one document.
     """
@@ -95,10 +95,6 @@ class SequenceLayout:
     cp_size: int = 1
     bounds: tuple[tuple[int, ...], ...] = ()
     starts: torch.Tensor | None = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not self.bounds:
-            object.__setattr__(self, "bounds", ((0, self.seq_len),))
 
     @classmethod
     def of_padded(cls, seq_len: int, *, cp_rank: int, cp_size: int) -> SequenceLayout:
@@ -162,7 +158,7 @@ class SequenceLayout:
     @property
     def rows(self) -> int:
         """How many rows of the batch differ in their documents; 1 where all are alike."""
-        return len(self.bounds)
+        return len(self.bounds) or 1
 
     def shard(self, rank: int, *, before: int = 0) -> range:
         """Return the positions of ``rank``'s tokens, and of as many before them.
@@ -209,9 +205,7 @@ class SequenceLayout:
         Returns:
             Int64 [B or 1, C] each.
         """
-        begin, _ = self.documents_at(positions)
-        first = (begin + ratio - 1) // ratio
-        return first, first + (positions - begin + 1) // ratio
+        return entries_from(self.documents_at(positions)[0], positions, ratio)
 
     def entry_order(self, ratio: int, capacity: int, device: torch.device) -> torch.Tensor | None:
         """Return where the entries of all ranks are among those gathered in rank order.
@@ -268,6 +262,14 @@ class SequenceLayout:
         """Return how many entries the queries at ``span`` see, summed over all ``rows``."""
         before, after = self.entries_before((span.start, span.stop), ratio)
         return after - before
+
+
+def entries_from(
+    begin: torch.Tensor, positions: torch.Tensor, ratio: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what :meth:`SequenceLayout.visible_entries` does, of documents that begin there."""
+    first = (begin + ratio - 1) // ratio
+    return first, first + (positions - begin + 1) // ratio
 
 
 def entries_seen(span: range, ratio: int) -> int:

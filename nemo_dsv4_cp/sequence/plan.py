@@ -69,8 +69,8 @@ class AttentionPlan:
         return self.queries.once(key, lambda: self._ranges(device))
 
     def _ranges(self, device: torch.device) -> torch.Tensor:
-        layout, positions = self.queries.layout, self.queries.positions(device)
-        inside = positions - layout.documents_at(positions)[0]
+        positions = self.queries.positions(device)
+        inside = positions - self.queries.document_starts(device)
         runs, before = self.queries.runs, halo(self.window)
         ends = accumulate(len(run) + before for run in runs)
         rows = [range(end - len(run), end) for run, end in zip(runs, ends, strict=True)]

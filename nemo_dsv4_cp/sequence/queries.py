@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, entries_from
 
 T = TypeVar("T")
 Runs = tuple[range, ...]
@@ -50,6 +50,12 @@ class Queries:
         """Return the positions of the queries, int64 [C]."""
         return self.once(("positions", device), lambda: concatenated(self.runs, device))
 
+    def document_starts(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return where the documents of the queries start, int64 [B or 1, C]."""
+        return self.once(
+            ("document starts", device), lambda: self.layout.documents_at(self.positions(device))[0]
+        )
+
     def visible_entries(
         self, ratio: int, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +65,7 @@ class Queries:
         """
         return self.once(
             ("visible entries", ratio, device),
-            lambda: self.layout.visible_entries(self.positions(device), ratio),
+            lambda: entries_from(self.document_starts(device), self.positions(device), ratio),
         )
 
     def run_at(self, row: int) -> int:

@@ -13,7 +13,8 @@ CPU = torch.device("cpu")
 
 def documents_of(layout, batch):
     """Return the number of each token's document, [B, S]."""
-    ends = torch.tensor(layout.bounds)[:, 1:].expand(batch, -1).contiguous()
+    bounds = layout.bounds or ((0, layout.seq_len),)
+    ends = torch.tensor(bounds)[:, 1:].expand(batch, -1).contiguous()
     return torch.searchsorted(ends, torch.arange(layout.seq_len).repeat(batch, 1), right=True)
 
 
