@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps top-k indices for the recomputation of activation checkpointing.
 
-They are integers, [B, L, K] int32, and cost scores over all entries and a gather of index keys.
-Checkpointing hands the tensors that a block was called with to the recomputation, so the rotary
-embedding of a forward finds that forward's indices. A compiled layer selects anew: what its
-recomputation saves, the compiler decides.
+The indices are int32, [B, L, K]. To compute them again would take scores over all entries
+and an all-gather of index keys. They are stored under a tensor object, the rotary embedding of the
+forward: checkpointing passes the same object to the recomputation, which finds them by it. Under
+torch.compile nothing is kept: the compiler decides what a recomputation computes again.
 """
 
 from __future__ import annotations

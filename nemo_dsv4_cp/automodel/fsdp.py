@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoModel's patch of FSDP2, left out where torch no longer has what it patches (2.15).
+"""Skips AutoModel's patch of FSDP2 where torch no longer has the patched method (2.15).
 
-There autograd's leaf accumulates gradients itself, and no parameter needs to supply a missing one.
+AutoModel patches ``FSDPParam.to_accumulated_grad_if_needed``, so that it does not fail for a
+parameter that was never unsharded. Torch 2.15 does not have this method, since autograd accumulates
+gradients itself, and does not need the patch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Resuming a checkpoint on another number of ranks.
 
-AutoModel stores the state of dataloaders and of random numbers once a rank: the states of
-data-parallel rank d are those of the ranks d * cp_size to d * cp_size + cp_size - 1. All of these
-load the same samples, but another cp_size looks for files that are not there, or are another
-rank's. And a state counts the samples of its own data-parallel rank, so with another number of
-these the next samples would silently repeat some, or leave some out.
+AutoModel stores one state of the dataloaders and one of the random numbers per rank. Data-parallel
+rank d consists of the ranks d * cp_size to d * cp_size + cp_size - 1, which all load the same
+samples. With another cp_size, a rank would look for a file that does not exist, or would read that
+of another data-parallel rank. With another number of data-parallel ranks, the states do not fit at
+all: each counts the samples of its own data-parallel rank, so training would silently repeat or
+skip samples.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ def install() -> None:
 
 
 class DataRanks:
-    """By how many ranks samples are loaded, and how many each has read.
+    """How many ranks load samples, and how many samples each has read.
 
-    The recipe's attribute :data:`KEY`: AutoModel stores its state in every checkpoint, since it has
-    one. AutoModel without this package does not look at that file.
+    It is the recipe's attribute :data:`KEY`. AutoModel stores in every checkpoint all attributes of
+    the recipe that have ``state_dict`` and ``load_state_dict``, and so this one. Without this
+    package, AutoModel does not read its file.
     """
 
     def __init__(self, recipe: Any) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router replay (``moe_overrides.enable_routing_replay``) in models with hash layers.
 
-Every gate registers itself for replay when it is made. V4 puts another gate in the place of those
-of its hash layers, and ``RouterReplay.collect`` then waits for the ones that never route. Hash
+Every gate registers itself for replay when it is created. In hash layers, V4 then replaces the gate
+by another one. The old gate stays registered but never routes, and ``RouterReplay.collect`` raises
+an error if a registered gate has recorded nothing. This module unregisters the old gates. Hash
 layers route by token id alone and need no replay.
 """
 

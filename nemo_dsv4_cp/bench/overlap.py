@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of slowed collectives overlaps with compute, on real gloo ranks.
 
-On one machine a collective takes next to nothing, so each is made to take a given time longer, as
-over a link that carries one after the other. What a rank waits for the late ones was not hidden; it
-is measured at each wait, since other processes of the machine move the seconds of whole passes by
-more.
+On one machine a collective takes almost no time. The benchmark therefore delays each by a given
+time, as a link would that carries one collective at a time. The time that a rank waits for delayed
+collectives did not overlap with compute. It is measured at each wait: a comparison of whole passes
+would be less exact, because other processes of the machine change their time by more.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Pass:
 
     Attributes:
         collectives: How many it starts.
-        seconds: Of the slowest rank, the least of the repeats: what else ran only adds.
+        seconds: Time of the slowest rank in the fastest repeat; other processes only add to it.
         slowed_seconds: The same with each collective slowed by ``delay`` seconds.
-        waited: Seconds that a rank waited for late collectives: of each the rank that waited most,
-            all together, median of the repeats.
+        waited: Seconds that ranks waited for delayed collectives: the longest wait of any rank for
+            each collective, summed over the collectives; median of the repeats.
     """
 
     direction: str

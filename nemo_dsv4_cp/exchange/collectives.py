@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Process groups and the collectives over them: the only file that starts any.
 
-Collectives with a gradient run while the device computes. One starts as soon as its input exists
-and is waited for where its output is first read. Two autograd functions, start and wait, give the
-same overlap in backward: the backward of wait starts the reverse collective, the backward of start
-waits for it. Of the functions that are ready autograd takes the one whose forward ran last, so
-whatever ran between start and wait in forward runs between them in backward. An empty tensor ties
-the two together; autograd does not see the memory that a collective fills.
+Collectives with a gradient overlap with compute. A layer starts one as soon as its input exists,
+and waits for it where it first reads the output. Start and wait are two autograd functions, so that
+backward overlaps in the same way: the backward of wait starts the reverse collective, and the
+backward of start waits for it. Autograd runs the ready function whose forward ran last. The
+backward of whatever ran between start and wait in forward therefore runs between the start of the
+reverse collective and the wait for it.
+
+Start returns an empty tensor that wait takes as an input: autograd does not see the memory that a
+collective fills, and without this tensor it would not connect the two.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ NOTHING = -1
 
 
 def halo(window: int) -> int:
-    """Return how many raw keys before its first query a run of queries sees: W - 1."""
+    """Return how many raw keys a run of queries sees before the key of its first query: W - 1."""
     return window - 1
 
 

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of releases whose recipes shard every model's batches with ``cp_utils`` (0.5).
 
-They have no sharder of a model's own, and no CP of an attention's own; both are patched in.
-AutoModel's ``make_cp_batch_and_ctx`` shards every model's batch alike, for torch's ring attention,
-and receives no model. Ours replaces it, finds out whose recipe calls, and passes all other models'
-batches to it. AutoModel's ``apply_cp``, at ``ep_size`` > 1, sets a CP group on each
-``attn_module``, which V4's attention has none of; later releases look for ``setup_cp_attention``
-first. Ours leaves out models that own their CP attention, which get their group with every batch.
+In these releases, a model cannot shard its own batches and attention cannot bring its own CP. Two
+patches add both:
+
+- AutoModel's ``make_cp_batch_and_ctx`` receives no model and shards every batch in the same way,
+  for torch's ring attention. Our replacement finds the recipe that calls it. If that recipe trains
+  one of our models, the model's sharder shards the batch; otherwise AutoModel's function does.
+- At ``ep_size`` > 1, AutoModel's ``apply_cp`` sets a CP group on the ``attn_module`` of each
+  attention. V4's attention has no ``attn_module``. (Later releases look for ``setup_cp_attention``
+  first.) Our replacement skips models that own their CP attention: they receive the group with
+  every batch.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
 
     score_p = sum_i weight_i relu(q_i . k_p)
 
-It must equal ``kernels/reference/torch_kernels.py``. A program keeps a block of keys and walks
-neighbouring queries, whose heads are the columns of one product and are summed in registers: scores
-never hold the heads in memory. They are stored as integers in the order of the floats, 0 below
-all of them, with the largest of each GROUP that a query may see: ranking reads few scores by them.
+It must equal ``kernels/reference/torch_kernels.py``. A program holds a block of keys and loops over
+neighboring queries. One product multiplies the keys with all heads of a query, and the heads are
+summed in registers, so memory holds one score per query and key, not one per head.
+
+Scores are stored as uint32 that sort like the floats; 0 is below every score. For each group of
+GROUP keys, the kernel also stores the largest score that the query may see. ``top_k`` reads these
+maxima first, and then only the scores of groups that can hold one of the K best.
 """
 
 # B batch rows   L local queries   I index heads   F index width   P entries   C queries of a chunk

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The best scores of each row, exactly, ties by place; bound by latency, and reads little.
 
-Scores are uint32 in the order of the floats (``index_scores``), 0 below all of them. One program a
-row, the same bits every time and no atomics:
+Scores are uint32 that sort like the floats; 0 is below every score. ``index_scores`` stores them,
+and the maximum of each group of GROUP scores. One program handles one row, without atomics, so the
+result is bitwise reproducible:
 
-1. The K-th largest maximum of a group bounds the K-th best score from below: there are K groups
-   with a score as high. A threshold is found bit by bit, from the highest, as the largest number
-   that K others reach.
-2. All scores above that bound are in the fewer than K groups whose maximum is above it. These are
-   held in registers, and the exact threshold is found among them the same way.
-3. Of the groups that reach the threshold, in order of place, scores above it are taken, and as
-   many that equal it as are lacking.
+1. Find the K-th largest of the maxima. It is a lower bound of the K-th best score, because K groups
+   have a score of at least this value. The search sets bits from the highest down, and keeps a bit
+   if at least K numbers reach the value.
+2. Find the exact K-th best score. Scores above the bound lie in groups whose maximum is above it,
+   and there are fewer than K such groups. Load their scores into registers, and search among them
+   in the same way. If fewer than K scores are above the bound, the bound is the K-th best score.
+3. Go through the groups whose maximum reaches the K-th best score, from the first on. Take every
+   score above it, and the first scores that equal it until there are K.
 """
 
 # B batch rows   L local queries   P entries   K selected entries   C queries of a chunk
