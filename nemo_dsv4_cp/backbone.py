@@ -27,6 +27,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     mesh_of,
     sharding_groups,
 )
+from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.lengths import document_starts, packed_padding
@@ -60,6 +61,7 @@ def step_of(
     length: int,
     options: ContextParallelOptions,
     padding_mask: torch.Tensor | None,
+    gpu: Gpu | None = None,
 ) -> tuple[StepContext, torch.Tensor | None]:
     """Take what describes a step out of a forward's keyword arguments.
 
@@ -69,6 +71,7 @@ def step_of(
         length: L, local tokens.
         options: The model's.
         padding_mask: What the batch says of padding, bool [B, L]; as it does under CP.
+        gpu: By whose rates ``balance: auto`` decides.
 
     Returns:
         The step's context, and which local tokens are padding: ``padding_mask``, or what packed
@@ -97,7 +100,7 @@ def step_of(
         layout = SequenceLayout.of_documents(starts, length, cp_rank=rank, cp_size=size)
         if padding is not None:
             padding_mask = padding[:, layout.start : layout.end]
-    kwargs[STEP_KEY] = StepContext(layout, group, options)
+    kwargs[STEP_KEY] = StepContext(layout, group, options, gpu)
     return kwargs[STEP_KEY], padding_mask
 
 
@@ -116,6 +119,7 @@ class ContextParallelModel(DeepseekV4Model):
     """AutoModel's V4 backbone without its dense [L, S] attention mask."""
 
     _cp_group: Group | None = None
+    gpu: Gpu | None = None  # with the measured rate of its kernels; None for the table's
 
     def forward(
         self,
@@ -188,7 +192,7 @@ class ContextParallelModel(DeepseekV4Model):
         rows, length = streams_BLME.shape[:2]
         device = streams_BLME.device
         options = ContextParallelOptions.of(self.config)
-        step, padding_mask = step_of(attn_kwargs, rows, length, options, padding_mask)
+        step, padding_mask = step_of(attn_kwargs, rows, length, options, padding_mask, self.gpu)
         if position_ids is None:
             position_ids = step.layout.document_positions(device)
         for block in self.layers.values():  # before the first block, which may be compiled

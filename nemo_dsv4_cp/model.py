@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +33,19 @@ from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.checks.batch_rules import padding_of
+from nemo_dsv4_cp.checks.certificate import Subject
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
+from nemo_dsv4_cp.checks.kernel_choice import TORCH, choose_kernels
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
     cp_enabled,
     sharding_groups,
+    trains_on_gpus,
 )
-from nemo_dsv4_cp.options import ContextParallelOptions
+from nemo_dsv4_cp.gpus import gpu_here
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import validate_cp_size
 from nemo_dsv4_cp.sequence.packing import is_packed, token_documents, tokens_ahead
 from nemo_dsv4_cp.startup import log_first_step, padding_of_shard
@@ -161,6 +166,36 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             batch | documents, num_depths=self.mtp_config.num_layers, ignore_index=ignore_index
         )
 
+    def choose_kernels(self) -> None:
+        """Settle which kernels this job trains with, by certificates; all ranks call it together.
+
+        AutoModel's check of a model against the job's mesh does. On CPUs, and for ``kernels:
+        torch``, there is nothing to settle.
+
+        Raises:
+            ValueError: If kernels that the recipe names fail on a rank's GPU and ``kernels_check``
+                is strict.
+        """
+        options = ContextParallelOptions.of(self.config)
+        if not trains_on_gpus() or options.kernels == TORCH or options.kernels_check == "off":
+            return
+        chosen = choose_kernels(
+            None if options.kernels == AUTO else options.kernels,
+            partial(
+                Subject.of,
+                config=self.config,
+                dtype=str(next(self.parameters()).dtype).split(".")[-1],
+                workspace_bytes=options.workspace_mib << 20,
+            ),
+            strict=options.kernels_check == "strict",
+        )
+        for module in self.modules():
+            if isinstance(module, ContextParallelAttention):
+                module.use_kernels(chosen.kernels)
+        if chosen.tflops:
+            gpu = gpu_here()
+            self.model.gpu = replace(gpu, kernel_share=chosen.tflops / gpu.tflops)
+
     resolve_lora_targets = lora.resolve_targets
 
     def forward(
@@ -231,7 +266,9 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         if tokens is not None and tokens.dim() > 1 and not images:
             options = ContextParallelOptions.of(self.config)
             rows, length = tokens.shape[:2]
-            step, padding_mask = step_of(attn_kwargs, rows, length, options, padding_mask)
+            step, padding_mask = step_of(
+                attn_kwargs, rows, length, options, padding_mask, self.model.gpu
+            )
             if self.training and not self._logged:
                 self._logged = True
                 all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0

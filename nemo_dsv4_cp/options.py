@@ -34,8 +34,12 @@ class ContextParallelOptions:
         enabled: False builds AutoModel's own model, unchanged.
         transport: How a rank gets the keys of other ranks; a name in ``nemo_dsv4_cp.transports``.
         kernels: The backend of top-k selection, attention, norms and rotary: a name in
-            ``nemo_dsv4_cp.kernels``, or ``"auto"`` for AutoModel's TileLang kernels where
-            ``backend.attn`` names them, otherwise torch.
+            ``nemo_dsv4_cp.kernels``, or ``"auto"``: on GPUs the fastest of Triton, TileLang and
+            torch whose results are right there, on CPUs torch.
+        kernels_check: Before the first step on GPUs, what happens if named kernels compute wrong
+            results there: ``"strict"`` raises, ``"warn"`` logs and trains with them. ``"off"`` runs
+            nothing, and ``kernels: auto`` is then TileLang where ``backend.attn`` names it, and
+            otherwise torch.
         balance: Load-balance the queries of compressed layers across CP ranks: ``"on"``,
             ``"off"``, or ``"auto"``, which does so where the time saved exceeds the cost of the
             transfer. YAML parses on and off as true and false, which mean the same.
@@ -62,6 +66,7 @@ class ContextParallelOptions:
     enabled: bool = True
     transport: str = "boundary"
     kernels: str = AUTO
+    kernels_check: bool | str = "strict"
     balance: bool | str = AUTO
     overlap: bool = True
     pad_multiple: int | str = AUTO
@@ -130,6 +135,13 @@ class ContextParallelOptions:
             raise ValueError(
                 f'context_parallel.pad_multiple={multiple!r} is neither "auto" nor a positive '
                 'integer; use "auto"'
+            )
+        if self.kernels_check is False:  # what YAML reads off as
+            object.__setattr__(self, "kernels_check", "off")
+        if self.kernels_check not in ("strict", "warn", "off"):
+            raise ValueError(
+                f"context_parallel.kernels_check={self.kernels_check!r} is none of strict, warn "
+                "and off; use strict"
             )
         if isinstance(self.balance, bool):  # what YAML reads on and off as
             object.__setattr__(self, "balance", "on" if self.balance else "off")

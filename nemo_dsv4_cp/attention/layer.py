@@ -96,12 +96,20 @@ class ContextParallelAttention(DeepseekV4Attention):
         self._options = ContextParallelOptions.of(self.config)
         self.kind = LayerKind.of(self.config, self.compress_ratio)
         named = self._options.kernels
-        self.kernels_name = kernel_backend(self.backend) if named == AUTO else named
-        self._kernels: Kernels = plugins.load(plugins.KERNELS, self.kernels_name)(
-            workspace_bytes=self._options.workspace_mib << 20
-        )
+        self.use_kernels(kernel_backend(self.backend) if named == AUTO else named)
         keeps = self.kind.has_indexer and self._options.keep_index_choice
         self._indices = KeptIndices() if keeps else None
+
+    def use_kernels(self, name: str) -> None:
+        """Compute with another backend from now on.
+
+        Raises:
+            ValueError: If it cannot run here.
+        """
+        self.kernels_name = name
+        self._kernels: Kernels = plugins.load(plugins.KERNELS, name)(
+            workspace_bytes=self._options.workspace_mib << 20
+        )
 
     def forward(
         self,

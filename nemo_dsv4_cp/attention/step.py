@@ -18,7 +18,7 @@ import torch
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.exchange.collectives import Group, cp_rank, cp_size
 from nemo_dsv4_cp.exchange.transport import Transport
-from nemo_dsv4_cp.gpus import gpu_here
+from nemo_dsv4_cp.gpus import Gpu, gpu_here
 from nemo_dsv4_cp.kernels.protocol import Rope
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
@@ -108,7 +108,11 @@ class StepContext:
     """State that all layers of one forward share; the next forward has another."""
 
     def __init__(
-        self, layout: SequenceLayout, group: Group | None, options: ContextParallelOptions
+        self,
+        layout: SequenceLayout,
+        group: Group | None,
+        options: ContextParallelOptions,
+        gpu: Gpu | None = None,
     ) -> None:
         """Bind a step.
 
@@ -116,6 +120,7 @@ class StepContext:
             layout: Where this rank's tokens and documents are.
             group: CP group, None without CP.
             options: The model's.
+            gpu: By whose rates ``balance: auto`` decides; by default those of the table.
         """
         self.layout = layout
         self.transport: Transport = plugins.load(plugins.TRANSPORTS, options.transport)(
@@ -123,6 +128,7 @@ class StepContext:
         )
         self._shards = [(layout.shard(rank),) for rank in range(layout.cp_size)]
         self._balance = str(options.balance)
+        self._gpu = gpu or gpu_here()
         self._schedules: Schedules | None = None
         self._parts: dict[tuple[Schedule, int, torch.device], _Part] = {}
         self._plans: dict[tuple[LayerKind, torch.device], LayerPlan] = {}
@@ -138,7 +144,7 @@ class StepContext:
     def schedule(self, kind: LayerKind) -> Schedule:
         """Return which rank computes which queries of a kind's layers."""
         if self._schedules is None:
-            self._schedules = Schedules(self.layout, self._balance, gpu_here())
+            self._schedules = Schedules(self.layout, self._balance, self._gpu)
         return self._schedules.of(kind.ratio, kind.cost)
 
     def plan(self, kind: LayerKind, device: torch.device) -> LayerPlan:

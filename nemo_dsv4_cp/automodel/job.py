@@ -2,7 +2,8 @@
 """With how many CP ranks a model trains, which AutoModel passes to none of its models.
 
 ``model.supports.cp_size`` reads a mesh that no release from 0.5 to 0.7 gives it, so it is always 1.
-The function that checks a model against the job's mesh, before it is sharded, is wrapped instead.
+The function that checks a model against the job's mesh, on all ranks and before it is sharded, is
+wrapped instead. It is also where all ranks can agree on kernels.
 """
 
 from __future__ import annotations
@@ -29,4 +30,7 @@ def cp_size_of(model: Any) -> int:
 
 def _passing_cp_size(original: Any, model: Any, mesh: Any) -> Any:
     setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
-    return original(model, mesh)
+    checked = original(model, mesh)
+    if hasattr(model, "choose_kernels"):
+        model.choose_kernels()
+    return checked

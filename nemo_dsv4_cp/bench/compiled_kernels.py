@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from nemo_dsv4_cp.kernels.operations import attend, attention_tensors, selection
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
 from nemo_dsv4_cp.tools.ahead import Specimen, compile_kernel, record
-from nemo_dsv4_cp.tools.layer_kernels import attend, attention_tensors, selection
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 ARCHITECTURES = (80, 90, 100)

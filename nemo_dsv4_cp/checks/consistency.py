@@ -43,7 +43,7 @@ def settings_of(model: torch.nn.Module) -> dict[str, Any]:
     ):
         settings |= {f"{part}.{name}": value for name, value in fields.items()}
     if options.balance == "auto":  # decided by these on each rank for itself, so they must agree
-        gpu = gpu_here()
+        gpu = getattr(model.model, "gpu", None) or gpu_here()
         rates = f"{gpu.kernels_per_second / 1e12:.0f} TFLOP/s"
         rates += f", {gpu.nvlink_gbs:g} and {gpu.network_gbs:g} GB/s"
         settings["context_parallel.balance"] = f"auto, by {rates}"

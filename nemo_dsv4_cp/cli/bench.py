@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -395,18 +396,19 @@ def operations(
     """
     _check(seq_len, cp_size, ratio, json_=json_)
     with running():
-        from nemo_dsv4_cp.bench.operation_timing import peak_tflops, time_operations
         from nemo_dsv4_cp.bench.timing import describe_machine
+        from nemo_dsv4_cp.checks.operation_timing import peak_tflops, time_operations
+        from nemo_dsv4_cp.kernels.triton import TritonKernels
 
-        fields, workspace = read_model_fields("v4_flash"), workspace_mib << 20
+        kernels = TritonKernels(workspace_bytes=workspace_mib << 20)
+        sizes = SimpleNamespace(**read_model_fields("v4_flash"))
         times = [
             each
             for of_layer in ratio
             for each in time_operations(
-                fields, of_layer, seq_len, cp_size,
-                dtype=torch.bfloat16, workspace_bytes=workspace, repeats=repeats,
+                kernels, sizes, of_layer, seq_len, cp_size, dtype=torch.bfloat16, repeats=repeats
             )
-        ]  # fmt: skip
+        ]
     machine, peak = describe_machine(), peak_tflops()
     title = _title(seq_len, cp_size, f"the last rank; median of {repeats}; {machine}")
     columns = {

@@ -19,7 +19,7 @@ from nemo_dsv4_cp.cli.output import emit, running, table, warn
 from nemo_dsv4_cp.tools.sizes import complete_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import
-    from nemo_dsv4_cp.tools.verification import Difference
+    from nemo_dsv4_cp.checks.difference import Difference
 
 _SHOWN = 8
 
@@ -81,18 +81,34 @@ def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Pat
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{recipe}: torch_dtype {dtype} is no dtype of activations")
     with running(f"{recipe}: ", mistakes=(TypeError, ValueError)):
+        from nemo_dsv4_cp.checks import certificate
+        from nemo_dsv4_cp.checks.difference import Difference
+        from nemo_dsv4_cp.checks.kernel_verification import SIZES, verify_kernels
+        from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
         from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-        from nemo_dsv4_cp.tools.kernel_verification import verify_kernels
 
         options = ContextParallelOptions.from_block(config.get("context_parallel"))
         name = "triton" if options.kernels == AUTO else options.kernels
         workspace = options.workspace_mib << 20
-        differences = verify_kernels(
-            config, name, dtype=getattr(torch, dtype), workspace_bytes=workspace
-        )
+        given = {field: config[field] for field in SIZES if config.get(field) is not None}
+        sizes = DeepseekV4ContextParallelConfig(**given)  # AutoModel's defaults for the rest
+        error = None
+        if torch.cuda.is_available():
+            subject = certificate.Subject.of(name, sizes, dtype=dtype, workspace_bytes=workspace)
+            with Console(stderr=True).status(f"Examining {name} in a process of its own"):
+                found = certificate.obtain(subject, renew=True)
+            differences = [Difference(**each) for each in certificate.differences(found)]
+            error = found.error
+        else:
+            differences = list(
+                verify_kernels(sizes, name, dtype=getattr(torch, dtype), workspace_bytes=workspace)
+            )
     title = f"{recipe.name}: kernels: {name} against the torch path, {dtype}"
     advice = "Set context_parallel.kernels: torch."
     _report(title, differences, json_, kind="results", advice=advice)
+    if error is not None:  # no difference, but the end of its process
+        Console().print(f"[red]Failed:[/red] {error}. {advice}")
+        raise typer.Exit(1)
 
 
 def _report(

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
@@ -239,6 +240,43 @@ def store_of_the_job() -> tuple[Store, int, int] | None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
     return default_store(), dist.get_rank(), dist.get_world_size()
+
+
+def trains_on_gpus() -> bool:
+    """Return whether this process's job computes on GPUs: by its backend, as AutoModel does."""
+    if dist.is_available() and dist.is_initialized():
+        return "nccl" in dist.get_backend_config()
+    return torch.cuda.is_available()
+
+
+def answers_of_all_ranks(text: str, seconds: float) -> list[str]:
+    """Return what every rank of the job answers, in the order of ranks; all of them call this.
+
+    By the job's store, not by a collective: those end after ``dist_env.timeout_minutes``, which is
+    made for steps.
+
+    Args:
+        text: This rank's answer.
+        seconds: How long to wait for the others.
+
+    Raises:
+        RuntimeError: If a rank has not answered by then.
+    """
+    job = store_of_the_job()
+    if job is None:
+        return [text]
+    store, rank, size = job
+    number = store.add(f"nemo_dsv4_cp/answers/of_rank/{rank}", 1)
+    keys = [f"nemo_dsv4_cp/answers/{number}/{each}" for each in range(size)]
+    store.set(keys[rank], text)
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistError as error:
+        silent = [str(each) for each, key in enumerate(keys) if not store.check([key])]
+        raise RuntimeError(
+            f"rank {', '.join(silent)} did not answer within {seconds:g} s"
+        ) from error
+    return [store.get(key).decode() for key in keys]
 
 
 def failed_in_a_collective(error: BaseException | None) -> bool:

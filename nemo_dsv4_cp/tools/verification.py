@@ -22,46 +22,17 @@ from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCaus
 
 from nemo_dsv4_cp.automodel import training_step
 from nemo_dsv4_cp.automodel.training_step import StepResult, TrainingStep
+from nemo_dsv4_cp.checks.difference import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT
 from nemo_dsv4_cp.tools import local_ranks, shrinking
 
-OUTPUT_LIMIT = 1e-5
-GRADIENT_LIMIT = 5e-5
 # Of the terms of a sum that cancels. Of 1,482 scales (drawn weights, S 33 to 1,031, 2 to 4 ranks)
 # none of ours was further than 5.5 eps from AutoModel's, and none of AutoModel's in float32 further
 # than 8.1 eps from its own in float64.
 CANCELLATION_LIMIT = 16 * torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How far a tensor under CP is from the same on one rank.
-
-    Attributes:
-        name: What is compared, such as ``"loss"`` or ``"gradient of lm_head.weight"``.
-        value: The largest difference; of gradients relative to the largest entry, of expert loads
-            relative to all.
-        limit: What rounding may explain.
-    """
-
-    name: str
-    value: float
-    limit: float
-
-    @property
-    def passes(self) -> bool:
-        """Return whether the difference is within its limit (NaN is not)."""
-        return self.value <= self.limit
-
-    @property
-    def share(self) -> float:
-        """Return the difference over its limit, infinite for NaN."""
-        if self.limit == 0 or self.value != self.value:
-            return 0.0 if self.value == 0 else math.inf
-        return self.value / self.limit
 
 
 @dataclass(frozen=True)

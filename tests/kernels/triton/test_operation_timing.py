@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import pytest
-
-pytest.importorskip("nemo_automodel", reason="the kernels run where AutoModel is not installed")
-
 import torch
 
-from nemo_dsv4_cp.bench.operation_timing import time_operations
+from nemo_dsv4_cp.checks.operation_timing import time_operations
+from nemo_dsv4_cp.kernels.triton import TritonKernels
 
 SIZES = {
     "sliding_window": 3,
@@ -26,8 +26,9 @@ SIZES = {
     ("ratio", "keys"), [(0, 16 * 3), (4, 16 * (3 + 2)), (128, 16 * (3 + 1) + 1)]
 )
 def test_operations_are_timed_with_their_products(ratio, keys):
+    kernels = TritonKernels(workspace_bytes=1 << 20)
     times = time_operations(
-        SIZES, ratio, 256, 16, dtype=torch.float32, workspace_bytes=1 << 20, repeats=1
+        kernels, SimpleNamespace(**SIZES), ratio, 256, 16, dtype=torch.float32, repeats=1
     )
     flops = {each.operation: each.flops for each in times}
     product = 2 * 2 * 16 * keys

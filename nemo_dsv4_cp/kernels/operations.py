@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of one layer at a model's sizes: to verify, time or compile them."""
 
-# L local queries   I index heads   F index width   N heads   D head_dim   T raw keys   P entries
+# B batch rows   L local queries   I index heads   F index width   N heads   D head_dim
+# T raw keys   P entries
 
 from __future__ import annotations
 
@@ -30,19 +31,21 @@ def selection(
 ) -> Callable[[], torch.Tensor]:
     """Return top-k selection on drawn tensors; ``sizes`` has the fields of a model config."""
     heads, width, layout = sizes.index_n_heads, sizes.index_head_dim, plan.queries.layout
-    weights = draw(1, layout.local_len, heads).float()
-    queries = IndexQueries(draw(1, layout.local_len, heads, width), weights, rope, plan)
-    keys = draw(1, layout.seq_len // plan.ratio, width)
+    rows = layout.rows
+    weights = draw(rows, layout.local_len, heads).float()
+    queries = IndexQueries(draw(rows, layout.local_len, heads, width), weights, rope, plan)
+    keys = draw(rows, layout.seq_len // plan.ratio, width)
     return partial(kernels.select_entries, queries, keys, topk=sizes.index_topk)
 
 
 def attention_tensors(sizes: Any, plan: AttentionPlan, draw: Draw) -> list[torch.Tensor]:
-    """Draw queries [1, L, N, D], raw keys [1, T, D], entries [1, P, D] and sinks [N]."""
+    """Draw queries [B, L, N, D], raw keys [B, T, D], entries [B, P, D] and sinks [N]."""
     heads, width, layout = sizes.num_attention_heads, sizes.head_dim, plan.queries.layout
+    rows = layout.rows
     return [
-        draw(1, layout.local_len, heads, width),
-        draw(1, layout.local_len + halo(sizes.sliding_window), width),
-        draw(1, layout.seq_len // plan.ratio if plan.ratio else 0, width),
+        draw(rows, layout.local_len, heads, width),
+        draw(rows, layout.local_len + halo(sizes.sliding_window), width),
+        draw(rows, layout.seq_len // plan.ratio if plan.ratio else 0, width),
         draw(heads),
     ]
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp import DeepseekV4ContextParallelConfig, plugins
+from nemo_dsv4_cp.checks.kernel_verification import verify_kernels
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.tools.kernel_verification import verify_kernels
 from nemo_dsv4_cp.tools.recipes import compose
 
 
@@ -30,7 +30,8 @@ class TurnsBack(TorchKernels):
 def differences(kernels, monkeypatch, dtype=torch.float32):
     monkeypatch.setattr(plugins, "load", lambda *_: kernels)
     fields = compose("tiny_cpu").fields["model"]["config"] | {"index_topk": 32}
-    return verify_kernels(fields, "mine", dtype=dtype, workspace_bytes=1 << 26)
+    sizes = DeepseekV4ContextParallelConfig(**fields)
+    return list(verify_kernels(sizes, "mine", dtype=dtype, workspace_bytes=1 << 26))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds and floating-point operations of each Triton operation of a layer, on this machine."""
+"""Seconds and floating-point operations of each operation of a layer's kernels, on this machine."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_dsv4_cp.gpus import known_gpu
-from nemo_dsv4_cp.kernels.triton import TritonKernels
+from nemo_dsv4_cp.kernels.operations import attend, attention_tensors, selection
+from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
-from nemo_dsv4_cp.tools.layer_kernels import attend, attention_tensors, selection
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,15 @@ def peak_tflops() -> float | None:
 
 
 def time_operations(
-    fields: Mapping[str, Any], ratio: int, seq_len: int, cp_size: int, *,
-    dtype: torch.dtype, workspace_bytes: int, repeats: int,
+    kernels: Kernels, sizes: Any, ratio: int, seq_len: int, cp_size: int, *,
+    dtype: torch.dtype, repeats: int,
 ) -> list[OperationTime]:  # fmt: skip
     """Time the operations of the last rank's layer, one row, drawn tensors, after one run each.
 
-    ``fields`` are those of a complete model config.
-
-    Raises:
-        ValueError: If the kernels cannot run here.
+    ``sizes`` has the fields of a model config.
     """
-    kernels = TritonKernels(workspace_bytes=workspace_bytes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = SequenceLayout.of_padded(seq_len, cp_rank=cp_size - 1, cp_size=cp_size)
-    sizes = SimpleNamespace(**fields)
     plan = AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
     draw = partial(torch.randn, dtype=dtype, device=device)
     angles = draw(1, layout.local_len, sizes.qk_rope_head_dim // 2).repeat(1, 1, 2)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evidence that a kernel backend computes right on this device, kept on disk.
+
+The examination (:mod:`nemo_dsv4_cp.checks.examination`) runs in a child process: an illegal access,
+a hang, a crash of the compiler or a lack of memory ends the child, not the job.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp import kernels as kernels_package
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.checks.kernel_verification import SIZES
+
+SECONDS = 300.0
+"""How long an examination may take. A first one compiles every kernel: about a minute."""
+
+_GRACE = 10.0
+"""How much longer the parent waits for the child, which ends itself with a traceback."""
+
+_DISTRIBUTIONS = ("nemo-dsv4-cp", "nemo_automodel", "torch", "triton", "tilelang")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined. A certificate holds until any of it changes.
+
+    Attributes:
+        kernels: Name in the entry-point group ``nemo_dsv4_cp.kernels``.
+        sizes: The fields of the model config on which kernels depend.
+        dtypes: Of activations, such as ``"bfloat16"``.
+        workspace_bytes: How much scratch an operation may take.
+        environment: The device, its driver, and all that kernels are compiled from.
+    """
+
+    kernels: str
+    sizes: dict[str, Any]
+    dtypes: tuple[str, ...]
+    workspace_bytes: int
+    environment: dict[str, str]
+
+    @classmethod
+    def of(cls, kernels: str, config: Any, *, dtype: str, workspace_bytes: int) -> Subject:
+        """Return the subject for a model on this process's device.
+
+        ``dtype`` is that of parameters, such as ``"float32"``. Bfloat16 is examined in any case,
+        in which FSDP's mixed precision computes whatever the parameters are.
+        """
+        dtypes = tuple(dict.fromkeys(("bfloat16", dtype)))
+        sizes = {name: getattr(config, name) for name in SIZES}
+        sizes["compress_ratios"] = list(sizes["compress_ratios"])
+        return cls(kernels, sizes, dtypes, workspace_bytes, _environment(kernels))
+
+    @property
+    def key(self) -> str:
+        """Return the name of its file, without a suffix."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.kernels}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What an examination found.
+
+    Attributes:
+        kernels: The backend's name.
+        worst: The largest error as a share of the allowed.
+        milliseconds: Forward and backward of one layer's kernels, averaged over the model's layers,
+            of 4,096 queries that end a row of 32,768 tokens; None if it failed before.
+        tflops: Floating-point operations per second of these, times 1e12.
+        error: The operation that failed, and how; None if all passed.
+        report: The file that holds every difference and, where the child failed, its log's path.
+    """
+
+    kernels: str
+    worst: float
+    milliseconds: float | None
+    tflops: float | None
+    error: str | None
+    report: str
+
+    @property
+    def passed(self) -> bool:
+        """Return whether the backend may be used."""
+        return self.error is None
+
+
+def obtain(subject: Subject, *, seconds: float = SECONDS, renew: bool = False) -> Certificate:
+    """Return the certificate on disk, or examine the backend now.
+
+    One process of the machine examines at a time; the others wait, and read what it found. A lack
+    of memory is not kept: another process may have held it.
+
+    Args:
+        subject: What to examine.
+        seconds: After which the child is ended.
+        renew: Examine it even if there is a certificate.
+    """
+    folder = _folder()
+    file = folder / f"{subject.key}.json"
+    if not renew and file.exists():
+        return _read(file)
+    with _locked(folder / f"{subject.key}.lock"):
+        if not renew and file.exists():
+            return _read(file)
+        found = _examine(subject, file.with_suffix(".log"), seconds)
+        lasting = not found.pop("out_of_memory", False)
+        report = file if lasting else file.with_suffix(".failed.json")
+        _write(report, {"subject": asdict(subject)} | found)
+    return _read(report)
+
+
+def on_disk() -> list[Certificate]:
+    """Return the certificates that hold on this device, for any model, by the file's name."""
+    found = []
+    for file in sorted(_folder().glob("*.json")):
+        subject = json.loads(file.read_text())["subject"]
+        if subject["environment"] == _environment(subject["kernels"]):
+            found.append(_read(file))
+    return found
+
+
+def differences(certificate: Certificate) -> list[dict[str, Any]]:
+    """Return every difference that was found: ``name``, ``value`` and ``limit``."""
+    found: list[dict[str, Any]] = json.loads(Path(certificate.report).read_text())["differences"]
+    return found
+
+
+def _environment(kernels: str) -> dict[str, str]:
+    points = entry_points(group=plugins.KERNELS, name=kernels)
+    owner = next((point.dist for point in points if point.dist), None)
+    return {
+        **_machine(),
+        "backend": ", ".join(point.value for point in points),
+        "distribution": f"{owner.name} {owner.version}" if owner else "",
+    }
+
+
+@cache
+def _machine() -> dict[str, str]:
+    found = {"device": "cpu", "capability": "", "driver": ""}
+    if torch.cuda.is_available():
+        driver = Path("/proc/driver/nvidia/version")
+        found = {
+            "device": torch.cuda.get_device_name(),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "driver": driver.read_text().splitlines()[0] if driver.exists() else "",
+        }
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    found["cuda"] = str(torch.version.cuda)
+    # A working copy changes without its version.
+    sources = sorted(Path(kernels_package.__path__[0]).rglob("*.py"))
+    text = b"".join(source.read_bytes() for source in sources)
+    return found | {"sources": hashlib.sha256(text).hexdigest()[:16]}
+
+
+def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
+    """Run the child; return what it found, or how it ended."""
+    with tempfile.TemporaryDirectory() as scratch:
+        request, result = Path(scratch, "request.json"), Path(scratch, "result.json")
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        request.write_text(json.dumps(asdict(subject)))
+        arguments = [str(request), str(result), json.dumps(device), str(seconds)]
+        command = [sys.executable, "-m", "nemo_dsv4_cp.checks.examination", *arguments]
+        begun = time.monotonic()
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            status: int | None = None
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    status = child.wait(seconds + _GRACE)
+            finally:
+                if status is None:  # not waited for any longer: a driver may hold it
+                    os.killpg(child.pid, signal.SIGKILL)
+        found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
+    if status == 0:
+        return found
+    operation = found.get("operation", "its start")
+    if status is None or time.monotonic() - begun >= seconds:
+        how = f"took more than {seconds:g} s"
+    elif status < 0:
+        how = f"ended its process with signal {signal.Signals(-status).name}"
+    else:
+        how = f"ended its process with status {status}"
+    return {"differences": [], "error": f"{operation}: {how} (log: {log})"}
+
+
+def _read(file: Path) -> Certificate:
+    found: Mapping[str, Any] = json.loads(file.read_text())
+    worst = max((_share(each) for each in found["differences"]), default=0.0)
+    return Certificate(
+        found["subject"]["kernels"], worst, found.get("milliseconds"), found.get("tflops"),
+        found["error"], str(file),
+    )  # fmt: skip
+
+
+def _share(difference: Mapping[str, Any]) -> float:
+    value, limit = difference["value"], difference["limit"]
+    if value == 0:
+        return 0.0
+    return value / limit if limit else math.inf
+
+
+def _write(file: Path, found: Mapping[str, Any]) -> None:
+    """Write a file that is whole whenever it is there."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".json")
+    with os.fdopen(descriptor, "w") as stream:
+        json.dump(found, stream, indent=1)
+    os.replace(name, file)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold a lock that ends with its process."""
+    with file.open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def _folder() -> Path:
+    """Return where certificates are kept: the user's cache, or a folder of the machine's own."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    beside = Path(tempfile.gettempdir(), f"nemo_dsv4_cp-{os.getuid()}")
+    for folder in (Path(home, "nemo_dsv4_cp"), beside):
+        certificates = folder / "certificates"
+        try:
+            certificates.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(certificates, os.W_OK):
+            return certificates
+    raise OSError(
+        f"neither {home}/nemo_dsv4_cp nor {beside} can be written; set XDG_CACHE_HOME to a folder "
+        "that can"
+    )

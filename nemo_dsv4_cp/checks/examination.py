@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The child process in which kernels are verified and timed, for a certificate.
+
+``python -m nemo_dsv4_cp.checks.examination REQUEST RESULT DEVICE SECONDS``; RESULT always names the
+operation that runs, for a parent that finds the child dead.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.checks.kernel_verification import verify_kernels
+from nemo_dsv4_cp.checks.operation_timing import time_operations
+from nemo_dsv4_cp.kernels.protocol import Kernels
+
+_ROW, _RANKS, _REPEATS = 32768, 8, 3
+_ROW_ON_CPU = 1024
+"""Where the tests run."""
+
+
+def main(request: Path, result: Path, device: int | None, seconds: float) -> None:
+    """Examine what ``request`` describes, and write ``result``."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    if device is not None:
+        torch.cuda.set_device(device)
+    subject = json.loads(request.read_text())
+    found: dict[str, Any] = {"operation": "its start", "differences": [], "error": None}
+
+    def begin(operation: str) -> None:
+        found["operation"] = operation
+        _write(result, found)
+
+    try:
+        _verify(subject, found, begin)
+        if found["error"] is None:
+            begin("timing")
+            found |= _time(subject)
+    except Exception as error:
+        traceback.print_exc()
+        line = " ".join(traceback.format_exception_only(error)[-1].split())
+        found["error"] = f"{found['operation']}: {line}"
+        found["out_of_memory"] = isinstance(error, torch.OutOfMemoryError)
+    _write(result, found)
+
+
+def _verify(
+    subject: Mapping[str, Any], found: dict[str, Any], begin: Callable[[str], None]
+) -> None:
+    sizes, workspace = SimpleNamespace(**subject["sizes"]), subject["workspace_bytes"]
+    for dtype in subject["dtypes"]:
+        for difference in verify_kernels(
+            sizes,
+            subject["kernels"],
+            dtype=getattr(torch, dtype),
+            workspace_bytes=workspace,
+            begin=lambda operation: begin(f"{dtype}, {operation}"),  # noqa: B023  called at once
+        ):
+            name = f"{dtype}, {difference.name}"
+            found["differences"].append(asdict(difference) | {"name": name})
+            if not difference.passes and found["error"] is None:
+                off, allowed = f"{difference.value:.1e}", f"{difference.limit:.1e}"
+                found["error"] = f"{name} is off by {off}, and {allowed} is allowed"
+
+
+def _time(subject: Mapping[str, Any]) -> dict[str, float]:
+    """Time the kernels of one layer of each kind, and average over the model's layers."""
+    sizes = SimpleNamespace(**subject["sizes"])
+    kernels: Kernels = plugins.load(plugins.KERNELS, subject["kernels"])(
+        workspace_bytes=subject["workspace_bytes"]
+    )
+    seconds = flops = 0.0
+    row = _ROW if torch.cuda.is_available() else _ROW_ON_CPU
+    of_layers = sizes.compress_ratios[: sizes.num_hidden_layers]
+    for ratio, layers in Counter(of_layers).items():
+        times = time_operations(
+            kernels, sizes, ratio, row, _RANKS,
+            dtype=getattr(torch, subject["dtypes"][0]), repeats=_REPEATS,
+        )  # fmt: skip
+        seconds += layers * sum(each.seconds for each in times)
+        flops += layers * sum(each.flops for each in times)
+    return {"milliseconds": seconds / len(of_layers) * 1e3, "tflops": flops / seconds / 1e12}
+
+
+def _write(file: Path, found: Mapping[str, Any]) -> None:
+    whole = file.with_suffix(".new")
+    whole.write_text(json.dumps(found))
+    os.replace(whole, file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]))

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether kernels compute what the torch path computes, at a model's own sizes, on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.checks.difference import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
+from nemo_dsv4_cp.kernels.operations import attend, attention_tensors, selection
+from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
+from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
+from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
+from nemo_dsv4_cp.sequence.queries import Queries
+
+SIZES = (
+    "compress_ratios",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "o_groups",
+    "sliding_window",
+    "rms_norm_eps",
+)
+"""Fields of a model config on which kernels depend."""
+
+_ROW = 16384
+_SHARD = 256
+_SHARD_ON_CPU = 4
+"""An interpreter takes seconds for a few queries of V4's size."""
+
+Run = Callable[..., torch.Tensor]
+
+
+def verify_kernels(
+    sizes: Any,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    workspace_bytes: int,
+    begin: Callable[[str], None] = lambda _: None,
+) -> Iterator[Difference]:
+    """Run every operation of a model's layers, with gradients, and compare it with the torch path.
+
+    The queries are the last of a row of 16,384 tokens: one document, then two packed rows with
+    documents of odd lengths, some without a single entry. Differences are relative to the largest
+    entry; of top-k selection, the share of indices that differ. In float32 they may be what the
+    package allows everywhere; in a shorter type, twice what the torch path in that type differs
+    from itself in float64.
+
+    Args:
+        sizes: Has the fields of a model config that :data:`SIZES` names.
+        name: That of kernels in the entry-point group.
+        dtype: Of activations.
+        workspace_bytes: How much scratch an operation may take.
+        begin: Called with the name of each operation before it runs.
+
+    Raises:
+        ValueError: If the kernels cannot run here.
+    """
+    kernels: Kernels = plugins.load(plugins.KERNELS, name)(workspace_bytes=workspace_bytes)
+    reference = TorchKernels(workspace_bytes=workspace_bytes)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shard = _SHARD if device.type == "cuda" else _SHARD_ON_CPU
+    compared = _Compared(sizes, kernels, reference, _Draw(device, dtype), begin)
+    last, ranks = _ROW // shard - 1, _ROW // shard
+    one_document = SequenceLayout(shard, last, ranks)
+    yield from compared.rotary(one_document)
+    layers = sizes.num_hidden_layers
+    ratios = list(dict.fromkeys(int(each) for each in sizes.compress_ratios[:layers]))
+    for ratio in ratios:
+        yield from compared.layer(f"ratio {ratio}: ", one_document, ratio)
+    # One document crosses the cut, one of a single token, one that ends before the shard does; the
+    # second row's queries are padding behind its only document.
+    cut = _ROW - shard
+    starts = [[0, 3, cut - 131, cut + 1, cut + 2, _ROW - 1], [0, cut - 1] + 4 * [_ROW]]
+    packed = SequenceLayout.of_documents(
+        torch.tensor(starts, device=device), shard, cp_rank=last, cp_size=ranks
+    )
+    for ratio in ratios:
+        yield from compared.layer(f"packed, ratio {ratio}: ", packed, ratio)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Kernels beside the torch path."""
+
+    sizes: Any
+    kernels: Kernels
+    reference: Kernels
+    draw: _Draw
+    begin: Callable[[str], None]
+
+    def rotary(self, layout: SequenceLayout) -> Iterator[Difference]:
+        """Compare the rotation of keys."""
+
+        def rotate(by: Kernels, keys: torch.Tensor) -> torch.Tensor:
+            return by.rotate(keys, self.draw.rope(layout, self.sizes, keys.dtype))
+
+        keys = self.draw(1, layout.local_len, self.sizes.head_dim)
+        yield from self._differences("rotary: ", ("output", "keys"), rotate, [keys])
+
+    def layer(self, prefix: str, layout: SequenceLayout, ratio: int) -> Iterator[Difference]:
+        """Compare top-k selection, and attention with its gradients."""
+        sizes, draw = self.sizes, self.draw
+        plan = AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
+        selected = None
+        if ratio == OVERLAP_RATIO:
+            self.begin(f"{prefix}top-k selection")
+            no_turn = draw.integers(1, layout.local_len, sizes.qk_rope_head_dim)
+            rope = torch.ones_like(no_turn), torch.zeros_like(no_turn)
+            selected, mine = (
+                selection(by, sizes, plan, rope, draw.integers)()
+                for by in (self.reference, self.kernels)
+            )
+            share = (_by_place(mine) != _by_place(selected)).double().mean()
+            yield Difference(f"{prefix}top-k selection", float(share), 0.0)
+
+        def run(by: Kernels, *tensors: torch.Tensor) -> torch.Tensor:
+            rope = draw.rope(layout, sizes, tensors[0].dtype)
+            return attend(by, sizes, plan, rope, selected, *tensors)
+
+        names = ("output", "queries", "raw keys", "entries", "sinks")
+        tensors = attention_tensors(sizes, plan, draw)
+        yield from self._differences(prefix, names, run, tensors)
+
+    def _differences(
+        self, prefix: str, names: tuple[str, ...], run: Run, tensors: list[torch.Tensor]
+    ) -> Iterator[Difference]:
+        """Compare the output and every gradient."""
+        self.begin(f"{prefix}forward and backward")
+        dtype = tensors[0].dtype
+        exact = _with_gradients(run, self.reference, [tensor.double() for tensor in tensors])
+        mine = _with_gradients(run, self.kernels, tensors)
+        rounded = mine
+        if dtype is not torch.float32:
+            rounded = _with_gradients(run, self.reference, tensors)
+        for name, a, b, truth in zip(names, mine, rounded, exact, strict=True):
+            if not truth.numel():
+                continue
+            largest = truth.abs().max().clamp(min=1e-30)
+            value, rounding = (float((x.double() - truth).abs().max() / largest) for x in (a, b))
+            limit = OUTPUT_LIMIT if name == "output" else GRADIENT_LIMIT
+            if dtype is not torch.float32:
+                limit = 2 * rounding + torch.finfo(dtype).eps
+            what = name if name == "output" else f"gradient of {name}"
+            yield Difference(prefix + what, value, limit)
+
+
+class _Draw:
+    """Draws tensors from one generator."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        self._device, self._dtype = device, dtype
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator).to(self._device, self._dtype)
+
+    def integers(self, *shape: int) -> torch.Tensor:
+        """Draw integers, the same each time, whose scores are exact and often tie."""
+        generator = torch.Generator().manual_seed(1)
+        numbers = torch.randint(-3, 4, shape, generator=generator)
+        return numbers.to(self._device, self._dtype)
+
+    def rope(self, layout: SequenceLayout, sizes: Any, dtype: torch.dtype) -> Rope:
+        """Return the angles of a shard, rounded to the dtype of activations."""
+        positions = layout.document_positions(self._device).double()[..., None]
+        steps = torch.linspace(0, 1, sizes.qk_rope_head_dim // 2, device=self._device)
+        twice = (positions / 10000**steps).repeat(1, 1, 2)
+        cos, sin = (part.to(self._dtype).to(dtype) for part in (twice.cos(), twice.sin()))
+        return cos, sin
+
+
+def _by_place(selected: torch.Tensor) -> torch.Tensor:
+    """Sort each query's entries: they may come in any order."""
+    last = torch.iinfo(selected.dtype).max
+    return selected.masked_fill(selected == NOTHING, last).sort(-1).values
+
+
+def _with_gradients(run: Run, by: Kernels, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = run(by, *leaves)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
