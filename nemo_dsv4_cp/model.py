@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.checks.batch_rules import padding_of
-from nemo_dsv4_cp.checks.certificate import Subject
+from nemo_dsv4_cp.checks.certificate import Subject, with_measured_rate
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.checks.kernel_choice import TORCH, choose_kernels
@@ -192,9 +192,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         for module in self.modules():
             if isinstance(module, ContextParallelAttention):
                 module.use_kernels(chosen.kernels)
-        if chosen.tflops:
-            gpu = gpu_here()
-            self.model.gpu = replace(gpu, kernel_share=chosen.tflops / gpu.tflops)
+        self.model.gpu = with_measured_rate(gpu_here(), chosen)
 
     resolve_lora_targets = lora.resolve_targets
 

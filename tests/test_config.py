@@ -44,6 +44,11 @@ def test_a_block_may_be_any_mapping(wrap):
     assert options.resolve_pad_multiple([4, 128]) == 256
 
 
+@pytest.mark.parametrize("off", [False, "off"])
+def test_kernels_check_off_means_the_same_quoted_or_not(off):
+    assert make({"kernels_check": off}).context_parallel.kernels_check == "off"
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
@@ -70,6 +75,8 @@ def test_a_block_may_be_any_mapping(wrap):
         (["all_gather"], r"is not a mapping"),
         ({"balance": "always"}, r"balance='always' is none of auto, on and off"),
         ({"balance": [1]}, r"balance=\[1\] has the wrong type"),
+        ({"kernels_check": "never"}, r"kernels_check='never' is none of strict, warn and off"),
+        ({"kernels_check": True}, r"kernels_check=True is none of strict, warn and off"),
         ({"compare_ranks": "once"}, r"compare_ranks='once' is none of first, every and never"),
     ],
 )

@@ -3,11 +3,17 @@
 
 import pytest
 import torch
+from nemo_automodel._transformers import capabilities
 from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
+from nemo_dsv4_cp import model as model_module
+from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.automodel import job, patches
 from nemo_dsv4_cp.batch import CP_GROUP_KEY
+from nemo_dsv4_cp.checks.certificate import Certificate
+from nemo_dsv4_cp.checks.consistency import settings_of
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from tests.meshes import FakeMesh
 from tests.parity import GroupMesh, assert_parity, cpu_backend, model_job, randomise, tiny_config
@@ -269,3 +275,39 @@ def test_multi_token_prediction_under_cp_needs_the_shifted_tokens(ranks):
 def unshifted_job(group, rank):
     model = build(num_nextn_predict_layers=1).train()
     model(torch.zeros(1, 128, dtype=torch.long), **{CP_GROUP_KEY: group})
+
+
+def test_on_gpus_every_layer_takes_the_kernels_that_the_job_chose(monkeypatch):
+    chosen, asked = Certificate("another", 0.5, 12.0, 321.0, None, "report.json"), []
+
+    def choose(name, subject_of, *, strict):
+        asked.append((name, subject_of("triton").dtypes, strict))
+        return chosen
+
+    load, names = plugins.load, plugins.names
+    monkeypatch.setattr(
+        plugins, "load", lambda group, name: load(group, "torch" if name == "another" else name)
+    )
+    monkeypatch.setattr(plugins, "names", lambda group: [*names(group), "another"])
+    monkeypatch.setattr(model_module, "choose_kernels", choose)
+
+    def checked_against_the_mesh(**options):
+        config = tiny_config(RATIOS, context_parallel=options)
+        model = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
+        monkeypatch.setattr(capabilities, job.FUNCTION, lambda model, mesh: model)
+        job.install()
+        capabilities.attach_capabilities_and_validate(model, None)
+        patches.undo()
+        return model
+
+    assert checked_against_the_mesh().model.gpu is None  # on CPUs nothing is examined
+    monkeypatch.setattr(model_module, "trains_on_gpus", lambda: True)
+    model = checked_against_the_mesh()
+    checked_against_the_mesh(kernels="another", kernels_check="warn")
+    for settled in ({"kernels": "torch"}, {"kernels_check": "off"}):
+        checked_against_the_mesh(**settled)
+    dtypes = ("bfloat16", "float32")
+    assert asked == [(None, dtypes, True), ("another", dtypes, False)]
+    layers = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
+    assert {layer.kernels_name for layer in layers} == {"another"}
+    assert "321 TFLOP/s" in settings_of(model)["context_parallel.balance"]

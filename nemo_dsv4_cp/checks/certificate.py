@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch
 from nemo_dsv4_cp import kernels as kernels_package
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.checks.kernel_verification import SIZES
+from nemo_dsv4_cp.gpus import Gpu
 
 SECONDS = 300.0
 """How long an examination may take. A first one compiles every kernel: about a minute."""
@@ -66,9 +67,7 @@ class Subject:
         in which FSDP's mixed precision computes whatever the parameters are.
         """
         dtypes = tuple(dict.fromkeys(("bfloat16", dtype)))
-        sizes = {name: getattr(config, name) for name in SIZES}
-        sizes["compress_ratios"] = list(sizes["compress_ratios"])
-        return cls(kernels, sizes, dtypes, workspace_bytes, _environment(kernels))
+        return cls(kernels, _sizes(config), dtypes, workspace_bytes, _environment(kernels))
 
     @property
     def key(self) -> str:
@@ -129,20 +128,34 @@ def obtain(subject: Subject, *, seconds: float = SECONDS, renew: bool = False) -
     return _read(report)
 
 
-def on_disk() -> list[Certificate]:
-    """Return the certificates that hold on this device, for any model, by the file's name."""
+def on_disk(config: Any = None) -> list[Certificate]:
+    """Return the certificates that hold on this device, of one model config or of any."""
     found = []
     for file in sorted(_folder().glob("*.json")):
         subject = json.loads(file.read_text())["subject"]
-        if subject["environment"] == _environment(subject["kernels"]):
+        if subject["environment"] != _environment(subject["kernels"]):
+            continue
+        if config is None or subject["sizes"] == _sizes(config):
             found.append(_read(file))
     return found
+
+
+def with_measured_rate(gpu: Gpu, certificate: Certificate) -> Gpu:
+    """Return a GPU that computes attention and index scores as fast as was measured."""
+    if not certificate.tflops:
+        return gpu
+    return replace(gpu, kernel_share=certificate.tflops / gpu.tflops)
 
 
 def differences(certificate: Certificate) -> list[dict[str, Any]]:
     """Return every difference that was found: ``name``, ``value`` and ``limit``."""
     found: list[dict[str, Any]] = json.loads(Path(certificate.report).read_text())["differences"]
     return found
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    sizes = {name: getattr(config, name) for name in SIZES}
+    return sizes | {"compress_ratios": list(sizes["compress_ratios"])}
 
 
 def _environment(kernels: str) -> dict[str, str]:

@@ -7,9 +7,10 @@ Every table fits a terminal of 80 columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import typer
@@ -17,8 +18,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from nemo_dsv4_cp.checks import certificate
+from nemo_dsv4_cp.checks.certificate import Certificate
+from nemo_dsv4_cp.checks.kernel_verification import SIZES
 from nemo_dsv4_cp.cli.output import check_outputs, emit, two_plots, warn
-from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu
+from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Plan, Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
@@ -76,7 +80,8 @@ def plan(
     """Plan a context-parallel size: padding, traffic, memory, balance, time, and what fits.
 
     Nothing is run: all figures are computed, for bfloat16 activations and checkpointed layers.
-    Time is an estimate by rates that are assumed.
+    Time is an estimate by rates that are assumed; that of the kernels is measured on a machine
+    with the GPU and a certificate of them.
 
     Example: nemo-dsv4-cp plan v4_flash --seq-len 1048576 --ranks 64
 
@@ -101,9 +106,13 @@ def plan(
         )
     check_outputs(json_=json_, plot=plot)
     try:
-        sizes = ModelSizes.of_fields(read_model_fields(model, warn))
+        fields = read_model_fields(model, warn)
+        sizes = ModelSizes.of_fields(fields)
     except ValueError as error:
         raise typer.BadParameter(f"MODEL: {error}") from error
+    measured = _certificate_here(gpu, fields)
+    if measured is not None:
+        machine = certificate.with_measured_rate(machine, measured)
 
     request = Request(sizes, seq_len, ranks, batch, transport, machine, reserved, balance, overlap)
     made = Plan.of(request, cp_size)
@@ -116,7 +125,7 @@ def plan(
     }
     emit(figures, json_)
     if str(json_) != "-":
-        _print(model, made)
+        _print(model, made, measured)
     if plot is not None:
         _plot(model, made, plot)
 
@@ -134,7 +143,15 @@ def _gpu(name: str, **given: float | None) -> Gpu:
     return replace(gpu, **own)
 
 
-def _print(model: str, made: Plan) -> None:
+def _certificate_here(gpu: str, fields: Mapping[str, Any]) -> Certificate | None:
+    """Return what kernels were certified for the model, if this machine has the planned GPU."""
+    if known_gpu() is not GPUS[gpu] or any(fields.get(name) is None for name in SIZES):
+        return None
+    found = [each for each in certificate.on_disk(SimpleNamespace(**fields)) if each.tflops]
+    return min(found, key=lambda each: each.milliseconds or math.inf, default=None)
+
+
+def _print(model: str, made: Plan, measured: Certificate | None) -> None:
     """Print the tables, their legends, and what is poor."""
     console, request = Console(), made.request
 
@@ -162,6 +179,8 @@ def _print(model: str, made: Plan) -> None:
     detailed = next((row for row in made.rows if row.cp_size == made.fastest), made.rows[-1])
     console.print(_layers(detailed))
     legend(_assumed(request.gpu))
+    if measured is not None:
+        legend(f"The rate of attention and index scores was measured here, of {measured.kernels}.")
     if made.smallest is None:
         console.print(
             "No cp_size up to --ranks fits: use more ranks, shorter or fewer rows, or a smaller "

@@ -15,6 +15,7 @@ import torch
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.automodel.contracts import TESTED_RELEASES
 from nemo_dsv4_cp.automodel.torch_api import TESTED_TORCH
+from nemo_dsv4_cp.checks import certificate
 
 _ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
 _NEWEST = TESTED_RELEASES[0]
@@ -40,7 +41,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at versions, entry points, AutoModel's contracts, devices, kernels and known traps."""
-    looks = (_versions, _plugins, _automodel_contracts, _devices, _kernels)
+    looks = (_versions, _plugins, _automodel_contracts, _devices, _certificates, _kernels)
     return [finding for look in looks for finding in look()]
 
 
@@ -133,6 +134,25 @@ def _devices() -> Iterator[Finding]:
         "on a CPU: the recipe class nemo_dsv4_cp.automodel.cpu.CpuFinetuneRecipe, "
         "dist_env.backend: gloo, and torchrun, since the automodel launcher counts GPUs",
     )
+
+
+def _certificates() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        return
+    again = "nemo-dsv4-cp verify recipe.yaml --kernels"
+    known = certificate.on_disk()
+    for each in known:
+        found = f"{each.milliseconds or 0:.1f} ms per layer, largest error {each.worst:.0%} of "
+        remedy = f"set context_parallel.kernels to auto or torch, or examine them again: {again}"
+        yield Finding(
+            f"certificate: {each.kernels}",
+            each.error or f"{found}the allowed",
+            None if each.passed else remedy,
+            note=each.report,
+        )
+    if not known:
+        note = f"made before the first step, or by {again}"
+        yield Finding("certificates of kernels", "none for this GPU", note=note)
 
 
 def _kernels() -> Iterator[Finding]:

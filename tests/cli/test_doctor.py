@@ -11,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nemo_dsv4_cp.checks.certificate import Certificate
 from nemo_dsv4_cp.cli.app import app
 from nemo_dsv4_cp.tools import diagnosis
 
@@ -74,3 +75,18 @@ def test_a_trap_of_the_environment_is_reported(monkeypatch):
     monkeypatch.setattr(diagnosis, "version", lambda name: "3.9.0")
     (triton,) = [f for f in diagnosis._versions() if f.subject == "triton"]
     assert "pip install triton==3.7.1" in triton.remedy
+
+
+def test_certificates_are_shown(monkeypatch):
+    passed = Certificate("triton", 0.5, 12.0, 321.0, None, "triton.json")
+    failed = Certificate("tilelang", 9.0, None, None, "ratio 4: output is off", "tilelang.json")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(diagnosis.certificate, "on_disk", lambda: [passed, failed])
+    good, bad = diagnosis._certificates()
+    assert good.found == "12.0 ms per layer, largest error 50% of the allowed"
+    assert (good.note, good.remedy) == ("triton.json", None)
+    assert bad.found == "ratio 4: output is off"
+    assert "verify recipe.yaml --kernels" in bad.remedy
+    monkeypatch.setattr(diagnosis.certificate, "on_disk", list)
+    (none,) = diagnosis._certificates()
+    assert none.found == "none for this GPU"

@@ -8,7 +8,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from nemo_dsv4_cp.checks import certificate
+from nemo_dsv4_cp.checks.certificate import Certificate
 from nemo_dsv4_cp.cli.plan import plan
+from nemo_dsv4_cp.gpus import GPUS
 
 app = typer.Typer()
 app.command()(plan)
@@ -236,3 +239,14 @@ def test_help_shows_an_example():
 def test_planning_never_imports_automodel():
     script = "import sys, nemo_dsv4_cp.cli.plan; sys.exit('nemo_automodel' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_certificate_of_this_machines_gpu_gives_the_rate_of_kernels(monkeypatch):
+    measured = Certificate("triton", 0.5, 12.0, 321.0, None, "report.json")
+    monkeypatch.setattr("nemo_dsv4_cp.cli.plan.known_gpu", lambda: GPUS["h200"])
+    monkeypatch.setattr(certificate, "on_disk", lambda sizes: [measured])
+    asked = ("v4_flash", "--seq-len", "131072", "--ranks", "8", "--cp-size", "8")
+    assumed, here = (flat(run(*asked, "--gpu", gpu).output) for gpu in ("h100", "h200"))
+    assert "321 of attention and index scores" in here
+    assert "was measured here, of triton" in here
+    assert "measured" not in assumed
