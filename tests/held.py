@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from nemo_dsv4_cp.attention.recompute import KeptIndices
+from nemo_dsv4_cp.attention.indexer import KeptIndices
 from nemo_dsv4_cp.automodel import patches
 
 

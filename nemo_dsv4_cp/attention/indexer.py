@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What top-k selection (CSA) reads, from AutoModel's indexer: keys, queries and head weights.
+"""Around top-k selection (CSA): what it reads of AutoModel's indexer, and its kept result.
 
 The selection itself is the kernels'. It returns integers, so nothing here has a gradient, and
-selective checkpointing saves none of it.
+selective checkpointing saves none of it. :class:`KeptIndices` spares the recomputation of
+activation checkpointing a second selection and a second all-gather of index keys.
 """
 
-# B batch rows   L tokens   n windows   I index heads   D index width
+# B batch rows   L tokens   n windows   I index heads   D index width   K selected entries
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
-from nemo_dsv4_cp.attention.recompute import unseen_by_checkpointing
+from nemo_dsv4_cp.automodel.torch_api import (
+    SELECTIVE_CHECKPOINTING,
+    current_modes,
+    in_backward,
+    without_modes,
+)
 from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.sequence.windows import Windows
 
@@ -58,3 +66,47 @@ def head_weights(indexer: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:
     with torch.no_grad(), unseen_by_checkpointing():
         weights: torch.Tensor = indexer.weights_proj(hidden_BLE).float()
         return weights * scale
+
+
+def unseen_by_checkpointing() -> AbstractContextManager[None]:
+    """Return a context whose operations selective checkpointing neither saves nor counts.
+
+    Its policies save results of ``topk`` and matrix products and hand them to the recomputation by
+    their number, so a recomputation that skips some would receive those of others.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    for mode in current_modes():
+        if isinstance(mode, SELECTIVE_CHECKPOINTING):
+            hidden: AbstractContextManager[None] = without_modes()
+            return hidden
+    return nullcontext()
+
+
+class KeptIndices:
+    """Top-k indices, int32 [B, L, K], of the forwards that are under way.
+
+    Each forward's are stored under a tensor object, its rotary embedding, until that is freed:
+    checkpointing passes the same object to the recomputation, which finds them by it. Under
+    torch.compile nothing is kept: the compiler decides what a recomputation computes again.
+    """
+
+    def __init__(self) -> None:
+        self._indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def keep(self, key: torch.Tensor, indices: Sequence[torch.Tensor]) -> None:
+        """Remember the indices of the forward that ``key`` belongs to, of all its queries.
+
+        Two forwards with one key cannot be distinguished later: neither's indices are kept.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch.is_grad_enabled() and not in_backward():
+            self._indices[key] = None if key in self._indices else indices
+
+    def recall(self, key: torch.Tensor) -> Sequence[torch.Tensor] | None:
+        """Return the indices to use again in a recomputation; None if there are none."""
+        if torch.compiler.is_compiling() or not in_backward():
+            return None
+        indices: Sequence[torch.Tensor] | None = self._indices.get(key)
+        return indices

@@ -16,12 +16,13 @@ from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attent
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
 from nemo_dsv4_cp.attention.indexer import (
+    KeptIndices,
     head_weights,
     index_features,
     index_queries,
     pool_index_keys,
+    unseen_by_checkpointing,
 )
-from nemo_dsv4_cp.attention.recompute import KeptIndices, unseen_by_checkpointing
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
 from nemo_dsv4_cp.automodel.deepseek_v4 import kernel_backend
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import make_norms_uniform

@@ -9,7 +9,7 @@ from nemo_automodel.components.distributed.activation_checkpointing import (
 from torch.utils.checkpoint import checkpoint
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention.recompute import KeptIndices
+from nemo_dsv4_cp.attention.indexer import KeptIndices
 from tests.parity import cpu_backend, randomise, rope_of, tiny_config
 
 

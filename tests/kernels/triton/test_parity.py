@@ -26,7 +26,8 @@ def test_a_moe_model_equals_automodels_at_one_rank(ranks, size):
     assert_parity(ranks.run(model_job, size, *arguments))
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_a_moe_model_keeps_documents_apart(ranks, size):
     documents = [[150, 128 * size - 157]]
     assert_parity(ranks.run(packed_model_job, size, RATIOS, documents, OPTIONS, 0))
