@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import typer
 
-from nemo_dsv4_cp.cli import bench, compose, doctor, plan, verify
+from nemo_dsv4_cp.cli import bench, compose, doctor, gpu_report, plan, verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command()(compose.compose)
 app.command()(plan.plan)
 app.command()(verify.verify)
 app.command()(doctor.doctor)
+app.command()(gpu_report.gpu_report)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nemo_dsv4_cp.bench import gpu_report
+from nemo_dsv4_cp.bench.layer import Case
+from nemo_dsv4_cp.bench.timing import Timing
+from nemo_dsv4_cp.checks import certificate
+from nemo_dsv4_cp.checks.certificate import Certificate
+from nemo_dsv4_cp.checks.operation_timing import OperationTime
+from nemo_dsv4_cp.cli.app import app
+
+JUNIT = """<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>"""
+GOOD = Certificate("", 0.25, 10.0, 400.0, None, "report.json")
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine with a GPU on which TileLang is not installed and ratio 128 runs out of memory."""
+    errors = {}
+
+    def layer(paths, ratio, seq_len, cp_size, repeats, *, kernels):
+        if ratio == 128:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+        case = Case(paths[0], ratio, seq_len, cp_size, cp_size - 1, kernels=kernels)
+        return [Timing(case, (0.012,) * repeats, 3 << 30)]
+
+    def operations(kernels, sizes, ratio, seq_len, cp_size, *, dtype, repeats):
+        return [OperationTime("attention | forward", ratio, 0.004, 8 * 10**11)]
+
+    monkeypatch.chdir(tmp_path)
+    there = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setattr(sys.modules["nemo_dsv4_cp.cli.gpu_report"], "torch", there)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu_report, "CANDIDATES", {"torch": "torch", "triton": "triton"})
+    monkeypatch.setattr(gpu_report.plugins, "load", lambda group, name: lambda **_: name)
+    monkeypatch.setattr(gpu_report, "describe_machine", lambda: "NVIDIA H100, torch 2.13.0")
+    monkeypatch.setattr(gpu_report, "peak_tflops", lambda: 1000.0)
+    monkeypatch.setattr(gpu_report, "diagnose", list)
+    monkeypatch.setattr(gpu_report, "time_one_gpu_rank", layer)
+    monkeypatch.setattr(gpu_report, "time_operations", operations)
+    monkeypatch.setattr(gpu_report.Subject, "of", lambda name, *_, **__: name)
+    monkeypatch.setattr(
+        certificate,
+        "obtain",
+        lambda name, renew: replace(GOOD, kernels=name, error=errors.get(name)),
+    )
+    monkeypatch.setattr(certificate, "differences", lambda _: [{"name": "ratio 4: output"}])
+    return errors
+
+
+def report(*arguments):
+    done = CliRunner().invoke(app, ["gpu-report", "--out", "found", *arguments])
+    return done
+
+
+def test_the_report_holds_tests_certificates_times_and_what_was_left_out(gpu, tmp_path):
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    done = report("--tests", "tests.xml")
+    assert done.exit_code == 1, done.output  # tests failed
+    page, figures = (
+        (tmp_path / "found.md").read_text(),
+        json.loads((tmp_path / "found.json").read_text()),
+    )
+    assert figures["tests"] == {"passed": 5, "failed": 2, "skipped": 2}
+    assert "| triton | passed | 10.0 | 0.25 |" in page
+    assert "| 131,072 | 8 | 4 | boundary | triton | 12.0 | 3.00 |" in page
+    assert "| 1,048,576 | 64 | 0 | automodel | " in page
+    assert "| 131,072 | 8 | 4 | triton | attention \\| forward | 4.000 | 200.0 | 20% |" in page
+    assert figures["certificates"][0]["differences"] == [{"name": "ratio 4: output"}]
+    assert len(figures["left_out"]) == 9
+    assert "boundary, triton, layer, ratio 128, 131,072 tokens on 8 ranks: OutOfMemoryError" in page
+
+
+def test_a_backend_that_failed_is_not_timed_and_the_exit_status_says_so(gpu, tmp_path):
+    gpu["triton"] = "ratio 4: output is off"
+    assert report().exit_code == 1
+    figures = json.loads((tmp_path / "found.json").read_text())
+    assert {each["kernels"] for each in figures["operations"]} == {"torch"}
+
+
+def test_time_that_is_up_is_reported(gpu, tmp_path):
+    assert report("--minutes", "0").exit_code == 0
+    assert (
+        "torch, operations, ratio 0, 131,072 tokens on 8 ranks: no time left"
+        in (tmp_path / "found.md").read_text()
+    )
+
+
+def test_without_a_gpu_there_is_nothing_to_report():
+    if not torch.cuda.is_available():
+        done = CliRunner().invoke(app, ["gpu-report"])
+        assert done.exit_code == 2
+        assert "no CUDA device" in " ".join(done.output.replace("│", "").split())
