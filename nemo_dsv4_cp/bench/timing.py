@@ -11,14 +11,18 @@ from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from nemo_dsv4_cp.bench.layer import Case, Forward, build
+from nemo_dsv4_cp.checks.certificate import fastest_on_disk
+from nemo_dsv4_cp.checks.kernel_choice import TORCH
 from nemo_dsv4_cp.exchange.collectives import barrier, process_group
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 CPU_SIZES: dict[str, Any] = {
     "hidden_size": 256,
@@ -67,6 +71,15 @@ def describe_machine() -> str:
 def automodel_kernels() -> str:
     """Return AutoModel's attention backend on this GPU: ``"tilelang"`` where it is installed."""
     return "tilelang" if find_spec("tilelang") else "sdpa"
+
+
+def certified_kernels() -> str:
+    """Return what ``kernels: auto`` takes on this GPU for V4-Flash, by the certificates on disk.
+
+    Torch if there are none: ``gpu-report`` makes them.
+    """
+    found = fastest_on_disk(SimpleNamespace(**read_model_fields("v4_flash")))
+    return found.kernels if found else TORCH
 
 
 def time_gloo_ranks(

@@ -140,6 +140,12 @@ def on_disk(config: Any = None) -> list[Certificate]:
     return found
 
 
+def fastest_on_disk(config: Any) -> Certificate | None:
+    """Return the certificate of the fastest backend that passed for a model config here."""
+    timed = [each for each in on_disk(config) if each.passed and each.milliseconds]
+    return min(timed, key=lambda each: each.milliseconds or 0.0, default=None)
+
+
 def with_measured_rate(gpu: Gpu, certificate: Certificate) -> Gpu:
     """Return a GPU that computes attention and index scores as fast as was measured."""
     if not certificate.tflops:

@@ -303,6 +303,8 @@ def time_(
         from nemo_dsv4_cp.bench import timing
 
         measure = timing.time_one_gpu_rank if gpu else timing.time_gloo_ranks
+        if gpu and kernels == AUTO:
+            kernels = timing.certified_kernels()
         sizes, paths = (seq_len, cp_size, repeats), _paths()
         times = [
             each

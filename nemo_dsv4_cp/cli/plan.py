@@ -147,8 +147,7 @@ def _certificate_here(gpu: str, fields: Mapping[str, Any]) -> Certificate | None
     """Return what kernels were certified for the model, if this machine has the planned GPU."""
     if known_gpu() is not GPUS[gpu] or any(fields.get(name) is None for name in SIZES):
         return None
-    found = [each for each in certificate.on_disk(SimpleNamespace(**fields)) if each.tflops]
-    return min(found, key=lambda each: each.milliseconds or math.inf, default=None)
+    return certificate.fastest_on_disk(SimpleNamespace(**fields))
 
 
 def _print(model: str, made: Plan, measured: Certificate | None) -> None:
