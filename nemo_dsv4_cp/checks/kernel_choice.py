@@ -46,7 +46,7 @@ def choose_kernels(
         ValueError: On all ranks, if the kernels that the recipe names failed on one.
     """
     names = [asked] if asked else [name for name, module in candidates.items() if find_spec(module)]
-    mine = [_obtain(subject_of(name), seconds) for name in names]
+    mine = [_obtain(name, subject_of, seconds) for name in names]
     waiting = 2 * seconds * len(candidates)  # another machine may have to examine all of them
     answers = answers_of_all_ranks(json.dumps([asdict(each) for each in mine]), waiting)
     found = _worst_of([[Certificate(**each) for each in json.loads(text)] for text in answers])
@@ -69,13 +69,13 @@ def choose_kernels(
     return chosen
 
 
-def _obtain(subject: Subject, seconds: float) -> Certificate:
+def _obtain(name: str, subject_of: Callable[[str], Subject], seconds: float) -> Certificate:
     """Return the certificate; of what fails without one, such as a full disk, a failed one."""
     try:
-        return certificate.obtain(subject, seconds=seconds)
+        return certificate.obtain(subject_of(name), seconds=seconds)
     except Exception as error:  # the other ranks wait for this one's answer
         line = f"no certificate: {type(error).__name__}: {error}"
-        return Certificate(subject.kernels, 0.0, None, None, line, "none")
+        return Certificate(name, 0.0, None, None, line, "none")
 
 
 def _worst_of(ranks: list[list[Certificate]]) -> list[Certificate]:
