@@ -76,7 +76,7 @@ def _outcome(report: pytest.TestReport, refused: bool) -> str | None:
 
 
 def _summary(outcomes: list[str]) -> str:
-    """The worst that was seen; what was left out is told beside what was tested."""
+    """The worst that was seen; what was left out is listed beside what was tested."""
     for worst in ("fails", "refused"):
         if worst in outcomes:
             return worst

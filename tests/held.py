@@ -26,7 +26,7 @@ class Held:
         resident_mib: Memory of the process that is in RAM.
         tensors: Tensors that Python objects hold.
         tensor_bytes: Their storages, each once.
-        choices: Index choices that layers keep for a recomputation.
+        top_k_indices: Tensors of top-k indices kept for a recomputation.
         layouts: What is remembered of layouts.
         groups: Process groups.
         files: Open file handles.
@@ -37,7 +37,7 @@ class Held:
     resident_mib: float
     tensors: int
     tensor_bytes: int
-    choices: int
+    top_k_indices: int
     layouts: int
     groups: int
     files: int
@@ -61,7 +61,7 @@ class Held:
             resident_mib=round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1),
             tensors=len(tensors),
             tensor_bytes=sum(storages.values()),
-            choices=sum(len(o._indices) for o, kind in objects if kind is KeptIndices),
+            top_k_indices=sum(len(o._indices) for o, kind in objects if kind is KeptIndices),
             layouts=sum(memory.cache_info().currsize for memory in _memories()),
             groups=len(distributed_c10d._world.pg_map) if dist.is_initialized() else 0,
             files=len(os.listdir("/proc/self/fd")),

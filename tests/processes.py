@@ -22,7 +22,7 @@ class Stuck(AssertionError):
 
 
 class Progress:
-    """Tells by the length of a log whether what writes it goes on."""
+    """Detects by the length of a log whether the process that writes it makes progress."""
 
     def __init__(self, start: float, still_seconds: float) -> None:
         self._grown, self._length, self._still_seconds = start, 0, still_seconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seed's API with a mocked mesh, against AutoModel's functions of the same names."""
+"""`nemo_dsv4_cp.cp` with a mocked mesh, against AutoModel's functions of the same names."""
 
 import contextlib
 import functools
@@ -262,7 +262,7 @@ def test_labels_are_needed():
     multiple=st.sampled_from([None, 8, 12]),
 )
 def test_packed_rows_are_cut_as_automodel_cuts_them(documents, inner, rank, multiple):
-    """The seed's function pads documents; ``inner`` is padding that the packer left between."""
+    """AutoModel's function pads documents; ``inner`` is padding that the packer left between."""
     rows = [[n + inner for n in row] for row in documents]
     batch = packed_batch(rows, max(map(sum, rows)) + 3, seed=len(documents), vocab=97)
     for row, lengths in enumerate(documents):

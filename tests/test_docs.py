@@ -46,7 +46,7 @@ TRAINING = ["*.py", *(f"{folder}/*.py" for folder in FOLDERS), "bench/profiling.
 
 
 def blocks(*languages):
-    """Every fenced block of these languages, with a name that tells where it is."""
+    """Every fenced block of these languages, with a name that states where it is."""
     return [
         pytest.param(text, id=f"{document.name}:{source[: match.start()].count(chr(10)) + 1}")
         for document in DOCUMENTS

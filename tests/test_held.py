@@ -56,5 +56,5 @@ def steps_job(group, rank, options):
 def test_no_step_leaves_anything_behind(ranks):
     for held in ranks.run(steps_job, 2, {"balance": "on", "check_finite": True}):
         first, *later = (each.without_memory() for each in held)
-        assert first["choices"] == first["layouts"] == 0
+        assert first["top_k_indices"] == first["layouts"] == 0
         assert later == [first] * (ROUNDS - 1)

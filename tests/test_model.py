@@ -278,10 +278,10 @@ def unshifted_job(group, rank):
 
 
 def test_on_gpus_every_layer_takes_the_kernels_that_the_job_chose(monkeypatch):
-    chosen, asked = Certificate("another", 0.5, 12.0, 321.0, None, "report.json"), []
+    chosen, requested = Certificate("another", 0.5, 12.0, 321.0, None, "report.json"), []
 
     def choose(name, subject_of, *, strict):
-        asked.append((name, subject_of("triton").dtypes, strict))
+        requested.append((name, subject_of("triton").dtypes, strict))
         return chosen
 
     load, names = plugins.load, plugins.names
@@ -307,7 +307,7 @@ def test_on_gpus_every_layer_takes_the_kernels_that_the_job_chose(monkeypatch):
     for settled in ({"kernels": "torch"}, {"kernels_check": "off"}):
         checked_against_the_mesh(**settled)
     dtypes = ("bfloat16", "float32")
-    assert asked == [(None, dtypes, True), ("another", dtypes, False)]
+    assert requested == [(None, dtypes, True), ("another", dtypes, False)]
     layers = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
     assert {layer.kernels_name for layer in layers} == {"another"}
     assert "321 TFLOP/s" in settings_of(model)["context_parallel.balance"]

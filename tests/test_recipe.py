@@ -24,7 +24,7 @@ from tests.parity import cpu_backend, worst
 from tests.recipes import options
 from tests.recipes.launching import Failed
 
-ASKS_FOR_MTP = mtp.ASKS_MODELS
+REQUESTS_MTP = mtp.ASKS_MODELS
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
 MOVES_ALL = "v.to(self.dist_env.device, non_blocking=True) for k, v in batch.items()"
 DISTILS_PACKED_ROWS = MOVES_ALL not in inspect.getsource(kd)
@@ -143,8 +143,8 @@ def test_expert_parallelism_and_checkpointing_change_no_loss(
 
 @pytest.fixture(scope="module")
 def packed(cut_and_whole):
-    """Two steps of two microbatches of packed rows, with MTP where AutoModel's recipe asks us."""
-    config = tiny()["model"]["config"] | {"num_nextn_predict_layers": 2 if ASKS_FOR_MTP else 0}
+    """Two steps of two microbatches of packed rows, with MTP if AutoModel requests its inputs."""
+    config = tiny()["model"]["config"] | {"num_nextn_predict_layers": 2 if REQUESTS_MTP else 0}
     return cut_and_whole(
         "packed",
         **PACKED,
@@ -158,7 +158,7 @@ def test_packed_rows_and_gradient_accumulation_at_cp_2_equal_one_rank(packed):
     assert_same(*packed)
 
 
-@pytest.mark.skipif(not ASKS_FOR_MTP, reason="shown by the next test")
+@pytest.mark.skipif(not REQUESTS_MTP, reason="shown by the next test")
 @pytest.mark.capability("multi-token prediction")
 def test_multi_token_prediction_at_cp_2_equals_one_rank(packed):
     assert_same(*packed)
@@ -169,7 +169,7 @@ def test_a_recipe_that_cuts_batches_by_itself_is_refused(launch):
         launch("own_cut", 2, recipe="tests.own_cut.OwnCutRecipe")
 
 
-@pytest.mark.skipif(ASKS_FOR_MTP, reason="shown by the test before")
+@pytest.mark.skipif(REQUESTS_MTP, reason="shown by the test before")
 @pytest.mark.capability("multi-token prediction", refused=True)
 def test_multi_token_prediction_is_refused_where_the_recipe_does_not_ask_for_its_inputs(launch):
     config = tiny()["model"]["config"] | {"num_nextn_predict_layers": 1}

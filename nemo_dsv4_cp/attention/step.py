@@ -70,7 +70,8 @@ class LayerPlan:
             ``index_`` before them the indexer's; ``remote_low``, ``remote_cos``, ``remote_sin`` and
             ``remote_weights`` of remote queries.
         n_keys: How many raw keys are for remote queries, and how many for local ones.
-        returned: The rows of its own shard, computed here or by the rank that computes them.
+        returned: The row plan of a layer's output for all tokens of its own shard: it computes the
+            rows of local queries, and receives the others from the ranks that compute them.
         windows: The windows that it pools; None without compression.
         entry_order: Int64 [B, P]: where each entry is among those gathered; None where in order.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs AutoModel's fine-tuning recipe where torch sees no CUDA device.
 
-Written for nemo_automodel 0.7.0. Some of its modules get a view of torch in which the few CUDA
-calls that they make unasked are answered; torch itself stays as it is, and `patches.undo` takes the
-view away.
+Written for nemo_automodel 0.7.0. Some of its modules call CUDA without checking that it exists.
+They get a view of torch in which these calls work without a GPU. Torch itself is unchanged, and
+`patches.undo` removes the view.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _views() -> Iterator[tuple[ModuleType, tuple[str, ...], _Overlay]]:
 
 
 def lift_cuda_assumptions() -> None:
-    """Answer for AutoModel what it requests of CUDA without looking whether there is any.
+    """Give AutoModel's modules a torch whose unchecked CUDA calls work without CUDA.
 
     Calling it again changes nothing.
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AutoModel's knowledge-distillation recipe shards batches with the model's own sharder.
+"""Makes AutoModel's knowledge-distillation recipe shard batches with the model's own sharder.
 
-The recipe (nemo_automodel 0.7.0, ``recipes/llm/kd.py``) never calls it: under CP the rows would be
-in another order than attention here expects. It also reuses the labels that it passed, and relies
-on their being sharded in place.
+Unpatched, the recipe (nemo_automodel 0.7.0, ``recipes/llm/kd.py``) never calls the model's sharder,
+so under CP the rows would be in another order than attention here expects. After sharding, the
+recipe reads the label tensor that it passed in; that tensor must therefore be sharded in place.
 """
 
 from __future__ import annotations

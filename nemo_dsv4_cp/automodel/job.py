@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With how many CP ranks a model trains, which AutoModel passes to none of its models.
+"""Stores the job's number of CP ranks on the model, because AutoModel does not pass it.
 
 ``model.supports.cp_size`` reads a mesh that no release from 0.5 to 0.7 gives it, so it is always 1.
 The function that checks a model against the job's mesh, on all ranks and before it is sharded, is
@@ -19,7 +19,7 @@ _ATTRIBUTE = "_cp_size_of_job"  # a number: it outlives the copies that pipeline
 
 
 def install() -> None:
-    """Have models receive it; again does nothing."""
+    """Have models receive the number of CP ranks; a second call does nothing."""
     patches.wrap(capabilities, FUNCTION, _passing_cp_size)
 
 

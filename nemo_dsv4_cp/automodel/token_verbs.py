@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token verbs for rows whose documents were laid out again: tensors of any trailing shape.
 
-AutoModel's ``ContextParallelSharder`` moves only [B, S] tensors to such rows and back: it refuses
-the [B, S, V] of a teacher's logits, and its own instances replace those that a model returns, so
-no subclass of ours could serve. Its two verbs are wrapped for our layout only.
+AutoModel's ``ContextParallelSharder`` moves only [B, S] tensors to such rows and back, and refuses
+the [B, S, V] of a teacher's logits. A subclass would not help: if a model returns an instance of
+one, AutoModel replaces it by an instance of its own class. The class's two verbs are therefore
+wrapped; the wrappers handle our layout, and call the original for any other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rows of a per-token tensor move from rank to rank: index tensors and counts, per step.
 
-Every rank wants some tokens, in an order. It has the rows of some of them; other ranks send the
-rest. Halos, queries that a schedule gave to another rank, and their outputs are fetched so.
+In an exchange, every rank needs the rows of certain tokens, in a certain order. It holds some of
+these rows itself, and other ranks send it the rest. This moves halos, the queries that a schedule
+assigns to another rank, and the outputs of these queries.
 """
 
 # B batch rows   L local tokens   R CP ranks   T rows of the answer   n rows that leave

@@ -6,8 +6,9 @@ the most. Tokens stay with their shard; inside the layer queries move, so that e
 as many as it owns and all see about as many entries.
 
 Rows of one document: rank k of R computes the first half of its own shard and the second half of
-rank R - 1 - k's. Entries grow with the position, and the two halves are numbers 2k and 2R - 1 - 2k
-of the row, whose sum is the same for every rank.
+rank R - 1 - k's. If the 2R half shards of a row are numbered from 0, these are 2k and 2R - 1 - 2k.
+A query sees entries in proportion to its position, and the two numbers have the same sum on every
+rank, so the queries of every rank see about equally many entries.
 Packed rows: blocks of queries are exchanged between the rank that sees the most entries and the one
 that sees the fewest, until all are near the mean.
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compression windows that a rank pools, as rows of its features."""
 
-# B batch rows   L local tokens   n local windows   r compress ratio   F feature width
+# B batch rows   L local tokens   T tokens with features   n local windows   r compress ratio
+# F feature width
 
 from __future__ import annotations
 
@@ -35,11 +36,12 @@ class Windows:
         starts: Position in the row of each window's first token, int64 [B or 1, n].
         places: Position of the same token in its document, int64 [B or 1, n].
         is_first: Whether it is its document's first window, bool [B or 1, n, 1, 1].
-        rows: Which rows of the features the windows' tokens are, int64 [B * n * r], features of all
-            rows of the batch end to end, each beginning :func:`straddling` tokens before the shard.
-            None where windows follow one another from the first row on.
-        overlap_rows: The same of the overlap's features, which begin r tokens earlier, for the
-            tokens r earlier.
+        rows: For each token of each window, its index in the features [B, T, F] flattened to
+            [B * T, F]; int64 [B * n * r]. T is L plus the :func:`straddling` tokens before the
+            shard. None for rows that are not packed: there, the first token begins the first
+            window, and windows follow one another without gaps.
+        overlap_rows: The same for the window before each window, whose tokens are r earlier: the
+            index in the overlap's features, in which T also counts r more tokens before the shard.
         count: n, windows in each row of the batch.
     """
 

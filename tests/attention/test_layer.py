@@ -29,13 +29,13 @@ TRANSPORTS = ["all_gather", "boundary"]
 
 
 def oracle_job(group, rank, *arguments):
-    """A layer against AutoModel's, where that leaves its indexer no choice if need be."""
+    """A layer against AutoModel's; where that also selects future entries, both select all."""
     changes = {"index_topk": 512} if AUTOMODEL_CHOOSES_AMONG_ALL else {}
     return attention_job(group, rank, *arguments, **changes)
 
 
 @pytest.fixture
-def tell_the_limit(record_property):
+def record_the_limit(record_property):
     if AUTOMODEL_CHOOSES_AMONG_ALL:
         record_property(
             "but",
@@ -43,7 +43,7 @@ def tell_the_limit(record_property):
         )
 
 
-@pytest.mark.usefixtures("tell_the_limit")
+@pytest.mark.usefixtures("record_the_limit")
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("size", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
@@ -53,7 +53,7 @@ def test_a_layer_equals_automodels_at_one_rank(ranks, transport, ratio, size, ro
     assert_parity(ranks.run(oracle_job, size, ratio, rows, seq_len, options))
 
 
-@pytest.mark.usefixtures("tell_the_limit")
+@pytest.mark.usefixtures("record_the_limit")
 @pytest.mark.parametrize("size", [pytest.param(3, marks=SLOW), pytest.param(5, marks=SLOW), 8])
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 def test_odd_and_many_ranks_equal_automodels_layer(ranks, ratio, size):
@@ -169,7 +169,7 @@ def named_kernels(attn, **options):
     return type(ContextParallelAttention(config, 0, backend)._kernels)
 
 
-def test_kernels_are_those_that_the_block_names_or_that_the_backend_asks_for():
+def test_kernels_are_those_that_the_block_names_or_that_the_backend_selects():
     assert named_kernels("sdpa") is TorchKernels
     assert named_kernels("tilelang", kernels="torch") is TorchKernels
 

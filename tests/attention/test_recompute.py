@@ -14,9 +14,9 @@ from tests.parity import cpu_backend, randomise, rope_of, tiny_config
 
 
 def microbatches_job(group, rank, keep, shared_rope, selective=False, balance="off"):
-    """Two checkpointed microbatches in flight, backward in reverse; count the choices made.
+    """Two checkpointed microbatches in flight, backward in reverse; count top-k selections.
 
-    Balanced queries are chosen for in two parts.
+    With load balancing, remote and local queries are selected for separately.
     """
     options = {"keep_index_choice": keep, "balance": balance}
     parts = 2 if balance == "on" else 1
@@ -76,16 +76,16 @@ BALANCE = pytest.mark.parametrize("balance", ["on", "off"])
 
 
 @BALANCE
-def test_a_kept_choice_is_not_made_again(ranks, balance):
+def test_kept_top_k_indices_are_not_selected_again(ranks, balance):
     assert ranks.run(microbatches_job, 2, True, False, False, balance) == [(True, 0)] * 2
 
 
 @BALANCE
-def test_without_the_option_it_is_made_again(ranks, balance):
+def test_without_the_option_they_are_selected_again(ranks, balance):
     assert ranks.run(microbatches_job, 2, False, False, False, balance) == [(True, 2)] * 2
 
 
-def test_two_forwards_that_share_a_rotary_embedding_take_no_others_choice(ranks):
+def test_two_forwards_that_share_a_rotary_embedding_take_no_others_indices(ranks):
     assert ranks.run(microbatches_job, 2, True, True) == [(True, 2)] * 2
 
 
@@ -96,7 +96,7 @@ def test_automodels_selective_checkpointing_loses_no_count(ranks, balance):
     assert ranks.run(microbatches_job, 2, False, False, True, balance) == [(True, 2)] * 2
 
 
-def test_a_choice_lives_no_longer_than_its_key():
+def test_top_k_indices_live_no_longer_than_their_key():
     kept, key = KeptIndices(), torch.ones(1)
     kept.keep(key, torch.ones(1, dtype=torch.int32))
     assert kept.recall(key) is None  # not in a recomputation

@@ -251,7 +251,7 @@ def _classes_compared(node: ast.AST, names: set[str]) -> Iterator[str]:
 
 
 def _condition(node: ast.AST, *, of_module: bool) -> Callable[[str], bool] | None:
-    """Return what a comparison with written-out strings, or ``startswith``, asks of a name."""
+    """Return what a comparison with written-out strings, or ``startswith``, tests about a name."""
     match node:
         case ast.Compare(left=ast.Constant(str(text)), ops=[ast.In() | ast.NotIn()]) if _reads(
             node.comparators[0], of_module

@@ -16,7 +16,7 @@ from tests.automodel import source_reads
 from tests.parity import SIZES, cpu_backend, randomise, tiny_config
 
 RATIOS = [0, 4, 128, 4]
-# All entries are chosen: the indexer of 0.5.0 chooses others than later ones.
+# The indexer selects all entries: that of 0.5.0 would select others than later ones.
 TEXT = {"num_nextn_predict_layers": 1, "compress_ratios": [*RATIOS, 4], "index_topk": 512}
 VISION = {
     "vision_n_layers": 1,

@@ -39,16 +39,16 @@ def patched():
     return [getattr(module, name) for module, name in PATCHED.items()]
 
 
-def test_automodels_questions_to_cuda_are_answered_with_the_cpu(no_cuda):
+def test_automodels_unchecked_cuda_calls_return_the_cpu_or_do_nothing(no_cuda):
     cpu.lift_cuda_assumptions()
     train_ft.torch.cuda.reset_peak_memory_stats()
     train_ft.torch.cuda.empty_cache()
     assert train_ft.torch.cuda.max_memory_allocated() == 0
-    asked = auto_model.torch
-    assert asked.cuda.current_device() == torch.device("cpu")
-    assert asked.device("cuda", asked.cuda.current_device()) == torch.device("cpu")
-    asked = deepseek_v4.torch
-    assert asked.device(f"cuda:{asked.cuda.current_device()}") == torch.device("cpu")
+    view = auto_model.torch
+    assert view.cuda.current_device() == torch.device("cpu")
+    assert view.device("cuda", view.cuda.current_device()) == torch.device("cpu")
+    view = deepseek_v4.torch
+    assert view.device(f"cuda:{view.cuda.current_device()}") == torch.device("cpu")
     pipelining.torch.cuda.synchronize(torch.device("cpu"))
 
 

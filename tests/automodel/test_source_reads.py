@@ -12,7 +12,7 @@ SOURCE = textwrap.dedent('''
     """DeepseekV4Attention stands here for readers alone."""
 
     def attributes(self, model):
-        hasattr(model, "asked"), getattr(getattr(model, "config", None), "nested", 0)
+        hasattr(model, "queried"), getattr(getattr(model, "config", None), "nested", 0)
         self.model_parts[0].attribute, type(model).of_the_class, schedule.of_another
         for name in ("looped",):
             getattr(model, name)
@@ -41,10 +41,10 @@ def fake_source(monkeypatch):
 
 
 def test_reads_of_attributes_and_parameters_are_found():
-    read = ["asked", "nested", "attribute", "of_the_class", "looped", "parameter"]
+    read = ["queried", "nested", "attribute", "of_the_class", "looped", "parameter"]
     found = source_reads.places_of([*read, "of_another", "never"])
     assert [name for name, places in found.items() if places] == read
-    assert str(found["asked"][0]) == "recipes/fake.py:6 (attributes)"
+    assert str(found["queried"][0]) == "recipes/fake.py:6 (attributes)"
 
 
 def test_uses_of_class_names_are_found_by_table_and_function():

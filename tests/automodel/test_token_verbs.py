@@ -37,7 +37,7 @@ def round_trip_job(group, rank, packed, trailing):
     tensor.requires_grad_()
     shard = sharder.shard_token_tensor(tensor, fill=-1.0)
     back = sharder.gather_token_tensor(shard * (rank + 1), trim=True, fill=-2.0)
-    # Each rank's copy of the result asks for a gradient of 1.
+    # Each rank's copy of the result receives a gradient of 1.
     back.sum().backward()
     scale = back.detach() / tensor.detach()
     return {

@@ -21,10 +21,10 @@ def _choices(group, rank, folder):
     found = []
     with installed(Path(folder)):
         candidates = dict.fromkeys(("exits", "right"), "json")
-        for asked, strict in ((None, True), ("exits", False), ("exits", True)):
+        for named, strict in ((None, True), ("exits", False), ("exits", True)):
             try:
                 chosen = kernel_choice.choose_kernels(
-                    asked, subject, strict=strict, seconds=LONG, candidates=candidates
+                    named, subject, strict=strict, seconds=LONG, candidates=candidates
                 )
                 found.append(chosen.kernels)
             except ValueError as error:
@@ -63,9 +63,9 @@ def certified(monkeypatch):
     return of
 
 
-def choose(asked=None, *, strict=True, candidates=CANDIDATES):
+def choose(named=None, *, strict=True, candidates=CANDIDATES):
     return kernel_choice.choose_kernels(
-        asked, lambda name: name, strict=strict, candidates=candidates
+        named, lambda name: name, strict=strict, candidates=candidates
     )
 
 

@@ -245,8 +245,8 @@ def test_a_certificate_of_this_machines_gpu_gives_the_rate_of_kernels(monkeypatc
     measured = Certificate("triton", 0.5, 12.0, 321.0, None, "report.json")
     monkeypatch.setattr("nemo_dsv4_cp.cli.plan.known_gpu", lambda: GPUS["h200"])
     monkeypatch.setattr(certificate, "on_disk", lambda sizes: [measured])
-    asked = ("v4_flash", "--seq-len", "131072", "--ranks", "8", "--cp-size", "8")
-    assumed, here = (flat(run(*asked, "--gpu", gpu).output) for gpu in ("h100", "h200"))
+    arguments = ("v4_flash", "--seq-len", "131072", "--ranks", "8", "--cp-size", "8")
+    assumed, here = (flat(run(*arguments, "--gpu", gpu).output) for gpu in ("h100", "h200"))
     assert "321 of attention and index scores" in here
     assert "was measured here, of triton" in here
     assert "measured" not in assumed

@@ -27,7 +27,7 @@ STEPS_A_CHECKPOINT = 2
 PATIENT_MINUTES = 15
 """What one rank may wait for another where no test is about it: the machine may be busy."""
 
-# A rank's own error, or what torchrun says of a process. Frames, which begin with a blank, say
+# A rank's own error, or what torchrun reports of a process. Frames, which begin with a blank, say
 # nothing.
 _ERROR = re.compile(r"\[rank\d+\]: (?! |Traceback)|E\d{4} .* failed \(exitcode")
 
@@ -70,7 +70,7 @@ def losses(directory: Path) -> dict[int, float]:
 
 
 def first_error(log: str) -> str:
-    """Return the first line that tells of an error."""
+    """Return the first line that reports an error."""
     return next((line for line in log.splitlines() if _ERROR.match(line)), "no error at all")
 
 
@@ -133,4 +133,4 @@ def _runs(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
-    return state != "Z"  # ended, and not yet asked how
+    return state != "Z"  # ended, and its status not yet read

@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # With xdist only the process that hears of all tests writes.
+    # With xdist only the process that receives the results of all tests writes.
     if config.getoption("--recipes") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Collector(config.getoption("--recipes")))
 

@@ -14,7 +14,7 @@ WORKS = "tests.recipes.test_launching.Works"
 
 
 class Works:
-    """A recipe that trains nothing: rank 1 raises, or all wait, if asked to."""
+    """A recipe that trains nothing: rank 1 raises, or all wait, as its config specifies."""
 
     def __init__(self, cfg):
         self.cfg = cfg

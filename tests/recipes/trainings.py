@@ -18,7 +18,7 @@ from tests.recipes.options import BY_NAME, Refusal, launch_of, loss_fn_of, refus
 DRAWS = 2
 """How many draws of weights must differ. A query whose 48th and 49th best entry are as good up to
 rounding picks either, which takes gradients 1e-3 apart: seen with 3 of 240 pairs, each with one
-query of 600 (and 24 chosen entries). A fault shows with any weights.
+query of 600 (and 24 of its top-k indices). A fault shows with any weights.
 """
 
 
@@ -51,7 +51,7 @@ class Trainings:
             record = Record.of(directory)
         finally:
             shutil.rmtree(directory)
-        if cp_size == 1 and len({*names} - {"ep"}) <= 1:  # the others are asked for once
+        if cp_size == 1 and len({*names} - {"ep"}) <= 1:  # the others are needed once
             self._references[key] = record
         return record
 

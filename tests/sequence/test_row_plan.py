@@ -64,7 +64,7 @@ def test_answers_hold_what_is_wanted_and_gradients_return_to_the_owners(drawn):
 
 @st.composite
 def returns(draw):
-    """Draw which rank computes which tokens, and whether it keeps its own shard's for itself."""
+    """Draw which rank computes which tokens, and whether those of its own shard stay."""
     ranks, length = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     computed = draw(st.permutations(range(ranks * length)))
     apart = draw(st.booleans())
@@ -72,9 +72,9 @@ def returns(draw):
     for rank in range(ranks):
         shard = range(rank * length, (rank + 1) * length)
         runs = [range(t, t + 1) for t in sorted(computed[shard.start : shard.stop])]
-        kept = [run for run in runs if apart and run.start in shard]
-        own.append(tuple(kept))
-        sent.append(tuple(run for run in runs if run not in kept))
+        local = [run for run in runs if apart and run.start in shard]
+        own.append(tuple(local))
+        sent.append(tuple(run for run in runs if run not in local))
         within = st.integers(-2, shard.stop) if rank == 0 else st.integers(shard.start, shard.stop)
         bounds = draw(st.lists(st.tuples(within, within), max_size=4))
         wanted.append(tuple(range(*sorted(pair)) for pair in bounds))

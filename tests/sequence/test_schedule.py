@@ -109,7 +109,7 @@ def test_auto_decides_by_the_rates_of_the_gpu():
 
 
 def test_a_query_costs_what_crosses_for_it():
-    # A low-rank query, a raw key, angles, index weights; the layer's output home.
+    # A low-rank query, a raw key, angles, index weights; the layer's output, back to the owner.
     assert QueryCost.of(FLASH, 4).sent_forward == 2048 + 1024 + 256 + 256 + 8192
     assert QueryCost.of(FLASH, 4).flops_per_entry == 2 * 64 * 128
     assert QueryCost.of(FLASH, 128).sent_forward == 2048 + 1024 + 256 + 8192

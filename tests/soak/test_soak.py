@@ -52,10 +52,10 @@ def test_what_a_rank_holds_does_not_grow(soaked, rank):
     for held in every:
         print(held)
     settled = [held for held in every if held["step"] >= SETTLED]
-    for count in ("choices", "layouts", "groups", "files", "threads", "patches"):
+    for count in ("top_k_indices", "layouts", "groups", "files", "threads", "patches"):
         assert {held[count] for held in settled[:-1]} == {settled[0][count]}, count
         assert settled[-1][count] <= settled[0][count], count  # AutoModel has closed its log
-    assert settled[0]["choices"] == 0
+    assert settled[0]["top_k_indices"] == 0
     half = len(settled) // 2
 
     def mean(count, of):
@@ -93,9 +93,9 @@ def test_two_trainings_in_one_process_and_automodel_given_back(tmp_path):
         found = json.loads((tmp_path / f"found_{rank}.json").read_text())
         print(found)
         first, second = found["left"]
-        for count in ("choices", "groups", "files", "threads", "patches"):
+        for count in ("top_k_indices", "groups", "files", "threads", "patches"):
             assert second[count] == first[count], count
-        assert first["groups"] == first["choices"] == 0
+        assert first["groups"] == first["top_k_indices"] == 0
         assert second["tensors"] <= first["tensors"] + 50
         assert set(found["not_given_back"]) <= STATE_OF_AUTOMODEL
         assert set(found["patched"]) > set(found["not_given_back"])

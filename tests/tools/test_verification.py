@@ -24,7 +24,7 @@ from tests.ranks import fork_ranks
 
 
 class DoublePrecision(TorchDispatchMode):
-    """Whatever asks for float32 gets float64."""
+    """Operations that request float32 return float64."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
