@@ -211,6 +211,7 @@ class Collective:
         repeated: In the recomputation.
         from_all: Whether every rank receives the same from all ranks, as in an all-gather, instead
             of what it requests from a few.
+        reduced: The part of ``backward`` that is summed on its way: float32, where ``from_all``.
     """
 
     name: str
@@ -218,6 +219,7 @@ class Collective:
     backward: int = 0
     repeated: int = 0
     from_all: bool = True
+    reduced: int = 0
 
 
 def crossings(
@@ -250,9 +252,10 @@ def crossings(
         # AutoModel's path.
         before, features = remote, 2 if path == ALL_GATHER else 4
     forward = backward = keys * cost.key
-    index = 0
+    index = reduced = 0
     if overlaps:
-        forward = backward = forward + before * features * sizes.head_dim * _FP32
+        reduced = before * features * sizes.head_dim * _FP32
+        forward = backward = forward + reduced
         index = before * features * sizes.index_head_dim * _FP32
     returned = []
     if balanced and ratio and path != AUTOMODEL:
@@ -266,7 +269,7 @@ def crossings(
         index += rows * cost.index_weights
         output = moved * cost.output
         returned = [Collective("returned", output, output, output, from_all=False)]
-    fetch = Collective("fetch", forward + index, backward, forward, from_all=path != BOUNDARY)
+    fetch = Collective("fetch", forward + index, backward, forward, path != BOUNDARY, reduced)
     if not ratio:
         return (fetch,)
     entries = remote // ratio * sizes.head_dim * _BF16

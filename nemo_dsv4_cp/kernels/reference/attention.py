@@ -100,7 +100,8 @@ class _ChunkKeys:
             grad_entries[row].index_add_(0, where.flatten(), per_query[row].flatten(0, 1))
 
     def _blocks(self, x_BC: torch.Tensor) -> torch.Tensor:
-        return x_BC.unflatten(1, (-1, self.block))
+        blocks: torch.Tensor = x_BC.unflatten(1, (-1, self.block))
+        return blocks
 
     def _sizes(self) -> list[int]:
         return [self.raw_BMDk.shape[-1], self.entries.shape[-2]]
