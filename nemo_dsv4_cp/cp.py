@@ -73,7 +73,7 @@ def dsv4_cp_all_gather(tensor: torch.Tensor, *, dim: int, cp_group: Group | None
         cp_group: CP group; without CP the tensor is returned as it is.
 
     Returns:
-        The concatenation; its gradient is reduce-scattered to the ranks that own the slices.
+        The concatenation; its gradient is summed on the ranks that own the slices.
     """
     return all_gather(tensor, dim=dim, cp_group=cp_group)
 

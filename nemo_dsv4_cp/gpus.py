@@ -66,7 +66,7 @@ class Gpu:
         return self.tflops * 1e12 * self.kernel_share
 
     def gather_seconds(self, received: float, ranks: int) -> float:
-        """Return how long ``ranks`` take to receive the same from all others, or back its sum.
+        """Return how long ``ranks`` take to receive the same from all others, or a sum of theirs.
 
         Ranks are neighbors in a node. A node fetches each byte of other nodes once, each of its
         GPUs a share over its own adapter, and NVLink distributes it: NCCL's rings, whose bus
@@ -80,6 +80,16 @@ class Gpu:
         of_other_nodes = received * (ranks - GPUS_A_NODE) / (ranks - 1)
         network = of_other_nodes / (GPUS_A_NODE * self.network_gbs * 1e9 * LINK_SHARE)
         return max(nvlink, network) + NETWORK_SECONDS
+
+    def scatter_seconds(self, received: float, ranks: int) -> float:
+        """Return how long ``ranks`` take to receive from each other what only they need.
+
+        Nothing is shared or summed on its way: each GPU's own adapter brings what comes from other
+        nodes.
+        """
+        if ranks <= GPUS_A_NODE:
+            return self.exchange_seconds(received, ranks)
+        return self.exchange_seconds(received * (ranks - GPUS_A_NODE) / (ranks - 1), ranks)
 
     def exchange_seconds(self, received: float, ranks: int) -> float:
         """Return how long ``ranks`` take to receive what each requests from one or two others.

@@ -185,7 +185,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 Subject.of,
                 config=self.config,
                 dtype=str(next(self.parameters()).dtype).split(".")[-1],
-                workspace_bytes=options.workspace_mib << 20,
+                workspace_bytes=options.workspace_bytes,
             ),
             strict=options.kernels_check == "strict",
         )

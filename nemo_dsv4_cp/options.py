@@ -52,8 +52,10 @@ class ContextParallelOptions:
             their batches, and all raise if one rank refuses its batch: ``"first"``, ``"every"``
             or ``"never"``.
         batch_function: The function that shards a batch; a name in ``nemo_dsv4_cp.batch_fns``.
-        workspace_mib: Memory limit of one chunk of scores or of float32 rows, in MiB; smaller is
-            slower. All other memory is linear in the shard and in the compressed KV entries.
+        workspace_mib: Memory limit of the intermediate results of one chunk of queries, in MiB;
+            smaller is slower. ``"auto"`` for 512, or for 1/32 of a GPU's memory where attention
+            runs in torch operations, which launch many kernels per chunk. All other memory is
+            linear in the shard and in the compressed KV entries.
         keep_index_choice: Under activation checkpointing, keep the indexer's top-k indices
             ([L, index_topk] int32 per CSA layer) for the recomputation instead of computing them
             twice.
@@ -73,7 +75,7 @@ class ContextParallelOptions:
     pad_documents: bool = False
     compare_ranks: str = "first"
     batch_function: str = "contiguous_shard"
-    workspace_mib: int = 512
+    workspace_mib: int | str = AUTO
     keep_index_choice: bool = True
     check_finite: bool = False
     failure_attribution: bool = False
@@ -154,11 +156,17 @@ class ContextParallelOptions:
                 f"context_parallel.compare_ranks={self.compare_ranks!r} is none of first, every "
                 "and never; use first"
             )
-        if self.workspace_mib < 1:
+        scratch = self.workspace_mib
+        if scratch != AUTO and not (type(scratch) is int and scratch > 0):
             raise ValueError(
-                f"context_parallel.workspace_mib={self.workspace_mib} is not a positive number of "
-                "MiB; use 512"
+                f'context_parallel.workspace_mib={scratch!r} is neither "auto" nor a positive '
+                'number of MiB; use "auto"'
             )
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        """What kernels may take as scratch at a time, None for what suits the device."""
+        return None if self.workspace_mib == AUTO else int(self.workspace_mib) << 20
 
     def resolve_pad_multiple(self, compress_ratios: Sequence[int] | None) -> int:
         """Return the number that a model's shard lengths must be a multiple of.

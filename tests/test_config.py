@@ -71,7 +71,7 @@ def test_kernels_check_off_means_the_same_quoted_or_not(off):
         ({"pad_multiple": 0}, r'pad_multiple=0 .*use "auto"'),
         ({"pad_multiple": "all"}, r"pad_multiple='all' .*use \"auto\""),
         ({"enabled": "maybe"}, r"enabled='maybe' .* works is True"),
-        ({"workspace_mib": 0}, r"workspace_mib=0 .*use 512"),
+        ({"workspace_mib": 0}, r'workspace_mib=0 .*use "auto"'),
         (["all_gather"], r"is not a mapping"),
         ({"balance": "always"}, r"balance='always' is none of auto, on and off"),
         ({"balance": [1]}, r"balance=\[1\] has the wrong type"),

@@ -109,7 +109,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         """
         self.kernels_name = name
         self._kernels: Kernels = plugins.load(plugins.KERNELS, name)(
-            workspace_bytes=self._options.workspace_mib << 20
+            workspace_bytes=self._options.workspace_bytes
         )
 
     def forward(

@@ -31,7 +31,7 @@ class TileLangKernels(TorchKernels):
 
     score_bytes = 4 if _SCORES_KNOW_POSITIONS else None  # the kernel sums the heads itself
 
-    def __init__(self, *, workspace_bytes: int) -> None:
+    def __init__(self, *, workspace_bytes: int | None) -> None:
         """As the torch path; refuses an environment without TileLang.
 
         Raises:

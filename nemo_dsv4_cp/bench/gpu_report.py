@@ -74,7 +74,7 @@ def collect(fields: Mapping[str, Any], *, seconds: float, tests: Path | None = N
     report.environment = [asdict(finding) for finding in diagnose()]
     if tests is not None:
         report.tests = counts_of(tests)
-    workspace = ContextParallelOptions.workspace_mib << 20
+    workspace = ContextParallelOptions().workspace_bytes
     names = [name for name, module in CANDIDATES.items() if find_spec(module)]
     found = []
     for name in names:
@@ -99,7 +99,7 @@ def collect(fields: Mapping[str, Any], *, seconds: float, tests: Path | None = N
 
 
 def _measurements(
-    sizes: Any, passed: Sequence[str], workspace_bytes: int, report: Report
+    sizes: Any, passed: Sequence[str], workspace_bytes: int | None, report: Report
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield the measurements by name, those of shorter rows first."""
     for (seq_len, cp_size), ratio in product(SHAPES, _RATIOS):

@@ -46,7 +46,7 @@ class Case:
     cp_size: int
     rank: int
     batch: int = 1
-    workspace_mib: int = ContextParallelOptions.workspace_mib
+    workspace_mib: int | str = ContextParallelOptions.workspace_mib
     kernels: str = AUTO
     balance: str = AUTO
     overlap: bool = True

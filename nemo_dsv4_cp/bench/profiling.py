@@ -27,7 +27,9 @@ from nemo_dsv4_cp.automodel import tilelang
 from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.bench.layer import Case, Forward, build
 from nemo_dsv4_cp.exchange.collectives import process_group
+from nemo_dsv4_cp.gpus import ASSUMED
 from nemo_dsv4_cp.kernels.costs import Cost, cost_of, register_cost
+from nemo_dsv4_cp.kernels.reference import workspace
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 _LARGEST = 5
@@ -226,13 +228,14 @@ def _seen(value: Any) -> int:
 
 @contextmanager
 def _layer_of_fakes(case: Case) -> Iterator[Forward]:
-    """Yield the forward of a V4-Flash layer on fake tensors, bfloat16."""
+    """Yield the forward of a V4-Flash layer on fake tensors, bfloat16, with an H100's memory."""
     let_fake_tensors_through_collectives()
     attn = "tilelang" if case.path == AUTOMODEL else "sdpa"
     with (
         process_group("fake", rank=case.rank, size=case.cp_size) as group,
         FakeTensorMode(),
         _automodel_kernels(),
+        mock.patch.object(workspace, "device_memory", lambda _: round(ASSUMED.memory) << 30),
     ):
         yield build(case, group, dtype=torch.bfloat16, device=torch.device("cpu"), attn=attn)
 

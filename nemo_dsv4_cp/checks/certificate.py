@@ -49,18 +49,18 @@ class Subject:
         kernels: Name in the entry-point group ``nemo_dsv4_cp.kernels``.
         sizes: The fields of the model config on which kernels depend.
         dtypes: Of activations, such as ``"bfloat16"``.
-        workspace_bytes: How much scratch an operation may take.
+        workspace_bytes: How much scratch an operation may take; None for what suits the device.
         environment: The device, its driver, and all that kernels are compiled from.
     """
 
     kernels: str
     sizes: dict[str, Any]
     dtypes: tuple[str, ...]
-    workspace_bytes: int
+    workspace_bytes: int | None
     environment: dict[str, str]
 
     @classmethod
-    def of(cls, kernels: str, config: Any, *, dtype: str, workspace_bytes: int) -> Subject:
+    def of(cls, kernels: str, config: Any, *, dtype: str, workspace_bytes: int | None) -> Subject:
         """Return the subject for a model on this process's device.
 
         ``dtype`` is that of parameters, such as ``"float32"``. Bfloat16 is examined in any case,

@@ -46,7 +46,7 @@ def verify_kernels(
     name: str,
     *,
     dtype: torch.dtype,
-    workspace_bytes: int,
+    workspace_bytes: int | None,
     begin: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Difference]:
     """Run every operation of a model's layers, with gradients, and compare it with the torch path.
@@ -61,7 +61,7 @@ def verify_kernels(
         sizes: Has the fields of a model config that :data:`SIZES` names.
         name: That of kernels in the entry-point group.
         dtype: Of activations.
-        workspace_bytes: How much scratch an operation may take.
+        workspace_bytes: How much scratch an operation may take; None for what suits the device.
         begin: Called with the name of each operation before it runs.
 
     Raises:

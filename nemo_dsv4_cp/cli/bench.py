@@ -19,7 +19,7 @@ import typer
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.cli.output import check_outputs, emit, progress, quiet, running, table, two_plots
-from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
 from nemo_dsv4_cp.tools.sizes import GIB, MODELS, read_model_fields
@@ -32,7 +32,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one
 SeqLen = Annotated[int, typer.Option(help="Tokens in the whole row.")]
 CpSize = Annotated[int, typer.Option(help="Number of CP ranks.", min=1)]
 Ratios = Annotated[list[int], typer.Option("--ratio", help="Compress ratio; may be repeated.")]
-Workspace = Annotated[int, typer.Option(help="context_parallel.workspace_mib.", min=1)]
+Workspace = Annotated[
+    int | None, typer.Option(help="context_parallel.workspace_mib; auto without it.", min=1)
+]
 KernelsName = Annotated[str, typer.Option("--kernels", help="context_parallel.kernels.")]
 Balance = Annotated[str, typer.Option(help="context_parallel.balance: auto, on or off.")]
 Json = Annotated[Path | None, typer.Option("--json", help='Write the figures here; "-" prints.')]
@@ -131,7 +133,7 @@ def memory(
     ratio: Ratios = [0, 4, 128],  # noqa: B006
     kernels: KernelsName = AUTO,
     balance: Balance = AUTO,
-    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    workspace_mib: Workspace = None,
     json_: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -140,7 +142,7 @@ def memory(
     Example: nemo-dsv4-cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
     """
     _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
-    options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
+    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
     profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
     title = _title(seq_len, cp_size, f"rank {cp_size - 1}; balance: {balance}; {_BY_TOKEN}")
     tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
@@ -165,7 +167,7 @@ def launches(
     ratio: Ratios = [0, 4, 128],  # noqa: B006
     kernels: KernelsName = AUTO,
     balance: Balance = AUTO,
-    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    workspace_mib: Workspace = None,
     json_: Json = None,
 ) -> None:
     """Count what one layer launches, and the GB of tensors that it reads and writes.
@@ -173,7 +175,7 @@ def launches(
     Example: nemo-dsv4-cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
     """
     _check(seq_len, cp_size, ratio, json_=json_)
-    options = {"workspace_mib": workspace_mib, "kernels": kernels, "balance": balance}
+    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
     profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
     settings = f"the last rank; kernels: {kernels}; balance: {balance}"
     title = _title(seq_len, cp_size, f"{settings}; GB of tensors read and written")
@@ -388,7 +390,7 @@ def operations(
     seq_len: SeqLen = 131072,
     cp_size: CpSize = 8,
     ratio: Ratios = [0, 4, 128],  # noqa: B006
-    workspace_mib: Workspace = ContextParallelOptions.workspace_mib,
+    workspace_mib: Workspace = None,
     repeats: Annotated[int, typer.Option(help="Measurements of each operation.", min=1)] = 5,
     json_: Json = None,
 ) -> None:
@@ -402,7 +404,8 @@ def operations(
         from nemo_dsv4_cp.checks.operation_timing import peak_tflops, time_operations
         from nemo_dsv4_cp.kernels.triton import TritonKernels
 
-        kernels = TritonKernels(workspace_bytes=workspace_mib << 20)
+        workspace = None if workspace_mib is None else workspace_mib << 20
+        kernels = TritonKernels(workspace_bytes=workspace)
         sizes = SimpleNamespace(**read_model_fields("v4_flash"))
         times = [
             each

@@ -89,7 +89,7 @@ def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Pat
 
         options = ContextParallelOptions.from_block(config.get("context_parallel"))
         name = "triton" if options.kernels == AUTO else options.kernels
-        workspace = options.workspace_mib << 20
+        workspace = options.workspace_bytes
         given = {field: config[field] for field in SIZES if config.get(field) is not None}
         sizes = DeepseekV4ContextParallelConfig(**given)  # AutoModel's defaults for the rest
         error = None

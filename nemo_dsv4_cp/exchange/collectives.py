@@ -80,10 +80,29 @@ def start_all_gather(shard: torch.Tensor, group: Group) -> tuple[Work, torch.Ten
 
 
 def start_reduce_scatter(every: torch.Tensor, group: Group) -> tuple[Work, torch.Tensor]:
-    """Begin to sum the ranks' ``every`` [R, *shape]: the work, and what it fills, [*shape]."""
-    own = torch.empty_like(every[0])
-    work = reduce_scatter_single(own, every.flatten(0, 1), group=group, async_op=True)
-    return work, own
+    """Begin to sum the ranks' ``every`` [R, *shape], each rank its own of the R.
+
+    A collective that sums rounds R - 1 times to the tensor's dtype. In 2 bytes, where that shows,
+    the terms come instead, as many bytes, for :func:`summed` to round once.
+
+    Returns:
+        The work, and what it fills: the terms of the sum that are left, [1 or R, *shape].
+    """
+    every = every.contiguous()
+    if every.element_size() >= 4:
+        own = torch.empty_like(every[:1])
+        work = reduce_scatter_single(own[0], every.flatten(0, 1), group=group, async_op=True)
+        return work, own
+    terms, sizes = torch.empty_like(every), [every[0].numel()] * len(every)
+    return start_all_to_all(terms.flatten(), every.flatten(), sizes, sizes, group), terms
+
+
+def summed(terms: torch.Tensor) -> torch.Tensor:
+    """Return the sum of what :func:`start_reduce_scatter` filled, rounded once.
+
+    Torch sums numbers of 2 bytes in float32, on CPUs and GPUs.
+    """
+    return terms[0] if len(terms) == 1 else terms.sum(dim=0)
 
 
 def start_all_to_all(

@@ -18,11 +18,12 @@ from nemo_dsv4_cp.exchange.collectives import (
     cp_enabled,
     start_all_gather,
     start_reduce_scatter,
+    summed,
     uncompiled,
 )
 
 # forward:   y   = concat_k x_k                    (all-gather)
-# backward:  dx_r = sum_k (dy_k)[slice of rank r]  (reduce-scatter)
+# backward:  dx_r = sum_k (dy_k)[slice of rank r]  (reduce-scatter; all-to-all of 2-byte numbers)
 
 
 class _Start(torch.autograd.Function):
@@ -34,7 +35,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ctx.flight.end(), None, None
+        return summed(ctx.flight.end()), None, None
 
 
 class _Wait(torch.autograd.Function):
@@ -49,7 +50,7 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        every = grad.unflatten(ctx.dim, (ctx.ranks, -1)).movedim(ctx.dim, 0).contiguous()
+        every = grad.unflatten(ctx.dim, (ctx.ranks, -1)).movedim(ctx.dim, 0)
         ctx.flight.begin(*start_reduce_scatter(every, ctx.group))
         return grad.new_empty(0), None, None, None
 
@@ -69,7 +70,8 @@ def start_gather(
         overlap: Whether it may overlap with compute until the wait.
 
     Returns:
-        [..., R * n, ...]. Its gradient is reduce-scattered to the ranks that own the slices.
+        [..., R * n, ...]. Its gradient is summed, in float32 or better, on the ranks that own the
+        slices.
     """
     flight = InFlight(overlap)
     return Pending(partial(_wait, _start(shard, flight, group), flight, dim, group))

@@ -98,11 +98,12 @@ class Kernels(Protocol):
     score_bytes: int | None
     """Scratch that :meth:`index_scores` takes per score; None for a float32 per head."""
 
-    def __init__(self, *, workspace_bytes: int) -> None:
+    def __init__(self, *, workspace_bytes: int | None) -> None:
         """Make ready for a layer.
 
         Args:
-            workspace_bytes: How much scratch an operation may take at a time.
+            workspace_bytes: How much scratch an operation may take at a time; None for what suits
+                the device.
 
         Raises:
             ValueError: If it cannot run here, with what to use instead.

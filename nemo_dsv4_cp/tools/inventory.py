@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from nemo_dsv4_cp.kernels.reference.workspace import AttentionScratch, chunk_rows
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, entries_seen
 from nemo_dsv4_cp.sequence.plan import halo
 from nemo_dsv4_cp.sequence.queries import Runs
@@ -39,8 +40,6 @@ Stage = Literal["shard", "index_queries", "project", "select", "attend"]
 """What computes a product: the shard's tokens, or for some queries a function of the layer."""
 
 _BF16, _FP32, _INT32 = 2, 4, 4
-_WORKSPACE_BYTES = 256 << 20
-"""What the torch path's chunks take of the default ``context_parallel.workspace_mib``."""
 
 
 @dataclass(frozen=True)
@@ -212,6 +211,7 @@ class Collective:
         repeated: In the recomputation.
         from_all: Whether every rank receives the same from all ranks, as in an all-gather, instead
             of what it requests from a few.
+        reduced: The part of ``backward`` that is summed on its way: float32, where ``from_all``.
     """
 
     name: str
@@ -219,6 +219,7 @@ class Collective:
     backward: int = 0
     repeated: int = 0
     from_all: bool = True
+    reduced: int = 0
 
 
 def crossings(
@@ -251,9 +252,10 @@ def crossings(
         # AutoModel's path.
         before, features = remote, 2 if path == ALL_GATHER else 4
     forward = backward = keys * cost.key
-    index = 0
+    index = reduced = 0
     if overlaps:
-        forward = backward = forward + before * features * sizes.head_dim * _FP32
+        reduced = before * features * sizes.head_dim * _FP32
+        forward = backward = forward + reduced
         index = before * features * sizes.index_head_dim * _FP32
     returned = []
     if balanced and ratio and path != AUTOMODEL:
@@ -267,7 +269,7 @@ def crossings(
         index += rows * cost.index_weights
         output = moved * cost.output
         returned = [Collective("returned", output, output, output, from_all=False)]
-    fetch = Collective("fetch", forward + index, backward, forward, from_all=path != BOUNDARY)
+    fetch = Collective("fetch", forward + index, backward, forward, path != BOUNDARY, reduced)
     if not ratio:
         return (fetch,)
     entries = remote // ratio * sizes.head_dim * _BF16
@@ -288,13 +290,15 @@ def received_bytes(
     return sum(each.forward for each in collectives), sum(each.backward for each in collectives)
 
 
-def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> int:
+def attention_bytes(
+    sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, workspace_bytes: int
+) -> int:
     """Return the peak memory of one attention layer's forward and backward on the last rank.
 
     It is the sum of the live tensors at each moment where the peak may lie, without load balancing:
     attention in two parts takes less. Parameters and input count where an operation keeps a view of
-    them, as in ``bench memory``. AutoModel's is that of its TileLang kernels. The arguments are
-    those of :func:`crossings`.
+    them, as in ``bench memory``. AutoModel's is that of its TileLang kernels, ours that of the
+    torch path with ``workspace_bytes`` of scratch. The others are those of :func:`crossings`.
     """
     s, tokens, rows = sizes, shape.tokens, shape.batch
     overlaps = ratio == OVERLAP_RATIO
@@ -333,8 +337,7 @@ def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> i
         features = tokens * (s.hidden_size + 2 * feature_width) * _FP32
         return max(mask, norm, masks + 6 * per_head + held + features)
 
-    gathers = path == ALL_GATHER and shape.ranks > 1
-    raw = ((shape.row_tokens if gathers else tokens) + rows * halo(s.sliding_window)) * s.head_dim
+    raw = (tokens + rows * halo(s.sliding_window)) * s.head_dim
 
     # Between forward and backward: queries before their norm and after it, and the output.
     saved = 3 * per_head + grouped + 2 * hidden + 2 * low_rank + 2 * key + lse
@@ -351,39 +354,44 @@ def attention_bytes(sizes: ModelSizes, shape: Shape, ratio: int, path: str) -> i
 
     # 2. Backward of the attention: the output is gone; its gradient turned back, the queries'
     # gradient and the keys' in float32, then either a chunk's scores or the keys' in bfloat16.
-    chunk = _chunk_bytes(sizes, shape, ratio, selected)
+    chunk = _chunk_bytes(sizes, shape, ratio, selected, workspace_bytes)
     grads = (raw + entries) * _FP32 + max(chunk, (raw + entries) * _BF16)
     attending = saved - grouped + per_head + hidden + outward + grads
 
     # 3. Backward through the queries' norm: they and two gradients, four float32 chunks of rows;
     # the compressor has been through, its weights' gradients are there.
-    norm_rows = min(per_head * _FP32 // _BF16, _WORKSPACE_BYTES)
+    norm_rows = min(per_head * _FP32 // _BF16, workspace_bytes // 4)
     held = 4 * hidden + 2 * low_rank + lse + weights + outward + inward + compressor * 2
     peak = max(leaving, attending, 3 * per_head + 4 * norm_rows + held)
 
-    # 4. Backward of a gather of the overlapping half's features [S, 2 D] float32: their gradient,
-    # the same cut by rank; the queries and their gradient and the raw keys' in bfloat16.
-    if gathers and overlaps:
-        gathered = 2 * shape.row_tokens * 2 * s.head_dim * _FP32
-        local = tokens * (s.hidden_size + feature_width) * _FP32
-        held = 3 * hidden + 2 * low_rank + lse + weights + outward + compressor
-        peak = max(peak, gathered + raw * _BF16 + 2 * per_head + local + held)
+    # 4. Whole rows: raw keys [S, D] bfloat16 and the overlapping half's features [S, 2 D] float32,
+    # in forward with the index features, in backward their gradients.
+    if path == ALL_GATHER and shape.ranks > 1:
+        gathered, index = shape.row_tokens * s.head_dim * _BF16, 0
+        if overlaps:
+            gathered += shape.row_tokens * 2 * s.head_dim * _FP32
+            index = shape.row_tokens * 2 * s.index_head_dim * _FP32
+        local = tokens * (s.hidden_size + feature_width) * _FP32 + hidden + low_rank + key
+        held = 3 * hidden + 2 * low_rank + lse + weights + outward + wq_b + compressor
+        peak = max(peak, gathered + index + local, gathered + local + held)
     return peak
 
 
-def _chunk_bytes(sizes: ModelSizes, shape: Shape, ratio: int, selected: int) -> int:
+def _chunk_bytes(
+    sizes: ModelSizes, shape: Shape, ratio: int, selected: int, workspace_bytes: int
+) -> int:
     """Return what backward of the attention holds for one chunk of queries."""
-    heads, width = shape.batch * sizes.num_attention_heads, sizes.head_dim
-    seen = shape.layout.seq_len // ratio if ratio else 0
-    if selected:  # copied entries count like scores
-        seen = selected * (1 + width // sizes.num_attention_heads)
-    window = 2 * sizes.sliding_window
-    rows = _WORKSPACE_BYTES // (4 * heads * (window + seen) * _FP32)
-    rows = max(1, min(rows, sizes.sliding_window, shape.layout.local_len))
-    # Scores, probabilities, their gradients: five [C, N, W + entries]; for CSA, selected entries
-    # [C, K, D] and their gradient in bfloat16 and in float32.
-    scores = 5 * rows * heads * (window + (selected or seen)) * _FP32
-    return scores + rows * shape.batch * selected * width * (_BF16 + _BF16 + _FP32)
+    window = sizes.sliding_window
+    scratch = AttentionScratch(
+        heads=shape.batch * sizes.num_attention_heads,
+        width=sizes.head_dim,
+        raw=window + halo(window),
+        entries=selected or (shape.layout.seq_len // ratio if ratio else 0),
+        copied=shape.batch * selected,
+        itemsize=_BF16,
+    )
+    rows = chunk_rows(scratch.backward, window, workspace_bytes, on_gpu=True)
+    return min(rows, shape.layout.local_len) * scratch.backward
 
 
 def stream_bytes(sizes: ModelSizes, shape: Shape) -> int:

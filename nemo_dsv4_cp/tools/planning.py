@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from nemo_dsv4_cp.gpus import GPUS, Gpu
+from nemo_dsv4_cp.kernels.reference.workspace import workspace_of
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedules
 from nemo_dsv4_cp.tools.inventory import (
@@ -170,11 +171,15 @@ def row(request: Request, cp_size: int) -> Row:
     staying = _sharing(request, shape, "off")
     moving = _sharing(request, shape, "auto" if request.balance == "off" else request.balance)
     requested = staying if request.balance == "off" else moving
+    workspace = workspace_of(round(request.gpu.memory * GIB))
     costs = tuple(
         PathCost(
             path,
             _received_bytes(sizes, shape, path, requested.moved_ratios),
-            max(attention_bytes(sizes, shape, ratio, path) for ratio in set(sizes.compress_ratios)),
+            max(
+                attention_bytes(sizes, shape, ratio, path, workspace_bytes=workspace)
+                for ratio in set(sizes.compress_ratios)
+            ),
         )
         for path in PATHS
     )

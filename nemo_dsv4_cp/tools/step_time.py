@@ -23,6 +23,7 @@ from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.sequence.schedule import Schedule
 from nemo_dsv4_cp.tools.inventory import (
     PASSES,
+    Collective,
     Operation,
     Pass,
     Shape,
@@ -146,6 +147,17 @@ def waiting(
     return waited
 
 
+def crossing_seconds(collective: Collective, step: Pass, gpu: Gpu, ranks: int) -> float:
+    """Return the seconds of a collective in one pass."""
+    received = int(getattr(collective, step))
+    if not collective.from_all:
+        return gpu.exchange_seconds(received, ranks)
+    if step != "backward":
+        return gpu.gather_seconds(received, ranks)
+    reduced = collective.reduced
+    return gpu.gather_seconds(reduced, ranks) + gpu.scatter_seconds(received - reduced, ranks)
+
+
 def layer_time(
     sizes: ModelSizes, shape: Shape, ratio: int, schedule: Schedule, gpu: Gpu, transport: str
 ) -> LayerTime:
@@ -167,10 +179,7 @@ def layer_time(
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank
     for step in PASSES:
         crossing = {
-            each.name: (gpu.gather_seconds if each.from_all else gpu.exchange_seconds)(
-                getattr(each, step), shape.ranks
-            )
-            for each in collectives
+            each.name: crossing_seconds(each, step, gpu, shape.ranks) for each in collectives
         }
         communicating += sum(crossing.values())
         of_shard += _seconds(shard, gpu, shape.batch, step)

@@ -95,6 +95,15 @@ def test_a_remote_query_moves_little(kernels, ratio):
     assert on.peak_bytes <= off.peak_bytes + GIB
 
 
+@pytest.mark.parametrize(("ratio", "at_most"), [(0, 250), (4, 1250), (128, 400)])
+def test_the_torch_path_launches_hundreds_of_operations_on_a_gpu(ratio, at_most):
+    found = profile(Case("boundary", ratio, 131072, 8, 7, kernels="torch", balance="off"))
+    assert found.forward.count <= at_most
+    assert found.backward.count <= 1250
+    # What an H100's workspace adds to the layer's own memory.
+    assert found.peak_bytes <= 6 * GIB + (2560 << 20)
+
+
 def launched(run):
     with Profiler(Case("automodel", 0, 256, 2, 0)) as profiler:
         run()

@@ -47,6 +47,24 @@ def test_all_gather_concatenates_in_rank_order_and_returns_gradients_to_owners(
         assert all(answers.values()), answers
 
 
+def rounding_job(group, rank, dtype):
+    """Gather, and return a gradient's error in units of one rounding of its sum."""
+    size = dist.get_world_size(group)
+    # Each sum is 1 and 7 terms that vanish one by one beside it, in whatever order.
+    terms = torch.full((size, size * 64), 0.4 * torch.finfo(dtype).eps).to(dtype)
+    terms[torch.arange(size * 64) % size, torch.arange(size * 64)] = 1
+    mine = torch.zeros(64, dtype=dtype, requires_grad=True)
+    gathered = all_gather(mine, dim=0, cp_group=group)
+    gathered.backward(terms[rank])
+    exact = terms.double().sum(0)[rank * 64 : (rank + 1) * 64]
+    return float(((mine.grad.double() - exact).abs() / (exact * torch.finfo(dtype).eps / 2)).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_in_two_bytes_is_rounded_once_whatever_the_number_of_ranks(ranks, dtype):
+    assert max(ranks.run(rounding_job, 8, dtype)) <= 1
+
+
 def no_communication_job(group, rank):
     tensor = torch.ones(2)
     return all_gather(tensor, dim=0, cp_group=group) is tensor

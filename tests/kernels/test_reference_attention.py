@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch path against AutoModel's plain reference of the same index contract."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,20 +12,25 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import spars
 
 from nemo_dsv4_cp.automodel.tilelang import key_indices
 from nemo_dsv4_cp.kernels.protocol import AttentionKeys, AttentionQueries
-from nemo_dsv4_cp.kernels.reference import TorchKernels
+from nemo_dsv4_cp.kernels.reference import TorchKernels, workspace
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries
 from tests.kernels.cases import queries_of
 
-OPTIONS = {"scale": 0.25, "workspace_bytes": 1 << 20}
+OPTIONS = {"scale": 0.25, "workspace_bytes": 2 << 20}
 
 
 def sparse_attention(q, raw, entries, sinks, selected, plan, *, scale, workspace_bytes):
-    """Attend from rotated queries in chunks whose scores take ``workspace_bytes``."""
-    return TorchKernels(workspace_bytes=2 * workspace_bytes).attend_rotated(
+    """Attend from rotated queries in chunks that take ``workspace_bytes``."""
+    return TorchKernels(workspace_bytes=workspace_bytes).attend_rotated(
         AttentionQueries(q, None, plan, selected), AttentionKeys(raw, entries, sinks), scale
     )
+
+
+def as_on_a_gpu(memory=1 << 30):
+    """Let chunks have the lengths that they have on a GPU: several windows."""
+    return mock.patch.object(workspace, "device_memory", lambda device: memory)
 
 
 @st.composite
@@ -51,7 +59,7 @@ def cases(draw):
     plan = AttentionPlan(queries, window, ratio)
     options = {
         "scale": width**-0.5,
-        "workspace_bytes": draw(st.sampled_from([1, 2000, 1 << 20])),
+        "workspace_bytes": draw(st.sampled_from([1, 4000, 30_000, 1 << 20])),
     }
     wanted = torch.tensor([t for run in raw_tokens(queries.runs, window) for t in run])
     raw = random(rows, len(wanted), width) * (wanted >= 0)[:, None]  # zeros before token 0
@@ -65,18 +73,19 @@ def cases(draw):
 
 
 @settings(deadline=None)
-@given(cases())
-def test_outputs_and_gradients_are_those_of_the_plain_reference(case):
+@given(cases(), st.sampled_from([nullcontext, as_on_a_gpu]))
+def test_outputs_and_gradients_are_those_of_the_plain_reference(case, device):
     plan, options, tensors, selected, weight = case
     mine = [t.clone().requires_grad_() for t in tensors]
     theirs = [t.clone().requires_grad_() for t in tensors]
-    out = sparse_attention(*mine, selected, plan, **options)
+    with device():
+        out = sparse_attention(*mine, selected, plan, **options)
+        (out * weight).sum().backward()
     q, raw, entries, sinks = theirs
     indices = key_indices(plan, AttentionKeys(raw, entries, sinks), selected).long()
     keys = torch.cat((raw, entries), 1)
     expected = sparse_attention_torch(q, keys, sinks, indices, options["scale"])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    (out * weight).sum().backward()
     (expected * weight).sum().backward()
     for gradient, reference in zip(mine, theirs, strict=True):
         if reference.grad is not None and reference.numel():
@@ -125,9 +134,18 @@ def test_no_tensor_grows_with_local_times_global_length(ratio):
         selected = torch.zeros(1, 1024, 64, dtype=torch.int32) if ratio == 4 else None
         shapes = [(1, 1024, 2, 16), (1, 1024 + 127, 16), (1, count, 16), (2,)]
         tensors = [torch.randn(shape).requires_grad_() for shape in shapes]
-        with Largest() as seen:
+        with as_on_a_gpu(), Largest() as seen:
             sparse_attention(*tensors, selected, plan, **OPTIONS).sum().backward()
         return seen.elements
 
     # What the chunk's workspace allows, or the keys themselves: never 1024 x seq_len.
     assert largest(16384) <= max(largest(2048), (1 << 20) // 4 * 2, 16384 // max(ratio, 1) * 16)
+
+
+@pytest.mark.parametrize("memory", [79.2, 80])  # as CUDA reports an H100's, and as it is sold
+def test_a_gpu_lends_gigabytes_and_a_cpu_what_fits_anywhere(memory):
+    assert workspace.workspace_on(torch.device("cpu")) == 512 << 20
+    with as_on_a_gpu(int(memory * (1 << 30))):
+        assert workspace.workspace_on(torch.device("cuda")) == 2560 << 20
+        assert TorchKernels(workspace_bytes=None)._workspace(torch.ones(1)) == 2560 << 20
+        assert TorchKernels(workspace_bytes=1 << 20)._workspace(torch.ones(1)) == 1 << 20

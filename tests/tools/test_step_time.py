@@ -192,11 +192,17 @@ def test_a_layer_communicates_forward_again_and_backward(transport):
     shape, schedule = shape_and_schedule(16, moves=True)
     found = step_time.layer_time(FLASH, shape, 4, schedule, GPU, transport)
     fetch, index_keys, entries, returned = crossings(FLASH, shape, 4, transport, balanced=True)
-    link = GPU.exchange_seconds if transport == "boundary" else GPU.gather_seconds
-    sent = (fetch.forward, fetch.repeated, fetch.backward)
-    expected = sum(link(received, 16) for received in sent)
+    if transport == "boundary":
+        sent = (fetch.forward, fetch.repeated, fetch.backward)
+        expected = sum(GPU.exchange_seconds(received, 16) for received in sent)
+    else:  # features are summed on their way back, and other rows where they arrive
+        expected = sum(GPU.gather_seconds(each, 16) for each in (fetch.forward, fetch.repeated))
+        features = 15 * 1024 * 2 * 512 * 4
+        expected += GPU.gather_seconds(features, 16)
+        expected += GPU.scatter_seconds(fetch.backward - features, 16)
     expected += GPU.gather_seconds(index_keys.forward, 16)
-    expected += 3 * GPU.gather_seconds(entries.forward, 16)
+    expected += 2 * GPU.gather_seconds(entries.forward, 16)
+    expected += GPU.scatter_seconds(entries.backward, 16)
     expected += 3 * GPU.exchange_seconds(returned.forward, 16)
     assert found.communicating == pytest.approx(expected)
     assert fetch.forward > fetch.repeated > fetch.backward

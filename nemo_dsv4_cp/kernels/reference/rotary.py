@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+_ALIVE = 4
+"""Float32 copies of a chunk that backward of the norm holds at a time."""
+
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (2k, 2k + 1) of the last dimension, interleaved as in V4's weights."""
@@ -31,7 +34,7 @@ def _angles(
 
 def _chunks(x_BLND: torch.Tensor, workspace_bytes: int) -> Iterator[slice]:
     batch, length, heads, width = x_BLND.shape
-    rows = max(1, workspace_bytes // (4 * batch * heads * width))
+    rows = max(1, workspace_bytes // (_ALIVE * 4 * batch * heads * width))
     for begin in range(0, length, rows):
         yield slice(begin, min(begin + rows, length))
 
@@ -114,7 +117,7 @@ def norm_and_rotate(
     """RMS-normalize each head without weight, then rotate its last r dims.
 
     AutoModel's ``_rms_norm_last_dim`` and ``_apply_partial_rope`` in one pass. Backward saves
-    ``x_BLND`` alone; ``workspace_bytes`` bounds the float32 of one chunk of rows.
+    ``x_BLND`` alone; ``workspace_bytes`` bounds the float32 copies of one chunk of rows.
     """
     out: torch.Tensor = _NormRotate.apply(x_BLND, cos_BLr, sin_BLr, eps, workspace_bytes)  # type: ignore[no-untyped-call]
     return out

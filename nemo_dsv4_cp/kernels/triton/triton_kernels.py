@@ -45,7 +45,7 @@ class TritonKernels(TorchKernels):
     Sizes that do not fit a multiprocessor go through the torch path.
     """
 
-    def __init__(self, *, workspace_bytes: int) -> None:
+    def __init__(self, *, workspace_bytes: int | None) -> None:
         """Remember how much scratch an operation may take, on a device that can run kernels.
 
         Raises:
