@@ -17,11 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,11 @@ def _sizes(config: Any) -> dict[str, Any]:
 def _environment(kernels: str) -> dict[str, str]:
     points = entry_points(group=plugins.KERNELS, name=kernels)
     owner = next((point.dist for point in points if point.dist), None)
+    modules = [find_spec(point.module) for point in points]
     return {
         **_machine(),
         "backend": ", ".join(point.value for point in points),
+        "backend_source": _digest(Path(each.origin) for each in modules if each and each.origin),
         "distribution": f"{owner.name} {owner.version}" if owner else "",
     }
 
@@ -190,10 +193,12 @@ def _machine() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = ""
     found["cuda"] = str(torch.version.cuda)
-    # A working copy changes without its version.
-    sources = sorted(Path(kernels_package.__path__[0]).rglob("*.py"))
-    text = b"".join(source.read_bytes() for source in sources)
-    return found | {"sources": hashlib.sha256(text).hexdigest()[:16]}
+    return found | {"sources": _digest(sorted(Path(kernels_package.__path__[0]).rglob("*.py")))}
+
+
+def _digest(sources: Iterable[Path]) -> str:
+    """Return what tells sources apart: a working copy changes without its version."""
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
 def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:

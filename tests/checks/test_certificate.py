@@ -71,6 +71,13 @@ def test_another_version_of_anything_takes_another_certificate(folder, monkeypat
             assert subject("right").key != before
 
 
+def test_another_source_of_the_backend_takes_another_certificate(folder):
+    before = subject("right").key
+    with (folder / "backends_on_trial.py").open("a") as source:
+        source.write("# another\n")
+    assert subject("right").key != before
+
+
 def test_processes_that_start_at_once_examine_once(folder):
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda _: certificate.obtain(subject("right"), seconds=LONG), "ab"))
