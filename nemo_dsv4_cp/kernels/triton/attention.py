@@ -73,7 +73,8 @@ def attend_op(
         out, raw, entries, sinks, ranges, selected, out, lse, length, heads, raw.shape[1],
         entries.shape[1], 0 if selected is None else selected.shape[-1], ranges.shape[0],
         scale * LOG2E.value, D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys,
-        SELECTED=selected is not None, num_warps=tile.warps, num_stages=tile.stages,
+        SELECTED=selected is not None, BRANCH=tile.branch, num_warps=tile.warps,
+        num_stages=tile.stages_of(selected),
     )  # fmt: skip
     rotate_(out, cos, sin, sign=-1.0)
     return out.view(batch, length, groups, -1), lse

@@ -50,7 +50,11 @@ class Tile:
         keys: Keys per step.
         columns: Columns of the head dim per program; 0 for all.
         warps: Warps per program.
-        stages: Steps whose loads are in flight.
+        stages: Triton's ``num_stages``: 1 + s copy s steps ahead, and 1 + 2 s where the place of a
+            step's keys is loaded too, for each of both loads gets half of them. In the PTX of a
+            step, ``cp.async.wait_group`` above 0 shows copies in flight during its products.
+        selected_stages: The same where keys are selected, if that differs.
+        branch: Keep softmax in a branch, see ``attention_forward``.
     """
 
     heads: int
@@ -58,13 +62,19 @@ class Tile:
     columns: int
     warps: int
     stages: int
+    selected_stages: int | None = None
+    branch: bool = False
+
+    def stages_of(self, selected: torch.Tensor | None) -> int:
+        """Return ``num_stages`` of a kernel for selected keys, or for None of them."""
+        return self.stages if selected is None else self.selected_stages or self.stages
 
 
 FORWARD = {
     FLOAT32: Tile(heads=16, keys=16, columns=0, warps=8, stages=2),
     80: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
-    90: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
-    100: Tile(heads=64, keys=32, columns=0, warps=8, stages=2),
+    90: Tile(heads=64, keys=32, columns=0, warps=8, stages=3, selected_stages=5, branch=True),
+    100: Tile(heads=64, keys=32, columns=0, warps=8, stages=3),
 }
 
 # Queries and their outputs' gradients take 128 KiB of shared memory: few keys fit beside them.
