@@ -71,17 +71,36 @@ def ready_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _score_step(  # type: ignore[no-untyped-def]
-    q, do, keys, at, seen, col, log2_sum, d, p_to, ds_to, to, stored, scale, D: tl.constexpr
+def _entries_of(  # type: ignore[no-untyped-def]
+    selected, i, raw_steps, n_selected, step, KEYS: tl.constexpr, SELECTED: tl.constexpr
 ):
-    """Recompute p and ds of a step of keys [KEYS] and store them."""
-    k = tl.load(keys + at[:, None] * D + col, mask=seen[:, None] & (col < D), other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-    p = tl.where(seen[None, :], tl.exp2(s - log2_sum[:, None]), 0.0)
-    dp = tl.dot(do, tl.trans(k), input_precision="ieee")
-    ds = p * (dp - d[:, None]) * scale
-    tl.store(p_to + to, p.to(k.dtype), mask=stored)
-    tl.store(ds_to + to, ds.to(k.dtype), mask=stored)
+    """Return the entries selected for step ``i``: nothing of them where all are seen."""
+    if SELECTED:
+        slot = (i - raw_steps) * KEYS + step
+        return tl.load(selected + slot, mask=(slot >= 0) & (slot < n_selected), other=-1)
+    else:
+        return step
+
+
+@triton.jit
+def _keys_of(  # type: ignore[no-untyped-def]
+    raw, entries, picked, i, steps, raw_steps, raw_base, raw_first, raw_last, entry_base,
+    entry_first, entry_stop, step, col, D: tl.constexpr, KEYS: tl.constexpr,
+    SELECTED: tl.constexpr,
+):  # fmt: skip
+    """Load the keys of step ``i``, zeros where its query sees none."""
+    of_window = i < raw_steps
+    slot = tl.where(of_window, i, i - raw_steps) * KEYS + step
+    if SELECTED:
+        at = tl.where(of_window, raw_base + slot, picked)
+        seen = tl.where(of_window, (at >= raw_first) & (at <= raw_last), at >= 0)
+    else:
+        at = tl.where(of_window, raw_base, entry_base) + slot
+        seen = at >= tl.where(of_window, raw_first, entry_first)
+        seen &= at < tl.where(of_window, raw_last + 1, entry_stop)
+    seen &= i < steps
+    keys = tl.where(of_window, raw, entries)
+    return tl.load(keys + at[:, None] * D + col, mask=seen[:, None] & (col < D), other=0.0)
 
 
 @triton.jit(do_not_specialize=COUNTERS)
@@ -99,10 +118,14 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, BLOCK_D)[None, :]
     here = head < n_heads
-    inside = here[:, None] & (col < D)
-    of_head = head[:, None] * D + col
-    x = tl.load(q + token * n_heads * D + of_head, mask=inside, other=0.0)
-    g = tl.load(do + place * n_heads * D + of_head, mask=inside, other=0.0)
+    # Rows of one product, q of eight heads and then their do: a thread of a tensor core's warp holds
+    # rows eight apart, and so s and do . k of the same heads and keys.
+    nth = tl.arange(0, 2 * HEADS)
+    of_head = tl.program_id(1) * HEADS + nth // 16 * 8 + nth % 8
+    at_head = of_head[:, None] * D + col
+    of_q, of_do = q + token * n_heads * D + at_head, do + place * n_heads * D + at_head
+    inside = (of_head < n_heads)[:, None] & (col < D)
+    x = tl.load(tl.where((nth // 8 % 2 == 0)[:, None], of_q, of_do), mask=inside, other=0.0)
     log2_sum = tl.load(lse + token * n_heads + head, mask=here, other=0.0) * LOG2E
     d = tl.load(delta + token * n_heads + head, mask=here, other=0.0)
     sees = ranges + ((row % range_rows) * n_queries + query) * 4
@@ -116,37 +139,50 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     ds_entries += place * n_heads * entry_slots
 
     step = tl.arange(0, KEYS)
-    base = raw_first // ALIGNED * ALIGNED
-    to = head[:, None] * raw_slots + step[None, :]
-    for slot in range(0, raw_slots, KEYS):
-        at = base + slot + step
-        seen = (at >= raw_first) & (at <= raw_last)
-        _score_step(
-            x, g, raw, at, seen, col, log2_sum, d,
-            p_raw + slot, ds_raw + slot, to, here[:, None], scale, D,
-        )  # fmt: skip
-    to = head[:, None] * entry_slots + step[None, :]
+    raw_base, raw_steps = raw_first // ALIGNED * ALIGNED, raw_slots // KEYS
     if SELECTED:
         selected += token * n_selected
-        for slot in range(0, tl.minimum(entry_stop - entry_first, n_selected), KEYS):
-            at = tl.load(selected + slot + step, mask=slot + step < n_selected, other=-1)
-            _score_step(
-                x, g, entries, at, at >= 0, col, log2_sum, d,
-                p_entries + slot, ds_entries + slot, to, here[:, None], scale, D,
-            )  # fmt: skip
+        base = 0
+        n_slots = tl.minimum(entry_stop - entry_first, n_selected)
+        low, high = 0, n_slots
     else:
         base = entry_first // ALIGNED * ALIGNED
         p_entries += base - entry_base
         ds_entries += base - entry_base
         # Whole blocks: what a block of keys reads, it finds written.
-        stop = (entry_stop + ALIGNED - 1) // ALIGNED * ALIGNED
-        for slot in range(0, stop - base, KEYS):
-            at = base + slot + step
-            seen = (at >= entry_first) & (at < entry_stop)
-            _score_step(
-                x, g, entries, at, seen, col, log2_sum, d,
-                p_entries + slot, ds_entries + slot, to, here[:, None], scale, D,
-            )  # fmt: skip
+        n_slots = tl.cdiv(entry_stop, ALIGNED) * ALIGNED - base
+        low, high = entry_first - base, entry_stop - base
+    steps = raw_steps + tl.cdiv(tl.maximum(n_slots, 0), KEYS)
+    # The keys of step i + 1 are loaded before the products of step i, in registers: in SASS, LDG
+    # before HGMMA. Their places, where loaded too, leave after the products, or registers spill.
+    picked = _entries_of(selected, 0, raw_steps, n_selected, step, KEYS, SELECTED)
+    ahead = _keys_of(
+        raw, entries, picked, 0, steps, raw_steps, raw_base, raw_first, raw_last, base,
+        entry_first, entry_stop, step, col, D, KEYS, SELECTED,
+    )  # fmt: skip
+    picked = _entries_of(selected, 1, raw_steps, n_selected, step, KEYS, SELECTED)
+    for i in range(0, steps):
+        k = ahead
+        ahead = _keys_of(
+            raw, entries, picked, i + 1, steps, raw_steps, raw_base, raw_first, raw_last, base,
+            entry_first, entry_stop, step, col, D, KEYS, SELECTED,
+        )  # fmt: skip
+        of_window = i < raw_steps
+        slot = tl.where(of_window, i, i - raw_steps) * KEYS
+        begins = tl.where(of_window, raw_first - raw_base, low) - slot
+        ends = tl.where(of_window, raw_last + 1 - raw_base, high) - slot
+        seen = ((step >= begins) & (step < ends))[None, :]
+        both = tl.dot(x, tl.trans(k), input_precision="ieee")
+        picked = _entries_of(selected, i + 2, raw_steps, n_selected, step, KEYS, SELECTED)
+        both = tl.permute(tl.reshape(both, (HEADS // 8, 2, 8, KEYS)), (0, 2, 3, 1))
+        s, dp = tl.split(both)
+        s, dp = tl.reshape(s, (HEADS, KEYS)), tl.reshape(dp, (HEADS, KEYS))
+        p = tl.where(seen, tl.exp2(s * (scale * LOG2E) - log2_sum[:, None]), 0.0)
+        ds = p * (dp - d[:, None]) * scale
+        slots = tl.where(of_window, raw_slots, entry_slots)
+        to = head[:, None] * slots + (slot + step)[None, :]
+        tl.store(tl.where(of_window, p_raw, p_entries) + to, p.to(k.dtype), mask=here[:, None])
+        tl.store(tl.where(of_window, ds_raw, ds_entries) + to, ds.to(k.dtype), mask=here[:, None])
 
 
 @triton.jit
