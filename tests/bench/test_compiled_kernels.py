@@ -27,6 +27,7 @@ OTHERS = {
     "norm_rotate_backward_kernel",
     "rotate_kernel",
     "ready_kernel",
+    "sum_parts_kernel",
     "top_k_kernel",
 }
 

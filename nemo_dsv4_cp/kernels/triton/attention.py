@@ -3,7 +3,8 @@
 
 Forward norms and rotates the queries into the memory of the output, attends there and rotates
 back: three launches. Backward goes through chunks of queries whose probabilities fit the workspace,
-four launches each, or five: few, and each large.
+four launches each, or five where entries are selected or their gradients summed in parts: few, and
+each large.
 """
 
 # B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K selected entries
@@ -25,6 +26,7 @@ from nemo_dsv4_cp.kernels.triton.attention_backward import (
     ready_kernel,
     scores_kernel,
     selected_kernel,
+    sum_parts_kernel,
 )
 from nemo_dsv4_cp.kernels.triton.attention_forward import LOG2E, forward_kernel
 from nemo_dsv4_cp.kernels.triton.chunks import Chunk, chunks_of, in_blocks, raw_slots
@@ -126,17 +128,10 @@ def attend_backward_op(
             D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED,
             SELECTED=selected is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        tile = tiles.of(tiles.KEYS_GRAD, x)
-        columns = min(tile.columns, block_d)
-        raw_blocks = in_blocks(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
         entry_blocks = 0 if selected is not None else entry_slots // tiles.ALIGNED
-        keys_kernel[raw_blocks + entry_blocks, triton.cdiv(width, columns), batch](
-            grad_x, do, *of_raw, *of_entries, ranges, grad_raw, grad_entries,
-            chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], slots, entry_slots,
-            raw_blocks, chunk.raw_begin // tiles.ALIGNED * tiles.ALIGNED, first_entry,
-            ranges.shape[0], D=width, HEADS=min(tile.heads, padded(heads)), ALIGNED=tiles.ALIGNED,
-            COLUMNS=columns, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        _sum_keys(
+            grad_x, do, of_raw, of_entries, ranges, grad_raw, grad_entries, chunk, entry_blocks
+        )
         if selected is not None and n_selected and chunk.entry_end > chunk.entry_begin:
             _sum_selected(grad_x, do, of_entries, ranges, grad_entries, chunk, selected, in_order)
         tile = tiles.of(tiles.QUERIES_GRAD, x)
@@ -158,6 +153,34 @@ def attend_backward_op(
         grad_entries.to(entries.dtype, copy=False),
         of_sinks.sum(dim=(0, 1)).to(sinks.dtype),
     )
+
+
+def _sum_keys(
+    q: torch.Tensor, do: torch.Tensor, of_raw: torch.Tensor, of_entries: torch.Tensor,
+    ranges: torch.Tensor, grad_raw: torch.Tensor, grad_entries: torch.Tensor, chunk: Chunk,
+    entry_blocks: int,
+) -> None:  # fmt: skip
+    """Add what a chunk gives to raw keys, and to entries in blocks."""
+    (batch, rows, heads, width), n_entries = do.shape, grad_entries.shape[1]
+    tile, parts, entry_slots = tiles.of(tiles.KEYS_GRAD, q), chunk.parts, of_entries.shape[-1]
+    columns = min(tile.columns, padded(width))
+    raw_blocks = in_blocks(chunk.raw_begin, chunk.raw_end) // tiles.ALIGNED
+    first_entry = chunk.entry_begin // tiles.ALIGNED * tiles.ALIGNED
+    partial = grad_entries
+    if parts > 1:
+        partial = grad_entries.new_empty(batch, parts, entry_slots, width)
+    keys_kernel[raw_blocks + entry_blocks * parts, triton.cdiv(width, columns), batch](
+        q, do, *of_raw, *of_entries, ranges, grad_raw, grad_entries, partial, chunk.begin, rows,
+        ranges.shape[1], heads, grad_raw.shape[1], n_entries, of_raw.shape[-1], entry_slots,
+        raw_blocks, chunk.raw_begin // tiles.ALIGNED * tiles.ALIGNED, first_entry, parts,
+        ranges.shape[0], D=width, HEADS=min(tile.heads, padded(heads)), ALIGNED=tiles.ALIGNED,
+        COLUMNS=columns, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if parts > 1:
+        sum_parts_kernel[triton.cdiv(entry_slots, HEADS), batch](
+            partial, grad_entries, n_entries, first_entry, parts, entry_slots,
+            D=width, BLOCK_D=padded(width), ROWS=HEADS,
+        )  # fmt: skip
 
 
 def _sum_selected(

@@ -7,13 +7,14 @@ With p_j = exp(s_j) / Z, do the output's gradient, rotated as the queries are:
     dq = sum_j ds_j k_j,   dk_j = sum over queries and heads of ds_j q + p_j do
     dsink = - sum over queries of exp(sink) / Z delta
 
-It must equal ``kernels/reference/attention.py``. Five kernels: ``ready`` makes q and do of the
+It must equal ``kernels/reference/attention.py``. The kernels: ``ready`` makes q and do of the
 chunk, q in the memory of dq; ``scores`` recomputes p and ds and stores both in the keys' dtype;
-``keys`` sums the gradient of a block of keys over the queries that see it, in order; ``selected``
-instead adds each query's contributions to its selected entries, by atomics, or writes them out for
-a sum in order; ``queries`` sums dq, and comes last. A kernel that recomputes p and ds beside
-[64, 512] sums spills, or multiplies twice: stored for a chunk, they cost 4 bytes per (query, head,
-key) and leave plain products.
+``keys`` sums the gradient of a block of keys over the queries that see it, in order, and of entries
+in parts where few blocks would leave most of a GPU idle; ``sum_parts`` adds those in order, so that
+each run gives the same bits; ``selected`` instead adds each query's contributions to its selected
+entries, by atomics, or writes them out for a sum in order; ``queries`` sums dq, and comes last. A
+kernel that recomputes p and ds beside [64, 512] sums spills, or multiplies twice: stored for a
+chunk, they cost 4 bytes per (query, head, key) and leave plain products.
 
 Stored keys stand in blocks of ``ALIGNED`` rows: slot 0 of a query's window is the multiple of
 ``ALIGNED`` at or before its first raw key, slot 0 of the entries that of the chunk's first.
@@ -118,8 +119,8 @@ def scores_kernel(  # type: ignore[no-untyped-def]
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     col = tl.arange(0, BLOCK_D)[None, :]
     here = head < n_heads
-    # Rows of one product, q of eight heads and then their do: a thread of a tensor core's warp holds
-    # rows eight apart, and so s and do . k of the same heads and keys.
+    # Rows of one product, q of eight heads and then their do: a thread holds rows eight apart of
+    # what a tensor core returns, and so s and do . k of the same heads and keys.
     nth = tl.arange(0, 2 * HEADS)
     of_head = tl.program_id(1) * HEADS + nth // 16 * 8 + nth % 8
     at_head = of_head[:, None] * D + col
@@ -278,21 +279,24 @@ def _sum_over_queries(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=COUNTERS)
 def keys_kernel(  # type: ignore[no-untyped-def]
-    q, do, p_raw, ds_raw, p_entries, ds_entries, ranges, grad_raw, grad_entries, begin, n_chunk,
-    n_queries, n_heads, n_raw, n_entries, raw_slots, entry_slots, raw_blocks, raw_base, entry_base,
-    range_rows,
+    q, do, p_raw, ds_raw, p_entries, ds_entries, ranges, grad_raw, grad_entries, partial, begin,
+    n_chunk, n_queries, n_heads, n_raw, n_entries, raw_slots, entry_slots, raw_blocks, raw_base,
+    entry_base, parts, range_rows,
     D: tl.constexpr, HEADS: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of keys, D / COLUMNS, B): adds to float32 [B, T, D] and [B, P, D].
 
-    The first ``raw_blocks`` are of raw keys, the others of entries.
+    The first ``raw_blocks`` are of raw keys, the others of entries: ``parts`` programs for each
+    block, with an equal share of the queries; several write to ``partial`` [B, parts, slots, D].
     """
     row = tl.program_id(2).to(tl.int64)
     raws = tl.program_id(0) < raw_blocks
     p, ds = tl.where(raws, p_raw, p_entries), tl.where(raws, ds_raw, ds_entries)
     grad = tl.where(raws, grad_raw, grad_entries)
     n_keys, n_slots = tl.where(raws, n_raw, n_entries), tl.where(raws, raw_slots, entry_slots)
-    nth = tl.where(raws, tl.program_id(0), tl.program_id(0) - raw_blocks)
+    beyond = tl.program_id(0) - raw_blocks
+    nth = tl.where(raws, tl.program_id(0), beyond // parts)
+    part, shares = tl.where(raws, 0, beyond % parts), tl.where(raws, 1, parts)
     block = tl.where(raws, raw_base, entry_base) + nth * ALIGNED
     key = block + tl.arange(0, ALIGNED)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -302,6 +306,9 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     ends, starts = tl.where(raws, 1, 3), tl.where(raws, 0, 2)
     low = _first_above(ranges, ends, tl.where(raws, block - 1, block), begin, end)
     high = _first_above(ranges, starts, block + ALIGNED - 1, begin, end)
+    share = tl.cdiv(tl.maximum(high - low, 0), shares)
+    low = tl.minimum(low + part * share, high)
+    high = tl.minimum(low + share, high)
     acc = tl.zeros((ALIGNED, COLUMNS), tl.float32)
     # One product per loop: Triton 3.4 to 3.8 miscompiles two that share an accumulator, on sm_100.
     in_chunk = row * n_chunk - begin
@@ -313,10 +320,33 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         p, do, in_chunk, acc, low, high, ranges, raws, entry_base, block, in_chunk, n_slots,
         n_heads, col, D, HEADS, ALIGNED,
     )  # fmt: skip
-    at = (row * n_keys + key[:, None]) * D + col
-    inside = (key[:, None] < n_keys) & (col < D)
-    acc += tl.load(grad + at, mask=inside, other=0.0)
-    tl.store(grad + at, acc, mask=inside)
+    whole = shares == 1
+    slots = (tl.num_programs(0) - raw_blocks) // parts * ALIGNED
+    of_partial = (row * parts + part) * slots + nth * ALIGNED + tl.arange(0, ALIGNED)
+    at = tl.where(whole, row * n_keys + key, of_partial)[:, None] * D + col
+    inside = ((key < n_keys) | (whole == 0))[:, None] & (col < D)
+    to = tl.where(whole, grad, partial)
+    acc += tl.load(to + at, mask=inside & whole, other=0.0)
+    tl.store(to + at, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=COUNTERS)
+def sum_parts_kernel(  # type: ignore[no-untyped-def]
+    partial, grad, n_entries, entry_base, parts, n_slots,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid (slots / ROWS, B): adds the parts of entries from ``entry_base`` on to [B, P, D]."""
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK_D)[None, :]
+    entry = entry_base + slot
+    inside = (slot < n_slots) & (entry < n_entries) & (col < D)
+    acc = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    for part in range(0, parts):
+        of_part = (row * parts + part) * n_slots + slot
+        acc += tl.load(partial + of_part * D + col, mask=inside, other=0.0)
+    to = grad + (row * n_entries + entry) * D + col
+    tl.store(to, tl.load(to, mask=inside, other=0.0) + acc, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTERS)

@@ -114,6 +114,10 @@ def backward_cost(
             read += 2 * queries
         read += of_entries + 4 * entry_rows
         written += 4 * entry_rows
+        if chunk.parts > 1:  # written by keys, read by sum_parts
+            launches += 1
+            parts = 4 * batch * chunk.parts * chunk.entry_slots(None) * width
+            read, written = read + parts, written + parts
     # The norm's backward in place, and the sum of the sinks' gradients, one per log Z.
     launches += 2 + (sinks.element_size() != 4)
     read, written = read + _bytes(x, x) + 2 * _bytes(lse), written + _bytes(x) + 2 * _bytes(lse)

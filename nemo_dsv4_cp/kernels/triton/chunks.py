@@ -2,14 +2,15 @@
 """Cuts queries into chunks whose stored numbers fit the workspace.
 
 Backward of attention stores, of each query and head of a chunk, the rotated output gradient, and p
-and ds of its keys in whole blocks of ``tiles.ALIGNED``. Top-k selection stores scores and the
-maxima of their groups. Operations take chunks as plain integers.
+and ds of its keys in whole blocks of ``tiles.ALIGNED``. It may sum the gradient of a block of
+entries in parts, each over some of the queries: few blocks would leave most of a GPU idle. Top-k
+selection stores scores and the maxima of their groups. Operations take chunks as plain integers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from nemo_dsv4_cp.kernels.triton import tiles
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
@@ -20,7 +21,10 @@ GROUP = 32
 
 @dataclass(frozen=True)
 class Chunk:
-    """Queries [begin, end), the keys that they see between them, and entries one by one."""
+    """Queries [begin, end), the keys that they see between them, and entries one by one.
+
+    The gradients of all entries are summed in ``parts``.
+    """
 
     begin: int
     end: int
@@ -29,6 +33,7 @@ class Chunk:
     entry_begin: int
     entry_end: int
     seen: int
+    parts: int = 1
 
     def entry_slots(self, n_selected: int | None) -> int:
         """Return for how many entries p and ds are stored: K, or None for all that are seen."""
@@ -49,6 +54,10 @@ class Chunk:
 
 _FIELDS = len(fields(Chunk))
 
+_MOST_PARTS = 8
+_QUERIES_PER_PART = 16
+"""The least: parts then take at most half of what p and ds do."""
+
 
 def cut(
     plan: AttentionPlan,
@@ -56,6 +65,7 @@ def cut(
     *,
     batch: int,
     workspace_bytes: int,
+    parts: Callable[[Chunk], int] = lambda _: 1,
 ) -> list[Chunk]:
     """Cut the queries so that what is stored of a chunk fits the workspace, one query at least."""
     chunks: list[Chunk] = []
@@ -69,6 +79,7 @@ def cut(
             chunk = Chunk(
                 begin, begin + rows, raw.start, raw.stop, entries.start, entries.stop, seen
             )
+            chunk = replace(chunk, parts=parts(chunk))
             fitting = max(1, workspace_bytes // max(1, batch * bytes_per_query(chunk)))
             if rows <= fitting:
                 break
@@ -82,26 +93,35 @@ def cut(
 def backward_chunks(
     plan: AttentionPlan, *,
     batch: int, heads: int, width: int, n_selected: int | None, itemsize: int, in_order: bool,
-    workspace_bytes: int,
+    workspace_bytes: int, multiprocessors: int,
 ) -> list[int]:  # fmt: skip
     """Return the chunks of attention's backward, :class:`Chunk` after :class:`Chunk` as integers.
 
     ``in_order``: whether the contributions to selected entries are stored too, in float32.
+    ``multiprocessors``: of the GPU, which as many blocks of entries keep busy.
     """
 
     def stored(chunk: Chunk) -> int:
         return backward_bytes(chunk, heads, width, plan.window, n_selected, itemsize, in_order)
 
-    return _numbers(cut(plan, stored, batch=batch, workspace_bytes=workspace_bytes))
+    def parts(chunk: Chunk) -> int:
+        blocks = 0 if n_selected is not None else chunk.entry_slots(None) // tiles.ALIGNED
+        most = min(_MOST_PARTS, (chunk.end - chunk.begin) // _QUERIES_PER_PART)
+        return max(1, min(most, multiprocessors // (batch * blocks))) if blocks else 1
+
+    return _numbers(cut(plan, stored, batch=batch, workspace_bytes=workspace_bytes, parts=parts))
 
 
 def backward_bytes(
     chunk: Chunk, heads: int, width: int, window: int, n_selected: int | None, itemsize: int,
     in_order: bool,
 ) -> int:  # fmt: skip
-    """Return what backward stores of a query: do, p, ds, and each selected entry's part."""
+    """Return what backward stores of a query: do, p, ds, and a share of float32 sums."""
     slots = raw_slots(window) + chunk.entry_slots(n_selected)
     sums = (n_selected or 0) * width * 4 if in_order else 0
+    if chunk.parts > 1:
+        entries = chunk.parts * chunk.entry_slots(None)
+        sums += -(-entries * width * 4 // (chunk.end - chunk.begin))
     return heads * (width + 2 * slots) * itemsize + sums
 
 

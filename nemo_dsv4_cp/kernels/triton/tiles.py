@@ -34,6 +34,7 @@ COUNTERS = (
     "n_raw",
     "n_entries",
     "raw_blocks",
+    "parts",
     "first_query",
     "first_entry",
     "n_rows",

@@ -53,6 +53,7 @@ class TritonKernels(TorchKernels):
         """
         _check_device()
         super().__init__(workspace_bytes=workspace_bytes)
+        self.multiprocessors = _multiprocessors()
 
     # Each operation makes few calls, for every layer runs it in every forward. What all layers of a
     # step share is made once, under a key that holds all that it depends on.
@@ -112,6 +113,7 @@ class TritonKernels(TorchKernels):
             "itemsize": q.element_size(),
             "in_order": torch.are_deterministic_algorithms_enabled(),
             "workspace_bytes": self.workspace_bytes,
+            "multiprocessors": self.multiprocessors,
         }
         ranges, chunks = plan.queries.once(
             ("attention", plan.window, plan.ratio, q.device, *sizes.values()),
@@ -159,6 +161,13 @@ def _check_device() -> None:
             f"memory per block, and {torch.cuda.get_device_name()} has {shared >> 10}; set "
             "context_parallel.kernels: torch"
         )
+
+
+def _multiprocessors() -> int:
+    """Return how many the current CUDA device has, an H100's number without one."""
+    if not torch.cuda.is_available():
+        return 132
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
 
 
 def _shared_memory() -> int:

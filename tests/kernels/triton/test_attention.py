@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.kernels.triton import TritonKernels
+from nemo_dsv4_cp.kernels.triton import TritonKernels, chunks
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
@@ -109,6 +109,28 @@ def test_the_deterministic_path_sums_the_same(case):
         )
     finally:
         torch.use_deterministic_algorithms(False)
+    assert_same(mine, expected)
+    assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
+
+
+def test_entries_summed_in_parts_have_the_torch_paths_gradient_to_the_same_bits(monkeypatch):
+    # Queries of two documents see two blocks of entries, each in five parts.
+    monkeypatch.setattr(chunks, "_QUERIES_PER_PART", 2)
+    starts = torch.tensor([[0, 75], [0, 80]])
+    layout = SequenceLayout.of_documents(starts, 10, cp_rank=7, cp_size=8)
+    plan = AttentionPlan(Queries.own(layout), 3, 1)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [random(generator, *shape) for shape in [(2, 10, 3, 16), (2, 12, 16), (2, 80, 16)]]
+    tensors.append(random(generator, 3))
+    angles = random(generator, 2, 10, 2).repeat(1, 1, 2)
+    options = {"plan": plan, "scale": 0.25, "eps": 1e-6, "groups": 1}
+    expected, mine, again = (
+        with_gradients(kernels, tensors, None, (angles.cos(), angles.sin()), **options)
+        for kernels in (
+            TorchKernels(workspace_bytes=1 << 20),
+            *(TritonKernels(workspace_bytes=1 << 20) for _ in range(2)),
+        )
+    )
     assert_same(mine, expected)
     assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
 
