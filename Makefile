@@ -49,11 +49,15 @@ test-all: test
 		tests/kernels/triton
 	$(MAKE) $(OTHER_RELEASES:%=test-briefly-%)
 
-# Binaries of every kernel, dtype and architecture, by every supported Triton, none of them run.
+# Binaries of every kernel, dtype and architecture by every supported Triton, which nothing runs;
+# then kernels interpreted, with every access checked.
 TRITONS := 3.4.0 3.6.0 3.9.0
 test-kernels: $(INSTALLED) $(TRITONS:%=.triton/%/.installed)
 	$(BIN)/python -m pytest tests/bench/test_compiled_kernels.py tests/bench/test_inner_loops.py \
 		tests/bench/test_binaries.py tests/kernels/test_devices.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_memory.py \
+		tests/kernels/triton/test_sanitizer.py tests/kernels/triton/test_attention.py \
+		tests/kernels/triton/test_selection.py
 	$(MAKE) $(TRITONS:%=test-binaries-%)
 
 test-binaries-%: .triton/%/.installed
