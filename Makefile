@@ -19,7 +19,7 @@ help:
 	@echo "make test-all   make test, then all tests with new random cases, the slow ones too,"
 	@echo "                and short tests with every other supported AutoModel"
 	@echo "make test-kernels   the Triton kernels compiled with every supported Triton and linted, and"
-	@echo "                interpreted with poisoned memory: 30 minutes"
+	@echo "                interpreted with poisoned memory: 15 minutes"
 	@echo "make test-faults   ranks that are killed, stopped or raise errors; resuming at other sizes: 20 minutes"
 	@echo "make test-soak   resource leak checks over 500 steps, and two trainings in one process: 20 minutes"
 	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 25 minutes"
@@ -53,7 +53,7 @@ test-all: test
 # then kernels interpreted, with every access checked.
 TRITONS := 3.4.0 3.6.0 3.9.0
 test-kernels: $(INSTALLED) $(TRITONS:%=.triton/%/.installed)
-	$(BIN)/python -m pytest tests/bench/test_compiled_kernels.py tests/bench/test_inner_loops.py \
+	$(BIN)/python -m pytest -n 2 tests/bench/test_compiled_kernels.py tests/bench/test_inner_loops.py \
 		tests/bench/test_binaries.py tests/kernels/test_devices.py
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_memory.py \
 		tests/kernels/triton/test_sanitizer.py tests/kernels/triton/test_attention.py \
@@ -61,7 +61,7 @@ test-kernels: $(INSTALLED) $(TRITONS:%=.triton/%/.installed)
 	$(MAKE) $(TRITONS:%=test-binaries-%)
 
 test-binaries-%: .triton/%/.installed
-	PYTHONPATH=.triton/$* $(BIN)/python -m pytest -m slow tests/bench/test_compiled_kernels.py
+	PYTHONPATH=.triton/$* $(BIN)/python -m pytest -n 2 -m slow tests/bench/test_compiled_kernels.py
 
 .PRECIOUS: .triton/%/.installed
 .triton/%/.installed: $(INSTALLED)
