@@ -26,6 +26,7 @@ OTHERS = {
     "norm_rotate_backward_kernel",
     "rotate_kernel",
     "ready_kernel",
+    "sum_parts_kernel",
     "top_k_kernel",
 }
 SHORT = [("bf16", 90, ["v4_flash"]), ("bf16", 100, ["v4_flash"])]
