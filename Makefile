@@ -11,13 +11,15 @@ NEEDED_GIB := 5
 PIP_INSTALL := -m pip install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-all gpu test-faults test-soak test-recipes test-automodels test-torch refusals lint clean
+.PHONY: help demo test test-all gpu test-kernels test-faults test-soak test-recipes test-automodels test-torch refusals lint clean
 
 help:
 	@echo "make demo   train a tiny DeepSeek-V4 on the CPU with context parallelism and without"
 	@echo "make test   lint, then all tests except the slow ones, with fixed random seeds"
 	@echo "make test-all   make test, then all tests with new random cases, the slow ones too,"
 	@echo "                and short tests with every other supported AutoModel"
+	@echo "make test-kernels   the Triton kernels compiled with every supported Triton and linted, and"
+	@echo "                interpreted with poisoned memory: 15 minutes"
 	@echo "make test-faults   ranks that are killed, stopped or raise errors; resuming at other sizes: 20 minutes"
 	@echo "make test-soak   resource leak checks over 500 steps, and two trainings in one process: 20 minutes"
 	@echo "make test-recipes   every pair of recipe options, and docs/support.md's table of them: 25 minutes"
@@ -46,6 +48,27 @@ test-all: test
 	HYPOTHESIS_PROFILE=random TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_FILES_AT_A_TIME) \
 		tests/kernels/triton
 	$(MAKE) $(OTHER_RELEASES:%=test-briefly-%)
+
+# Binaries of every kernel, dtype and architecture by every supported Triton, which nothing runs;
+# then kernels interpreted, with every access checked.
+TRITONS := 3.4.0 3.6.0 3.9.0
+test-kernels: $(INSTALLED) $(TRITONS:%=.triton/%/.installed)
+	$(BIN)/python -m pytest -n 2 tests/bench/test_compiled_kernels.py tests/bench/test_inner_loops.py \
+		tests/bench/test_binaries.py tests/kernels/test_devices.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/triton/test_memory.py \
+		tests/kernels/triton/test_sanitizer.py tests/kernels/triton/test_attention.py \
+		tests/kernels/triton/test_selection.py
+	$(MAKE) $(TRITONS:%=test-binaries-%)
+
+test-binaries-%: .triton/%/.installed
+	PYTHONPATH=.triton/$* $(BIN)/python -m pytest -n 2 -m slow tests/bench/test_compiled_kernels.py
+
+.PRECIOUS: .triton/%/.installed
+.triton/%/.installed: $(INSTALLED)
+	@echo "Installing triton $* into .triton/$*, beside that of $(VENV): 0.6 GB."
+	rm -rf .triton/$*
+	$(BIN)/python $(PIP_INSTALL) --no-deps --target .triton/$* triton==$*
+	@touch $@
 
 # Killing, stopping and resuming whole runs of AutoModel's CLI, one after the other.
 test-faults: $(INSTALLED)
@@ -159,4 +182,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .releases .torch build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .releases .torch .triton build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -116,6 +116,58 @@ their keys: FlashMLA's sparse forward is published with 640 TFLOP/s on H800 (0.6
 cuDNN's sparse backward with 500 to 690 on B200 (0.22 to 0.31). The shares here are a guess for the
 Triton kernels of this package, which were not measured on any of these GPUs."""
 
+KIB = 1 << 10
+
+SHARED_MEMORY = {
+    80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB,
+    120: 99 * KIB,
+}  # fmt: skip
+"""Bytes of shared memory that a block may have, by capability times 10 (CUDA programming guide)."""
+
+
+@dataclass(frozen=True)
+class Multiprocessors:
+    """The SMs of one GPU, for models of a kernel's time.
+
+    Attributes:
+        gpu: Its entry of :data:`GPUS`.
+        count: How many.
+        products: Floating-point operations of dense bfloat16 products per cycle of one.
+        memory_gbs: GB/s of the GPU's memory, peak.
+        l2_bytes: Bytes that one reads of the L2 cache per cycle.
+        shared_bytes: Bytes that one reads or writes of its shared memory per cycle.
+        instructions: Instructions of warps that one issues per cycle.
+        registers: Of 32 bits.
+        threads: The most that it holds.
+    """
+
+    gpu: Gpu
+    count: int
+    products: int
+    memory_gbs: float
+    l2_bytes: float = 23.7
+    shared_bytes: int = 128
+    instructions: int = 4
+    registers: int = 65536
+    threads: int = 2048
+
+    @property
+    def cycles_per_second(self) -> float:
+        """The clock at which the GPU reaches its peak."""
+        return self.gpu.tflops * 1e12 / (self.count * self.products)
+
+
+_B200 = Multiprocessors(GPUS["b200"], 148, 8192, 8000)
+
+MULTIPROCESSORS = {
+    80: Multiprocessors(GPUS["a100"], 108, 2048, 2039),
+    90: Multiprocessors(GPUS["h100"], 132, 4096, 3350),
+    100: _B200,
+    103: _B200,
+}
+"""SMs by capability times 10: NVIDIA's architecture papers. An H100's SM was measured to read 23.7
+bytes per cycle of its L2; the others are assumed to read as many. A B300 is taken for a B200."""
+
 ASSUMED = GPUS["h100"]
 """Whose rates stand in for a GPU that the table lacks, and for a CPU."""
 

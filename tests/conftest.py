@@ -6,7 +6,12 @@ from hypothesis import settings
 from tests.examples import PROFILE
 from tests.ranks import RankPool, fork_ranks
 
-pytest_plugins = ["pytester", "tests.capabilities", "tests.recipes.results"]
+pytest_plugins = [
+    "pytester",
+    "tests.capabilities",
+    "tests.recipes.results",
+    "tests.bench.kernel_table",
+]
 
 # No deadline: a loaded machine is no error. By default every run draws the same examples.
 settings.register_profile("fixed", deadline=None, derandomize=True)

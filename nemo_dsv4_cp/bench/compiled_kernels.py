@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -12,67 +12,165 @@ from typing import Any
 
 import torch
 
+from nemo_dsv4_cp.bench.kernel_model import Estimate, estimate
+from nemo_dsv4_cp.gpus import SHARED_MEMORY
 from nemo_dsv4_cp.kernels.operations import attend, attention_tensors, selection
-from nemo_dsv4_cp.kernels.triton import TritonKernels
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.kernels.triton import TritonKernels, tiles
+from nemo_dsv4_cp.options import ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
-from nemo_dsv4_cp.tools.ahead import Specimen, compile_kernel, record
+from nemo_dsv4_cp.tools.ahead import Compiled, Launch, Specimen, compile_kernel, record
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
-ARCHITECTURES = (80, 90, 100)
-"""Capabilities of CUDA devices, times 10: A100; H100 and H200; B200."""
+ARCHITECTURES = tuple(n for n, most in SHARED_MEMORY.items() if most >= tiles.SHARED_MEMORY)
+"""Capabilities of CUDA devices that the kernels take, times 10: A100; H100, H200; B200; B300."""
 
-_SHARD = 64
-_WORKSPACE = 1 << 30
-_zeros = partial(torch.zeros, dtype=torch.bfloat16)
+REFUSED = tuple(n for n in SHARED_MEMORY if n not in ARCHITECTURES)
+"""Those whose blocks have too little shared memory: A40; L40S; RTX PRO 6000."""
 
-
-def _plan(sizes: Any, ratio: int, ranks: int) -> AttentionPlan:
-    layout = SequenceLayout(_SHARD, ranks - 1, ranks)
-    return AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
+FORWARD, BACKWARD, LONG_ROWS = "forward", "backward", "1M tokens"
+_WORKSPACE = ContextParallelOptions.workspace_mib << 20
 
 
-def _attention(sizes: Any, ratio: int) -> None:
-    """Run a layer's attention forward and backward on the last shard of 8K tokens."""
-    plan, rotary = _plan(sizes, ratio, 128), sizes.qk_rope_head_dim
-    q, raw, entries, _ = attention_tensors(sizes, plan, _zeros)
-    kernels = TritonKernels(workspace_bytes=_WORKSPACE)
-    raw = kernels.rotate(raw, (_zeros(1, raw.shape[1], rotary),) * 2)
-    selected = torch.zeros(1, _SHARD, sizes.index_topk, dtype=torch.int32) if ratio == 4 else None
-    sinks, rope = torch.zeros(sizes.num_attention_heads), (_zeros(1, _SHARD, rotary),) * 2
-    out = attend(kernels, sizes, plan, rope, selected, q.requires_grad_(), raw, entries, sinks)
-    out.backward(torch.zeros_like(out))
+@dataclass(frozen=True)
+class LayerPass:
+    """One pass of a layer on the last rank of 128K tokens on 8: its launches.
+
+    Attributes:
+        direction: ``"forward"`` or ``"backward"``; or ``"1M tokens"``, top-k selection alone on the
+            last of 64 ranks, whose rows are the longest.
+    """
+
+    ratio: int
+    direction: str
+    plan: AttentionPlan
+    launches: Sequence[Launch]
 
 
-def _selection(sizes: Any) -> None:
-    """Run top-k selection on the last shard of 1M tokens."""
-    rope = (_zeros(1, _SHARD, sizes.qk_rope_head_dim),) * 2
-    kernels = TritonKernels(workspace_bytes=_WORKSPACE)
-    selection(kernels, sizes, _plan(sizes, 4, 1 << 14), rope, _zeros)()
-
-
-def kernels_of(model: str, arch: int) -> list[Specimen]:
-    """Return the kernels that the layers of one of ``sizes.MODELS`` launch, each kind once.
+def passes_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[LayerPass]:
+    """Record what the layers of one of ``sizes.MODELS`` launch, forward and backward.
 
     Raises:
         RuntimeError: If triton is interpreting.
     """
     sizes = SimpleNamespace(**read_model_fields(model))
+    found = []
+    for ratio in (0, 4, 128):
+        plan = _plan(sizes, ratio, 131_072, 8)
+        found += record_layer(sizes, plan, arch, dtype)
+    plan = _plan(sizes, OVERLAP_RATIO, 1 << 20, 64)
+    launches = record(partial(_select, sizes, plan, dtype), arch)
+    return [*found, LayerPass(OVERLAP_RATIO, LONG_ROWS, plan, launches)]
+
+
+def _plan(sizes: Any, ratio: int, seq_len: int, ranks: int) -> AttentionPlan:
+    layout = SequenceLayout(seq_len // ranks, ranks - 1, ranks)
+    return AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
+
+
+def record_layer(sizes: Any, plan: AttentionPlan, arch: int, dtype: torch.dtype) -> list[LayerPass]:
+    """Record a layer's kernels, forward and backward, on tensors that nothing reads."""
+    outs: list[torch.Tensor] = []
+
+    def forward() -> None:
+        if plan.ratio == OVERLAP_RATIO:
+            _select(sizes, plan, dtype)
+        outs.append(_attend(sizes, plan, dtype))
+
+    def backward() -> None:
+        outs[0].backward(torch.empty_like(outs[0]))
+
+    launches = [record(forward, arch), record(backward, arch)]
+    directions = zip((FORWARD, BACKWARD), launches, strict=True)
+    return [LayerPass(plan.ratio, direction, plan, each) for direction, each in directions]
+
+
+def _attend(sizes: Any, plan: AttentionPlan, dtype: torch.dtype) -> torch.Tensor:
+    length, empty = plan.queries.layout.local_len, partial(torch.empty, dtype=dtype)
+    q, raw, entries, _ = attention_tensors(sizes, plan, empty)
+    kernels = TritonKernels(workspace_bytes=_WORKSPACE)
+    rotary, selected = sizes.qk_rope_head_dim, None
+    raw = kernels.rotate(raw, (empty(1, raw.shape[1], rotary),) * 2)
+    if plan.ratio == OVERLAP_RATIO:
+        n_selected = min(sizes.index_topk, entries.shape[1])
+        selected = torch.empty(1, length, n_selected, dtype=torch.int32)
+    sinks, rope = torch.empty(sizes.num_attention_heads), (empty(1, length, rotary),) * 2
+    return attend(kernels, sizes, plan, rope, selected, q.requires_grad_(), raw, entries, sinks)
+
+
+def _select(sizes: Any, plan: AttentionPlan, dtype: torch.dtype) -> None:
+    empty = partial(torch.empty, dtype=dtype)
+    rope = (empty(1, plan.queries.layout.local_len, sizes.qk_rope_head_dim),) * 2
+    selection(TritonKernels(workspace_bytes=_WORKSPACE), sizes, plan, rope, empty)()
+
+
+def kernels_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Specimen]:
+    """Return the kernels that the layers of one of ``sizes.MODELS`` launch, each kind once."""
     found: list[Specimen] = []
-    for run in (
-        *(partial(_attention, sizes, ratio) for ratio in (0, 4, 128)),
-        partial(_selection, sizes),
-    ):
-        found += [specimen for specimen in record(run, arch) if specimen not in found]
+    for each in passes_of(model, arch, dtype):
+        for launch in each.launches:
+            if launch.specimen not in found:
+                found.append(launch.specimen)
     return found
 
 
-def compile_all(models: Sequence[str], archs: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Compile the kernels of models for architectures, and yield what ``bench kernels`` prints."""
+@dataclass(frozen=True)
+class Modelled:
+    """A kernel of a model, compiled, with its time in each pass of a layer that launches it."""
+
+    model: str
+    compiled: Compiled
+    estimates: dict[tuple[int, str], Estimate]
+
+    @property
+    def longest(self) -> Estimate:
+        """Its time in the pass of 128K tokens where that is longest, or else of 1M."""
+        short = [each for (_, way), each in self.estimates.items() if way != LONG_ROWS]
+        return max(short or self.estimates.values(), key=lambda each: each.ms)
+
+
+def compile_all(models: Sequence[str], archs: Sequence[int]) -> Iterator[Modelled]:
+    """Compile the kernels of models for architectures, and model their time."""
     for model, arch in product(models, archs):
-        for specimen in kernels_of(model, arch):
-            compiled = asdict(compile_kernel(specimen, arch))
-            names = ("arch", "registers", "stack", "shared", "tensor_core")
-            row = {"kernel": compiled["kernel"], "model": model}
-            yield row | {name: compiled[name] for name in names}
+        sizes = SimpleNamespace(**read_model_fields(model))
+        passes = passes_of(model, arch)
+        specimens = [launch.specimen for each in passes for launch in each.launches]
+        for place, specimen in enumerate(specimens):
+            if specimen in specimens[:place]:
+                continue
+            compiled, estimates = compile_kernel(specimen, arch), {}
+            for each in passes:
+                of_it = [launch for launch in each.launches if launch.specimen == specimen]
+                if of_it:
+                    layer = each.ratio, each.direction
+                    estimates[layer] = estimate(compiled, of_it, each.plan, sizes)
+            yield Modelled(model, compiled, estimates)
+
+
+def figures(kernel: Modelled) -> dict[str, Any]:
+    """Return a row of ``bench kernels --json``."""
+    compiled = kernel.compiled
+    return {
+        "kernel": compiled.kernel,
+        "model": kernel.model,
+        "arch": compiled.arch,
+        "registers": compiled.registers,
+        "stack": compiled.stack,
+        "shared": compiled.shared,
+        "limit": SHARED_MEMORY[compiled.arch],
+        "tensor_core": compiled.tensor_core,
+        "issued_over_needed": compiled.issued_over_needed,
+        "modelled_ms": kernel.longest.ms,
+    }
+
+
+def layer_times(kernels: Sequence[Modelled]) -> dict[tuple[str, int, int, str], float]:
+    """Return the modelled ms of all kernels of a layer, by model, arch, ratio and direction."""
+    sums: dict[tuple[str, int, int, str], float] = {}
+    for kernel in kernels:
+        for (ratio, direction), each in kernel.estimates.items():
+            if direction != LONG_ROWS:
+                layer = kernel.model, kernel.compiled.arch, ratio, direction
+                sums[layer] = sums.get(layer, 0.0) + each.ms
+    return sums

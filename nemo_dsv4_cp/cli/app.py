@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the package: one sub-command a file."""
+"""The command line of the package: one sub-command a file, and ``bench`` two."""
 
 from __future__ import annotations
 
 import typer
 
-from nemo_dsv4_cp.cli import bench, compose, doctor, gpu_report, plan, verify
+from nemo_dsv4_cp.cli import bench, bench_kernels, compose, doctor, gpu_report, plan, verify
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command()(compose.compose)
@@ -13,6 +13,7 @@ app.command()(plan.plan)
 app.command()(verify.verify)
 app.command()(doctor.doctor)
 app.command()(gpu_report.gpu_report)
+bench.app.command()(bench_kernels.kernels)
 app.add_typer(bench.app, name="bench")
 
 

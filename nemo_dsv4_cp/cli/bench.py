@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``bench``: one attention layer of one rank, by AutoModel's path and every transport.
 
-``bytes``, ``memory``, ``launches`` and ``work`` profile it with fake tensors, and ``kernels``
-compiles its kernels, without a GPU; ``time``, ``overlap`` and ``operations`` measure this machine.
+``bytes``, ``memory``, ``launches`` and ``work`` profile it with fake tensors, without a GPU;
+``time``, ``overlap`` and ``operations`` measure this machine. ``kernels`` has a file of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nemo_dsv4_cp.cli.output import check_outputs, emit, progress, quiet, runnin
 from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
-from nemo_dsv4_cp.tools.sizes import GIB, MODELS, read_model_fields
+from nemo_dsv4_cp.tools.sizes import GIB, read_model_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it
     from nemo_dsv4_cp.bench.profiling import LayerProfile
@@ -245,44 +245,6 @@ def work(
         "last / first": lambda row: f"{row['last_over_first']:.3f}",
     }
     emit(figures, json_, table(title, figures, columns))
-
-
-@app.command()
-def kernels(
-    model: Annotated[
-        list[str], typer.Option("--model", help="v4_flash or v4_pro; may be repeated.")
-    ] = list(MODELS),  # noqa: B006
-    arch: Annotated[
-        list[int],
-        typer.Option("--arch", help="Capability times 10: 80, 90, 100; may be repeated."),
-    ] = [80, 90, 100],  # noqa: B006
-    json_: Json = None,
-) -> None:
-    """Compile the Triton kernels for GPUs, without one, and read their binaries.
-
-    Registers and stack are per thread, shared memory per program, in bytes; stack beyond a few
-    bytes is spilled registers.
-
-    Example: nemo-dsv4-cp bench kernels --arch 90
-    """
-    check_outputs(json_=json_)
-    for name in model:
-        if name not in MODELS:
-            raise typer.BadParameter(f"--model {name} is none of {', '.join(MODELS)}")
-    with running(mistakes=RuntimeError):
-        from nemo_dsv4_cp.bench.compiled_kernels import ARCHITECTURES, compile_all
-
-        for number in arch:
-            if number not in ARCHITECTURES:
-                known = ", ".join(map(str, ARCHITECTURES))
-                raise typer.BadParameter(f"--arch {number} is none of {known}")
-        rows = list(progress(compile_all(model, arch), "Compiling"))
-    title = f"Triton kernels of {', '.join(model)}, bfloat16, compiled for sm_*"
-    columns = {
-        header: lambda row, header=header: "-" if row[header] is None else row[header]
-        for header in rows[0]
-    }
-    emit(rows, json_, table(title, rows, columns))
 
 
 @app.command("time")

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 TEXT_COLUMNS = (
     *("ratio", "path", "balance", "overlap", "pass", "model", "kernel"),
-    *("operation", "dtype", "shape", "made by", "tensor", ""),
+    *("operation", "dtype", "shape", "made by", "tensor", "tensor core", "bound", ""),
 )
 """Headers of columns that are aligned to the left; figures are to the right."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -23,21 +23,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from nemo_dsv4_cp.kernels.triton import tiles
+from nemo_dsv4_cp.tools import inner_loops
+from nemo_dsv4_cp.tools.inner_loops import Loop
 
 # A product on tensor cores in PTX, newest first.
-_TENSOR_CORE = {
-    "tcgen05": r"\btcgen05\.mma\b",
-    "wgmma": r"\bwgmma\.mma_async\b",
-    "mma.sync": r"\bmma\.sync\b",
-}
-# Multiplications of the largest of those instructions, and the warps that issue one together; one
-# thread issues tcgen05 for its whole program.
-_LARGEST = {
-    "tcgen05": (128 * 256 * 16, None),
-    "wgmma": (64 * 256 * 16, 4),
-    "mma.sync": (16 * 8 * 16, 1),
-}
-_DOT = re.compile(r"tt\.dot\b.*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
+_TENSOR_CORE = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma_async", "mma.sync": "mma.sync"}
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -71,22 +61,36 @@ class Specimen:
         name: str = self.kernel.fn.__name__
         return name
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What Triton keeps a binary by: equal for equal specimens."""
+        parts = self.types.items(), self.constants.items()
+        return self.name, *(tuple(sorted(each)) for each in parts), self.warps, self.stages
 
-def record(run: Callable[[], Any], arch: int) -> list[Specimen]:
-    """Return what ``run`` would launch on devices of capability ``arch`` / 10, each kind once.
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel, its grid, and the value of each argument that is no tensor."""
+
+    specimen: Specimen
+    grid: tuple[int, ...]
+    values: Mapping[str, Any]
+
+
+def record(run: Callable[[], Any], arch: int) -> list[Launch]:
+    """Return what ``run`` would launch on devices of capability ``arch`` / 10.
 
     Nothing is launched: the outputs of kernels hold whatever the memory held.
     """
     _refuse_to_interpret()
-    found: list[Specimen] = []
+    found: list[Launch] = []
 
     def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         options = (kwargs.pop("num_warps", 4), kwargs.pop("num_stages", 3))
-        specimen = _specimen(
-            kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options
-        )
-        if specimen not in found:
-            found.append(specimen)
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        plain = {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
+        size = tuple(grid) if isinstance(grid, Sequence) else (int(grid),)
+        found.append(Launch(_specimen(kernel, values, options), size, plain))
 
     with tiles.compiled_for(arch), mock.patch.object(JITFunction, "run", note):
         run()
@@ -127,20 +131,44 @@ class Compiled:
         stack: Bytes per thread; more than a few are spilled registers.
         shared: Bytes per program.
         tensor_core: ``"mma.sync"``, ``"wgmma"`` or ``"tcgen05"``; None where nothing multiplies.
-        products: How many of that instruction.
-        needed: How many the products in the kernel's source take at least.
-        accumulators: How many tiles of tensor memory hold sums of products, on sm_100 and later.
+        loops: The innermost loops that multiply on tensor cores.
+        needed: Floating-point operations of the products in the source of each of those loops.
+        conversions: Shapes of sums of products that a loop carries in changing layouts.
+        tmem_copies: Tiles of tensor memory that are copied to another inside a loop.
+        tmem_tiles: Tiles of tensor memory that the kernel has.
     """
 
     kernel: str
     arch: int
+    warps: int
     registers: int
     stack: int
     shared: int
     tensor_core: str | None
-    products: int
-    needed: int
-    accumulators: int
+    loops: tuple[Loop, ...]
+    needed: tuple[int, ...]
+    conversions: tuple[str, ...]
+    tmem_copies: int
+    tmem_tiles: int
+
+    @property
+    def issued_over_needed(self) -> float | None:
+        """Products that tensor cores compute over those of the source: the worst of the loops.
+
+        More than 1 where warp groups compute the same product. None without tensor cores.
+
+        Raises:
+            RuntimeError: If the loops of the binary are not those of the source.
+        """
+        if not self.loops:
+            return None
+        if len(self.loops) != len(self.needed):
+            raise RuntimeError(
+                f"{self.kernel}, sm_{self.arch}: {len(self.needed)} loops of the source multiply, "
+                f"and {len(self.loops)} of the binary"
+            )
+        pairs = zip(self.loops, self.needed, strict=True)
+        return max(loop.issued / needed for loop, needed in pairs)
 
 
 def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
@@ -160,29 +188,21 @@ def compile_kernel(specimen: Specimen, arch: int) -> Compiled:
         options={"num_warps": specimen.warps, "num_stages": specimen.stages},
     )
     registers, stack = _usage(binary.asm["cubin"])
-    ptx = binary.asm["ptx"]
-    counts = {name: len(re.findall(pattern, ptx)) for name, pattern in _TENSOR_CORE.items()}
-    found = next((name for name, count in counts.items() if count), None)
+    ptx, ttgir = binary.asm["ptx"], binary.asm["ttgir"]
     return Compiled(
         specimen.name,
         arch,
+        specimen.warps,
         registers,
         stack,
         binary.metadata.shared,
-        found,
-        counts[found] if found else 0,
-        _needed(binary.asm["ttir"], arch, specimen.warps),
-        len(re.findall(r"ttng\.tmem_alloc\b", binary.asm["ttgir"])),
+        next((name for name, instruction in _TENSOR_CORE.items() if instruction in ptx), None),
+        inner_loops.read(ptx, ttgir, specimen.warps),
+        inner_loops.needed(binary.asm["ttir"]),
+        tuple(inner_loops.conversions(ttgir)),
+        inner_loops.tmem_copies(ttgir),
+        ttgir.count("ttng.tmem_alloc"),
     )
-
-
-def _needed(ttir: str, arch: int, warps: int) -> int:
-    """Return how many of the largest instructions hold the products of a kernel, each once."""
-    instruction = "tcgen05" if arch >= 100 else "wgmma" if arch >= 90 else "mma.sync"
-    largest, together = _LARGEST[instruction]
-    programs = warps // together if together else 1
-    products = sum(int(m) * int(k) * int(n) for m, k, n in _DOT.findall(ttir))
-    return -(-products // (largest * programs))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

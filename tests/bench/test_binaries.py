@@ -3,36 +3,43 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nemo_dsv4_cp.bench import compiled_kernels
+from nemo_dsv4_cp.bench.compiled_kernels import record_layer
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
+from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is never compiled"
 )
+SIZES = SimpleNamespace(**read_model_fields("v4_flash"))
+MOST = 30
 
 
-def test_packs_of_varying_length_share_their_binaries(monkeypatch):
-    draw, ranks, seen = random.Random(0), 16, []
+def drawn_pack(draw, longest):
+    """Draw a shard's length, a rank, and where up to 40 documents of the row begin."""
+    ranks = draw.choice([2, 8])
+    length = draw.randint(longest // 2, longest)
+    starts = [0, *sorted(draw.sample(range(1, length * ranks), draw.randint(0, 39)))]
+    rank = draw.randrange(ranks)
+    return SequenceLayout.of_documents(torch.tensor([starts]), length, cp_rank=rank, cp_size=ranks)
 
-    def plan(sizes, ratio, _):
-        return AttentionPlan(Queries.own(layout), sizes.sliding_window, ratio)
 
-    monkeypatch.setattr(compiled_kernels, "_plan", plan)
-    for _ in range(6):
-        length = draw.choice([64, 71, 80, 96, 104])
-        starts = [0, *sorted(draw.sample(range(1, length * ranks), 5))]
-        layout = SequenceLayout.of_documents(
-            torch.tensor([starts]), length, cp_rank=ranks - 1, cp_size=ranks
-        )
-        monkeypatch.setattr(compiled_kernels, "_SHARD", length)
-        seen += [s for s in compiled_kernels.kernels_of("v4_flash", 90) if s not in seen]
-    # Top-k has a binary for each power of two of the entries that a chunk sees.
-    others = [specimen.name for specimen in seen if specimen.name != "top_k_kernel"]
-    assert len(others) <= 16, sorted(others)
-    assert len(seen) <= 24
+@pytest.mark.parametrize(
+    ("steps", "longest"), [(20, 1024), pytest.param(300, 16_384, marks=pytest.mark.slow)]
+)
+def test_packs_of_varying_length_share_their_binaries(steps, longest):
+    draw, seen = random.Random(0), set()
+    for _ in range(steps):
+        layout = drawn_pack(draw, longest)
+        for ratio in (0, 4, 128):
+            plan = AttentionPlan(Queries.own(layout), SIZES.sliding_window, ratio)
+            for each in record_layer(SIZES, plan, 90, torch.bfloat16):
+                seen |= {launch.specimen.key for launch in each.launches}
+    print(f"{len(seen)} binaries after {steps} steps")
+    assert len(seen) <= MOST, sorted(name for name, *_ in seen)

@@ -79,11 +79,17 @@ def test_kernels_prints_what_their_binaries_take(tmp_path):
     done = run("kernels", "--model", "v4_flash", "--arch", "90", "--json", str(figures))
     assert done.exit_code == 0, done.output
     rows = json.loads(figures.read_text())
-    names = ["kernel", "model", "arch", "registers", "stack", "shared", "tensor_core"]
-    assert all(list(row) == names for row in rows)
-    found = {row["kernel"]: row["tensor_core"] for row in rows}
-    assert found["forward_kernel"] == "wgmma"
-    assert found["top_k_kernel"] is None
+    names = ["kernel", "model", "arch", "registers", "stack", "shared", "limit", "tensor_core"]
+    assert all(list(row) == [*names, "issued_over_needed", "modelled_ms"] for row in rows)
+    found = {row["kernel"]: row for row in rows}
+    assert found["keys_kernel"]["tensor_core"] == "wgmma"
+    assert found["keys_kernel"]["issued_over_needed"] == 1
+    assert (
+        found["top_k_kernel"]["tensor_core"] is found["top_k_kernel"]["issued_over_needed"] is None
+    )
+    assert all(row["shared"] < row["limit"] == 227 << 10 and row["modelled_ms"] > 0 for row in rows)
+    shown = " ".join(done.output.split())
+    assert "Modelled time of one layer's kernels" in shown
 
 
 def test_work_is_counted_rank_by_rank_with_balance_and_without(tmp_path):
@@ -121,7 +127,8 @@ def test_what_balance_moves_is_in_the_bytes():
         (["work", "--shortest", "9", "--longest", "8"], "is more than --longest 8"),
         (["overlap", "--delay", "0"], "slows nothing"),
         (["launches", *SMALL, "--kernels", "fastest"], "not installed"),
-        (["kernels", "--arch", "70"], "none of 80, 90, 100"),
+        (["kernels", "--arch", "70"], "none of 80, 90, 100, 103"),
+        (["kernels", "--arch", "89"], "89 has 99 KiB of shared memory per block"),
         (["operations", *SMALL], "needs a CUDA device"),
         (["kernels", "--model", "v3"], "none of v4_flash, v4_pro"),
     ],

@@ -4,16 +4,22 @@
 import pytest
 import torch
 
+from nemo_dsv4_cp.gpus import SHARED_MEMORY
 from nemo_dsv4_cp.kernels.triton import triton_kernels
+
+TOO_LITTLE = r"163 KiB of shared memory .* {}.* has 99; set"
 
 
 @pytest.mark.parametrize(
     ("name", "capability", "shared", "refusal"),
     [
         ("Tesla V100", (7, 0), 96 << 10, r"capability 8.0 or more, and this one has 7.0"),
-        ("NVIDIA L40S", (8, 9), 99 << 10, r"163 KiB of shared memory .* NVIDIA L40S has 99; set"),
-        ("NVIDIA A100", (8, 0), 163 << 10, None),
-        ("NVIDIA H100", (9, 0), 227 << 10, None),
+        ("NVIDIA A40", (8, 6), SHARED_MEMORY[86], TOO_LITTLE.format("NVIDIA A40")),
+        ("NVIDIA L40S", (8, 9), SHARED_MEMORY[89], TOO_LITTLE.format("NVIDIA L40S")),
+        ("NVIDIA RTX PRO 6000", (12, 0), SHARED_MEMORY[120], TOO_LITTLE.format("NVIDIA RTX PRO")),
+        ("NVIDIA A100", (8, 0), SHARED_MEMORY[80], None),
+        ("NVIDIA H100", (9, 0), SHARED_MEMORY[90], None),
+        ("NVIDIA B300", (10, 3), SHARED_MEMORY[103], None),
     ],
 )
 def test_a_device_is_refused_for_what_it_lacks(monkeypatch, name, capability, shared, refusal):

@@ -5,6 +5,9 @@ Triton reads that variable when it is imported first, which AutoModel does too. 
 picks how many cases are drawn, see tests/examples.py.
 """
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 from hypothesis import settings
 
@@ -18,3 +21,13 @@ if LAUNCHES:
     drawn = settings.get_profile(PROFILE)
     settings.register_profile("kernels", drawn, max_examples=300 if MANY else 8)
     settings.load_profile("kernels")
+
+
+@pytest.fixture(scope="module")
+def checked_memory():
+    """Fill fresh memory with NaN; where kernels are interpreted, check their every access."""
+    from tests.kernels.triton.sanitizer import every_access_checked, poisoned_memory
+
+    with poisoned_memory(), every_access_checked() if INTERPRETED else nullcontext([]) as found:
+        yield found
+    assert not found, "\n".join(dict.fromkeys(found))

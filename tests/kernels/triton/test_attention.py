@@ -15,6 +15,7 @@ from tests.examples import MANY
 from tests.kernels.cases import attend, queries_of
 from tests.kernels.triton.device import DEVICE
 
+pytestmark = pytest.mark.usefixtures("checked_memory")
 WORKSPACES = [1, 60_000, 1 << 20]
 
 

@@ -14,6 +14,8 @@ from nemo_dsv4_cp.sequence.queries import Queries
 from tests.kernels.cases import select_entries, selections
 from tests.kernels.triton.device import DEVICE
 
+pytestmark = pytest.mark.usefixtures("checked_memory")
+
 
 def selected_by(kernels, tensors, rope, **options):
     tensors = [tensor.to(DEVICE).clone() for tensor in tensors]
