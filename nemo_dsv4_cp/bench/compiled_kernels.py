@@ -30,7 +30,7 @@ REFUSED = tuple(n for n in SHARED_MEMORY if n not in ARCHITECTURES)
 """Those whose blocks have too little shared memory: A40; L40S; RTX PRO 6000."""
 
 FORWARD, BACKWARD, LONG_ROWS = "forward", "backward", "1M tokens"
-_WORKSPACE = ContextParallelOptions.workspace_mib << 20
+_WORKSPACE = ContextParallelOptions().workspace_bytes
 
 
 @dataclass(frozen=True)
