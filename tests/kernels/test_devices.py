@@ -33,3 +33,15 @@ def test_a_device_is_refused_for_what_it_lacks(monkeypatch, name, capability, sh
     else:
         with pytest.raises(ValueError, match=refusal):
             triton_kernels._check_device()
+
+
+def test_a_device_that_an_old_triton_does_not_compile_for_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_kernels.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 3))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B300")
+    monkeypatch.setattr(triton_kernels, "_shared_memory", lambda: 227 << 10)
+    triton_kernels._check_device()
+    monkeypatch.setattr(triton_kernels.tiles, "TRITON", (3, 5))
+    with pytest.raises(ValueError, match=r"NVIDIA B300; install triton 3\.6 .*kernels: torch"):
+        triton_kernels._check_device()

@@ -360,12 +360,14 @@ def selected_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(2).to(tl.int64)
     query = begin + tl.program_id(0)
     token, place = row * n_queries + query, row * n_chunk + tl.program_id(0)
-    head = tl.arange(0, HEADS)[:, None]
+    # Rows of one product, q of all heads and then their do: with two, the first would be computed
+    # twice on sm_90, as in forward.
+    nth = tl.arange(0, 2 * HEADS)[:, None]
+    head, of_q = nth % HEADS, nth < HEADS
     here = head < n_heads
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = here & (col < D)
-    x = tl.load(q + (token * n_heads + head) * D + col, mask=inside, other=0.0)
-    g = tl.load(do + (place * n_heads + head) * D + col, mask=inside, other=0.0)
+    at_q, at_do = (token * n_heads + head) * D + col, (place * n_heads + head) * D + col
+    x = tl.load(tl.where(of_q, q + at_q, do + at_do), mask=here & (col < D), other=0.0)
     sees = ranges + ((row % range_rows) * n_queries + query) * 4
     visible = tl.load(sees + 3) - tl.load(sees + 2)
     step = tl.arange(0, KEYS)
@@ -374,10 +376,8 @@ def selected_kernel(  # type: ignore[no-untyped-def]
         entry = tl.load(selected + token * n_selected + slot, mask=slot < n_selected, other=-1)
         to = (place * n_heads + head) * n_slots + slot[None, :]
         seen = (entry >= 0)[None, :] & here
-        weights = tl.load(ds + to, mask=seen, other=0.0)
+        weights = tl.load(tl.where(of_q, ds + to, p + to), mask=seen, other=0.0)
         sums = tl.dot(tl.trans(weights), x, input_precision="ieee")
-        weights = tl.load(p + to, mask=seen, other=0.0)
-        sums = tl.dot(tl.trans(weights), g, sums, input_precision="ieee")
         added = (entry >= 0)[:, None] & (col < D)
         if IN_ORDER:
             tl.store(grad + (place * n_selected + slot[:, None]) * D + col, sums, mask=added)

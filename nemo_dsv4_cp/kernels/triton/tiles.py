@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -89,7 +89,7 @@ SCORES = {
 
 # One product: whole rows of gathered keys, for each is 1 KiB in one place.
 QUERIES_GRAD = {
-    FLOAT32: Tile(heads=16, keys=32, columns=256, warps=8, stages=2),
+    FLOAT32: Tile(heads=16, keys=32, columns=128, warps=8, stages=2),
     80: Tile(heads=64, keys=32, columns=512, warps=8, stages=2),
     90: Tile(heads=64, keys=32, columns=512, warps=8, stages=3),
     100: Tile(heads=64, keys=64, columns=512, warps=8, stages=2),
@@ -125,6 +125,16 @@ INDEX_SCORES = {
 TOP_K = {
     80: Tile(heads=0, keys=64, columns=0, warps=8, stages=1),
 }
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
+# Tiles that older releases of Triton need, or registers spill. In 3.4, stages are not divided by
+# the levels of loads.
+if TRITON < (3, 6):
+    FORWARD[80] = replace(FORWARD[80], heads=32)
+if TRITON < (3, 5):
+    KEYS_GRAD[90] = replace(KEYS_GRAD[90], stages=3)
+    KEYS_GRAD[100] = replace(KEYS_GRAD[100], stages=3)
 
 
 _compiled_for: ContextVar[int | None] = ContextVar("_compiled_for", default=None)

@@ -154,6 +154,12 @@ def _check_device() -> None:
             f"context_parallel.kernels='triton' needs a CUDA device of capability 8.0 or more, and "
             f"this one has {capability[0]}.{capability[1]}; set context_parallel.kernels: torch"
         )
+    if capability == (10, 3) and tiles.TRITON < (3, 6):
+        raise ValueError(
+            f"context_parallel.kernels='triton': triton {triton.__version__} does not compile for "
+            f"capability 10.3, of {torch.cuda.get_device_name()}; install triton 3.6 or newer, or "
+            "set context_parallel.kernels: torch"
+        )
     shared = _shared_memory()
     if shared < tiles.SHARED_MEMORY:
         raise ValueError(
