@@ -90,3 +90,17 @@ def test_a_compiled_layer_has_the_gradients_of_an_eager_one(ratio, packed):
     assert eager.keys() == compiled.keys()
     for name, grad in eager.items():
         assert (compiled[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_compiles_nothing_from_its_third_row_length_on():
+    """Chunks were traced: each length compiled anew, and at ratio 4 the second raised."""
+    attention, graphs = layer(4), []
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, backend="aot_eager")
+    with torch.compiler.set_stance("default"):
+        for length in (189, 256, 320):
+            forward = call(attention, torch.randn(1, length, 64), SequenceLayout(length))
+            forward(compiled).square().sum().backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[2]

@@ -119,7 +119,7 @@ def norm_and_rotate(
     AutoModel's ``_rms_norm_last_dim`` and ``_apply_partial_rope`` in one pass. Backward saves
     ``x_BLND`` alone; ``workspace_bytes`` bounds the float32 copies of one chunk of rows.
     """
-    out: torch.Tensor = _NormRotate.apply(x_BLND, cos_BLr, sin_BLr, eps, workspace_bytes)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = _normed_and_rotated(x_BLND, cos_BLr, sin_BLr, eps, workspace_bytes)
     return out
 
 
@@ -131,5 +131,7 @@ def rotate_(
     return out
 
 
+# Traced, the number of chunks would compile anew for each length.
+_normed_and_rotated = torch.compiler.disable(_NormRotate.apply)
 # AOTAutograd loses the gradient of a graph's input that a Function writes over.
 _rotated = torch.compiler.disable(_RotateInPlace.apply)

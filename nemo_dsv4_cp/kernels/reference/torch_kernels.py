@@ -46,6 +46,12 @@ class TorchKernels:
         self, queries: IndexQueries, keys_BPF: torch.Tensor, *, topk: int
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best entries of each, the best first."""
+        selected: torch.Tensor = self._select(queries, keys_BPF, topk)
+        return selected
+
+    # Chunks go by the lengths of rows and documents: traced, each length would compile anew.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _select(self, queries: IndexQueries, keys_BPF: torch.Tensor, topk: int) -> torch.Tensor:
         workspace, plan = self._workspace(queries.q_BLIF), queries.plan
         rotated = rotate_(queries.q_BLIF, *queries.rope, workspace_bytes=workspace)
         weights, which, ratio = queries.weights_BLI, plan.queries, plan.ratio
