@@ -44,6 +44,8 @@ def test_binaries_keep_to_the_limits(dtype, arch, models, record_property):
     specimens = kernels[0] + [
         each for more in kernels[1:] for each in more if each not in kernels[0]
     ]
+    if models == SHORT[0][2]:  # what does not multiply compiles in seconds, and with all
+        specimens = [each for each in specimens if each.name not in OTHERS]
     found, rows = [], []
     for specimen in specimens:
         compiled = compile_kernel(specimen, arch)
