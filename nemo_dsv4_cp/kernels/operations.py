@@ -20,7 +20,7 @@ from nemo_dsv4_cp.kernels.protocol import (
     Kernels,
     Rope,
 )
-from nemo_dsv4_cp.sequence.plan import AttentionPlan, halo
+from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 
 Draw = Callable[..., torch.Tensor]
 """Makes a tensor of a shape."""
@@ -44,7 +44,7 @@ def attention_tensors(sizes: Any, plan: AttentionPlan, draw: Draw) -> list[torch
     rows = layout.rows
     return [
         draw(rows, layout.local_len, heads, width),
-        draw(rows, layout.local_len + halo(sizes.sliding_window), width),
+        draw(rows, sum(map(len, raw_tokens(plan.queries.runs, sizes.sliding_window))), width),
         draw(rows, layout.seq_len // plan.ratio if plan.ratio else 0, width),
         draw(heads),
     ]
