@@ -10,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
+import logging
 import os
 import signal
 import subprocess
@@ -18,26 +18,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nemo_dsv4_cp import checks, plugins, sequence
 from nemo_dsv4_cp import kernels as kernels_package
-from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.checks.difference import Difference
 from nemo_dsv4_cp.checks.kernel_verification import SIZES
 from nemo_dsv4_cp.gpus import Gpu
+
+_logger = logging.getLogger(__name__)
 
 SECONDS = 300.0
 """How long an examination may take. A first one compiles every kernel: about a minute."""
 
 _GRACE = 10.0
 """How much longer the parent waits for the child, which ends itself with a traceback."""
+
+_OF_KERNELS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+"""Signals by which kernels end a process; others come from a scheduler or a lack of memory."""
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a file raises that is half written, of another version, or another user's."""
 
 _DISTRIBUTIONS = ("nemo-dsv4-cp", "nemo_automodel", "torch", "triton", "tilelang")
 
@@ -107,8 +117,9 @@ class Certificate:
 def obtain(subject: Subject, *, seconds: float = SECONDS, renew: bool = False) -> Certificate:
     """Return the certificate on disk, or examine the backend now.
 
-    One process of the machine examines at a time; the others wait, and read what it found. A lack
-    of memory is not kept: another process may have held it.
+    One process of the machine examines at a time; the others wait, and read what it found. What
+    another start may not meet is not kept for it: a lack of memory or time, or a process that was
+    killed.
 
     Args:
         subject: What to examine.
@@ -116,28 +127,45 @@ def obtain(subject: Subject, *, seconds: float = SECONDS, renew: bool = False) -
         renew: Examine it even if there is a certificate.
     """
     folder = _folder()
-    file = folder / f"{subject.key}.json"
-    if not renew and file.exists():
-        return _read(file)
+    file, failed = folder / f"{subject.key}.json", folder / f"{subject.key}.failed.json"
+    before = _written_at(failed)
+    known = None if renew else _read(file)
+    if known is not None:
+        return known
     with _locked(folder / f"{subject.key}.lock"):
-        if not renew and file.exists():
-            return _read(file)
+        if not renew:
+            known = _read(file)
+            if known is None and _written_at(failed) != before:  # while this process waited
+                known = _read(failed)
+            if known is not None:
+                return known
         found = _examine(subject, file.with_suffix(".log"), seconds)
-        lasting = not found.pop("out_of_memory", False)
-        report = file if lasting else file.with_suffix(".failed.json")
-        _write(report, {"subject": asdict(subject)} | found)
-    return _read(report)
+        report = file if found.pop("lasting", True) else failed
+        found = {"subject": asdict(subject)} | found
+        try:
+            _write(report, found)
+            if report == file:
+                failed.unlink(missing_ok=True)
+        except OSError as error:  # a full disk: what was found is true all the same
+            _logger.warning("The certificate %s could not be written: %s", report, error)
+    return _certificate(found, report)
 
 
 def on_disk(config: Any = None) -> list[Certificate]:
     """Return the certificates that hold on this device, of one model config or of any."""
     found = []
-    for file in sorted(_folder().glob("*.json")):
-        subject = json.loads(file.read_text())["subject"]
-        if subject["environment"] != _environment(subject["kernels"]):
-            continue
-        if config is None or subject["sizes"] == _sizes(config):
-            found.append(_read(file))
+    try:
+        files = sorted(_folder().glob("[!.]*.json"))
+    except OSError:
+        return []
+    for file in files:
+        with suppress(*_UNREADABLE, ImportError):
+            content = json.loads(file.read_text())
+            subject = content["subject"]
+            if subject["environment"] != _environment(subject["kernels"]):
+                continue
+            if config is None or subject["sizes"] == _sizes(config):
+                found.append(_certificate(content, file))
     return found
 
 
@@ -161,8 +189,16 @@ def differences(certificate: Certificate) -> list[dict[str, Any]]:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    sizes = {name: getattr(config, name) for name in SIZES}
-    return sizes | {"compress_ratios": list(sizes["compress_ratios"])}
+    """Return the fields as JSON holds them; a config may have numpy's numbers."""
+    sizes = {name: _plain(getattr(config, name)) for name in SIZES if name != "compress_ratios"}
+    ratios = config.compress_ratios or [0] * sizes["num_hidden_layers"]  # as AutoModel reads it
+    return sizes | {"compress_ratios": [int(ratio) for ratio in ratios]}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _environment(kernels: str) -> dict[str, str]:
@@ -174,6 +210,7 @@ def _environment(kernels: str) -> dict[str, str]:
         "backend": ", ".join(point.value for point in points),
         "backend_source": _digest(Path(each.origin) for each in modules if each and each.origin),
         "distribution": f"{owner.name} {owner.version}" if owner else "",
+        "deterministic": str(torch.are_deterministic_algorithms_enabled()),  # other kernels
     }
 
 
@@ -193,12 +230,15 @@ def _machine() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = ""
     found["cuda"] = str(torch.version.cuda)
-    return found | {"sources": _digest(sorted(Path(kernels_package.__path__[0]).rglob("*.py")))}
+    folders = (Path(package.__path__[0]) for package in (kernels_package, sequence, checks))
+    sources = (source for folder in folders for source in sorted(folder.rglob("*.py")))
+    return found | {"sources": _digest(sources)}
 
 
 def _digest(sources: Iterable[Path]) -> str:
     """Return what tells sources apart: a working copy changes without its version."""
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    whole = b"".join(source.read_bytes() for source in sources if source.is_file())
+    return hashlib.sha256(whole).hexdigest()[:16]
 
 
 def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
@@ -212,7 +252,7 @@ def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
         begun = time.monotonic()
         with log.open("wb") as output:
             child = subprocess.Popen(
-                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                command, stdout=output, stderr=output, stdin=subprocess.PIPE, env=_environ(),
                 start_new_session=True,
             )  # fmt: skip
             status: int | None = None
@@ -222,64 +262,105 @@ def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
             finally:
                 if status is None:  # not waited for any longer: a driver may hold it
                     os.killpg(child.pid, signal.SIGKILL)
+                assert child.stdin is not None  # the child reads to its end, and ends with it
+                child.stdin.close()
         found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
     if status == 0:
         return found
-    operation = found.get("operation", "its start")
+    operation = found.get("operation")
+    lasting = operation is not None
     if status is None or time.monotonic() - begun >= seconds:
-        how = f"took more than {seconds:g} s"
+        how, lasting = f"took more than {seconds:g} s", False  # a second one finds compiled kernels
     elif status < 0:
-        how = f"ended its process with signal {signal.Signals(-status).name}"
+        how = f"ended its process with signal {_name_of(-status)}"
+        lasting = lasting and -status in _OF_KERNELS
     else:
         how = f"ended its process with status {status}"
-    return {"differences": [], "error": f"{operation}: {how} (log: {log})"}
+    error = f"{operation or 'its start'}: {how} (log: {log})"
+    return {"differences": [], "error": error, "lasting": lasting}
 
 
-def _read(file: Path) -> Certificate:
-    found: Mapping[str, Any] = json.loads(file.read_text())
-    worst = max((_share(each) for each in found["differences"]), default=0.0)
-    return Certificate(
-        found["subject"]["kernels"], worst, found.get("milliseconds"), found.get("tflops"),
-        found["error"], str(file),
-    )  # fmt: skip
+def _environ() -> dict[str, str]:
+    """Return an environment in which a child finds the modules that this process finds.
+
+    ``python -m`` alone would find those of the working directory first, and none of a script's.
+    """
+    path = os.pathsep.join(str(entry) or os.getcwd() for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
-def _share(difference: Mapping[str, Any]) -> float:
-    value, limit = difference["value"], difference["limit"]
-    if value == 0:
-        return 0.0
-    return value / limit if limit else math.inf
+def _name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one for real time
+        return str(number)
+
+
+def _read(file: Path) -> Certificate | None:
+    """Return what a file holds, None if it is not there or is no certificate of this version."""
+    with suppress(*_UNREADABLE):
+        return _certificate(json.loads(file.read_text()), file)
+    return None
+
+
+def _certificate(found: Mapping[str, Any], report: Path) -> Certificate:
+    worst = max((Difference(**each).share for each in found["differences"]), default=0.0)
+    passed = found["error"] is None
+    milliseconds, tflops = (
+        float(found[name]) if passed else None for name in ("milliseconds", "tflops")
+    )
+    kernels, error = found["subject"]["kernels"], found["error"]
+    return Certificate(kernels, worst, milliseconds, tflops, error, str(report))
+
+
+def _written_at(file: Path) -> int | None:
+    with suppress(OSError):
+        return file.stat().st_mtime_ns
+    return None
 
 
 def _write(file: Path, found: Mapping[str, Any]) -> None:
     """Write a file that is whole whenever it is there."""
     descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".json")
-    with os.fdopen(descriptor, "w") as stream:
-        json.dump(found, stream, indent=1)
-    os.replace(name, file)
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            json.dump(found, stream, indent=1)
+        os.replace(name, file)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock that ends with its process."""
-    with file.open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+    """Hold a lock that ends with its process, where the file system has locks.
+
+    Without, as on Lustre by default, several processes may examine at a time; each finds the same.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stream = stack.enter_context(file.open("a"))
+            fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
 
 def _folder() -> Path:
     """Return where certificates are kept: the user's cache, or a folder of the machine's own."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     beside = Path(tempfile.gettempdir(), f"nemo_dsv4_cp-{os.getuid()}")
-    for folder in (Path(home, "nemo_dsv4_cp"), beside):
+    folders = [beside]
+    with suppress(RuntimeError):  # a user without a home, as in containers
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folders.insert(0, Path(home, "nemo_dsv4_cp"))
+    for folder in folders:
         certificates = folder / "certificates"
         try:
             certificates.mkdir(parents=True, exist_ok=True)
+            foreign = folder is beside and folder.stat().st_uid != os.getuid()
         except OSError:
             continue
-        if os.access(certificates, os.W_OK):
+        if os.access(certificates, os.W_OK) and not foreign:
             return certificates
     raise OSError(
-        f"neither {home}/nemo_dsv4_cp nor {beside} can be written; set XDG_CACHE_HOME to a folder "
+        f"none of {', '.join(map(str, folders))} can be written; set XDG_CACHE_HOME to a folder "
         "that can"
     )

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import os
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -30,6 +31,9 @@ _ROW, _RANKS, _REPEATS = 32768, 8, 3
 _ROW_ON_CPU = 1024
 """Where the tests run."""
 
+_OF_THE_MACHINE = ("out of memory", "ALLOC_FAILED", "busy or unavailable")
+"""Parts of CUDA's messages that another process may be the cause of, not the kernels."""
+
 
 def main(request: Path, result: Path, device: int | None, seconds: float) -> None:
     """Examine what ``request`` describes, and write ``result``."""
@@ -37,6 +41,8 @@ def main(request: Path, result: Path, device: int | None, seconds: float) -> Non
     if device is not None:
         torch.cuda.set_device(device)
     subject = json.loads(request.read_text())
+    deterministic = subject["environment"]["deterministic"] == "True"
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     found: dict[str, Any] = {"operation": "its start", "differences": [], "error": None}
 
     def begin(operation: str) -> None:
@@ -52,8 +58,26 @@ def main(request: Path, result: Path, device: int | None, seconds: float) -> Non
         traceback.print_exc()
         line = " ".join(traceback.format_exception_only(error)[-1].split())
         found["error"] = f"{found['operation']}: {line}"
-        found["out_of_memory"] = isinstance(error, torch.OutOfMemoryError)
+        found["lasting"] = not _is_of_the_machine(error)
     _write(result, found)
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """Return whether the next start may not meet the error."""
+    message = str(error)
+    kinds = (torch.OutOfMemoryError, OSError, ImportError)
+    return isinstance(error, kinds) or any(part in message for part in _OF_THE_MACHINE)
+
+
+def _end_with_parent() -> None:
+    """Exit once standard input ends, which is when a parent that was killed closes it."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _verify(
@@ -101,4 +125,5 @@ def _write(file: Path, found: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    _end_with_parent()
     main(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), float(sys.argv[4]))

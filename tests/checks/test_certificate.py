@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from nemo_dsv4_cp.checks import certificate
-from tests.checks.backends import examinations, installed, subject, write_distribution
+from nemo_dsv4_cp.checks.certificate import Subject
+from tests.checks.backends import (
+    SIZES,
+    children,
+    examinations,
+    installed,
+    subject,
+    write_distribution,
+)
 
 LONG = 900.0
+PASSED = {"differences": [], "error": None, "milliseconds": 1.0, "tflops": 1.0}
 
 
 @pytest.fixture
@@ -59,6 +73,135 @@ def test_a_lack_of_memory_is_not_kept(folder, monkeypatch):
     assert Path(found.report).exists()
     monkeypatch.setattr(certificate, "_examine", lambda *_: {"differences": [], "error": "again"})
     assert certificate.obtain(subject("out_of_memory")).error == "again"
+
+
+@pytest.fixture
+def examined(monkeypatch):
+    """Count examinations that pass at once."""
+    counted = []
+
+    def examine(*_):
+        counted.append(1)
+        return dict(PASSED)
+
+    monkeypatch.setattr(certificate, "_examine", examine)
+    return counted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"subject": {"kern',
+        "[]",
+        "null",
+        '{"error": null}',
+        '{"subject": {"kernels": "right"}, "differences": [], "error": null}',
+        '{"subject": {"kernels": "right"}, "differences": [{"name": "a"}], "error": "b"}',
+    ],
+)
+def test_a_file_that_is_no_certificate_of_this_version_is_replaced(folder, examined, text):
+    file = certificate._folder() / f"{subject('right').key}.json"
+    file.write_text(text)
+    file.with_name(".left.json").write_text(text)
+    assert certificate.on_disk() == []
+    assert certificate.obtain(subject("right")).passed
+    assert examined == [1]
+    assert [each.report for each in certificate.on_disk()] == [str(file)]
+
+
+def test_what_was_found_counts_on_a_full_disk(folder, examined, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(certificate, "_write", full)
+    assert certificate.obtain(subject("right")).passed
+
+
+def test_a_file_system_without_locks_is_no_reason_to_fail(folder, examined, monkeypatch):
+    def absent(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(certificate.fcntl, "flock", absent)
+    assert certificate.obtain(subject("right")).passed
+
+
+def test_a_user_without_a_home_has_a_folder(folder, monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(certificate.Path, "home", homeless)
+    monkeypatch.setattr(certificate.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert certificate._folder() == tmp_path / f"nemo_dsv4_cp-{os.getuid()}" / "certificates"
+    monkeypatch.setattr(certificate.os, "getuid", lambda: 12345)
+    (tmp_path / "nemo_dsv4_cp-12345").mkdir()  # another user's
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        certificate._folder()
+
+
+def test_numbers_of_numpy_and_a_model_without_ratios_are_a_subject():
+    fields = vars(SIZES) | {"head_dim": np.int64(16), "compress_ratios": []}
+    made = Subject.of("torch", SimpleNamespace(**fields), dtype="bfloat16", workspace_bytes=1 << 26)
+    assert made.sizes["compress_ratios"] == [0, 0]
+    assert made.key
+
+
+def test_a_child_that_was_killed_is_examined_again_by_the_next_start(folder, monkeypatch):
+    found = certificate.obtain(subject("killed"), seconds=LONG)
+    assert "ended its process with signal SIGKILL" in found.error
+    monkeypatch.setattr(certificate, "_examine", lambda *_: dict(PASSED))
+    assert certificate.obtain(subject("killed")).passed
+    assert [each.passed for each in certificate.on_disk()] == [True]
+
+
+def test_those_who_wait_share_a_failure_that_is_not_kept(folder, monkeypatch):
+    begun = []
+
+    def fails(*_):
+        begun.append(1)
+        time.sleep(1)
+        return {"differences": [], "error": "no memory", "lasting": False}
+
+    monkeypatch.setattr(certificate, "_examine", fails)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda _: certificate.obtain(subject("right")).error, range(4)))
+    assert (found, begun) == (["no memory"] * 4, [1])
+    certificate.obtain(subject("right"))
+    assert begun == [1, 1]
+
+
+def test_a_child_ends_with_a_parent_that_is_killed(folder):
+    code = (
+        "from nemo_dsv4_cp.checks import certificate; from tests.checks.backends import subject; "
+        "certificate.obtain(subject('hangs'), seconds=900)"
+    )
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=root)
+    while not children(folder):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    (child,) = children(folder)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while _runs(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _runs(process):
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_child_finds_the_modules_of_its_parent_and_none_of_its_folder(folder, monkeypatch):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "torch.py").write_text("raise SystemExit(7)\n")
+    monkeypatch.chdir(folder / "elsewhere")
+    monkeypatch.delenv("PYTHONPATH")
+    found = certificate.obtain(subject("raises"), seconds=LONG)
+    assert "no kernel image is available" in found.error
 
 
 def test_another_version_of_anything_takes_another_certificate(folder, monkeypatch):

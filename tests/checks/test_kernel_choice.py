@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -106,6 +108,12 @@ def test_candidates_that_are_not_installed_are_left_out(certified, caplog):
     certified(torch=[GOOD])
     assert choose(candidates={"torch": "json", "tilelang": "not_installed"}).kernels == "torch"
     assert "tilelang" not in caplog.text
+
+
+def test_a_stand_in_for_a_module_is_no_candidate(certified, monkeypatch):
+    certified(torch=[GOOD])
+    monkeypatch.setitem(sys.modules, "stands_in", ModuleType("stands_in"))
+    assert choose(candidates={"torch": "json", "triton": "stands_in"}).kernels == "torch"
 
 
 def test_a_rank_that_cannot_examine_answers_all_the_same(monkeypatch):
