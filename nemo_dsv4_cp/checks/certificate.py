@@ -118,8 +118,7 @@ def obtain(subject: Subject, *, seconds: float = SECONDS, renew: bool = False) -
     """Return the certificate on disk, or examine the backend now.
 
     One process of the machine examines at a time; the others wait, and read what it found. What
-    another start may not meet is not kept for it: a lack of memory or time, or a process that was
-    killed.
+    another start may not meet is not kept for it: a lack of memory, or a process that was killed.
 
     Args:
         subject: What to examine.
@@ -270,7 +269,7 @@ def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
     operation = found.get("operation")
     lasting = operation is not None
     if status is None or time.monotonic() - begun >= seconds:
-        how, lasting = f"took more than {seconds:g} s", False  # a second one finds compiled kernels
+        how = f"took more than {seconds:g} s"
     elif status < 0:
         how = f"ended its process with signal {_name_of(-status)}"
         lasting = lasting and -status in _OF_KERNELS
