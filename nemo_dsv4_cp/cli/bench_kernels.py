@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nemo_dsv4_cp.cli.bench import Json
@@ -60,7 +62,11 @@ def kernels(
         [(*layer, ms) for layer, ms in layers.items()],
         columns,
     )
-    emit(figures, json_, _kernels(model, compiled), sums)
+    shown = []
+    for name, number in product(model, arch):
+        of_both = [row for row in compiled if (row.model, row.compiled.arch) == (name, number)]
+        shown.append(_kernels(name, number, of_both))
+    emit(figures, json_, *shown, sums)
 
 
 def _check(number: int, taken: Sequence[int], refused: Sequence[int]) -> None:
@@ -74,7 +80,9 @@ def _check(number: int, taken: Sequence[int], refused: Sequence[int]) -> None:
         raise typer.BadParameter(f"--arch {number} is none of {known}")
 
 
-def _kernels(models: Sequence[str], compiled: Sequence[Modelled]) -> Table:
+def _kernels(model: str, arch: int, compiled: Sequence[Modelled]) -> Table:
+    """Return a table of one model and architecture, which fits a terminal of 80 columns."""
+
     def worst(row: Modelled, figure: Callable[[Any], float], unit: int = 1) -> str:
         loops = row.compiled.loops
         return f"{max(map(figure, loops)) / unit:,.0f}" if loops else "-"
@@ -84,21 +92,22 @@ def _kernels(models: Sequence[str], compiled: Sequence[Modelled]) -> Table:
         return "-" if found is None else f"{found:.2f}"
 
     columns: dict[str, Callable[[Modelled], object]] = {
-        "kernel": lambda row: row.compiled.kernel,
-        "model": lambda row: row.model,
-        "arch": lambda row: row.compiled.arch,
-        "registers": lambda row: row.compiled.registers,
+        "kernel": lambda row: row.compiled.kernel.removesuffix("_kernel"),
+        "regs": lambda row: row.compiled.registers,
         "stack": lambda row: row.compiled.stack,
-        "shared KiB": lambda row: f"{row.compiled.shared / KIB:.0f}",
-        "of": lambda row: SHARED_MEMORY[row.compiled.arch] // KIB,
-        "tensor core": lambda row: row.compiled.tensor_core or "-",
-        "issued / needed": ratio,
-        "barriers / step": lambda row: worst(row, lambda loop: loop.barriers),
-        "KiB read / step": lambda row: worst(row, lambda loop: loop.shared_read, KIB),
-        "programs / SMs": lambda row: (
+        "KiB": lambda row: f"{row.compiled.shared / KIB:.0f}",
+        "issued/\nneeded": ratio,
+        "bars/\nstep": lambda row: worst(row, lambda loop: loop.barriers),
+        "KiB/\nstep": lambda row: worst(row, lambda loop: loop.shared_read, KIB),
+        "progs/\nSM": lambda row: (
             f"{row.longest.programs / MULTIPROCESSORS[row.compiled.arch].count:,.1f}"
         ),
         "ms": lambda row: f"{row.longest.ms:,.2f}",
         "bound": lambda row: row.longest.bound,
     }
-    return table(f"Triton kernels of {', '.join(models)}, bfloat16", compiled, columns)
+    limit = SHARED_MEMORY[arch] // KIB
+    title = f"{model}, bfloat16, sm_{arch}: {limit} KiB of shared memory per block"
+    made = table(title, compiled, columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in made.columns[:-1]:
+        column.no_wrap = True  # what bounds a kernel is the one cell that wraps
+    return made

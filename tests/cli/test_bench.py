@@ -88,6 +88,9 @@ def test_kernels_prints_what_their_binaries_take(tmp_path):
         found["top_k_kernel"]["tensor_core"] is found["top_k_kernel"]["issued_over_needed"] is None
     )
     assert all(row["shared"] < row["limit"] == 227 << 10 and row["modelled_ms"] > 0 for row in rows)
+    assert "norm_rotate_backward " in done.stdout
+    assert "…" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     shown = " ".join(done.output.split())
     assert "Modelled time of one layer's kernels" in shown
 
