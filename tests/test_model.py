@@ -24,7 +24,7 @@ RATIOS = [0, 4, 128, 4]
 BOUNDARY = {"transport": "boundary"}
 
 
-@pytest.mark.parametrize("transport", ["all_gather", "boundary"])
+@pytest.mark.parametrize("transport", [pytest.param("all_gather", marks=SLOW), "boundary"])
 @pytest.mark.parametrize("size", [pytest.param(2, marks=SLOW), 4])
 @pytest.mark.parametrize(
     ("seq_len", "padded_row"),

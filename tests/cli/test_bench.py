@@ -41,6 +41,7 @@ def peak_with(workspace_mib):
     return {figure["case"]["path"]: figure["peak_bytes"] for figure in figures}
 
 
+@pytest.mark.slow  # tests/kernels/test_reference_attention.py holds the workspace
 def test_memory_goes_by_the_workspace():
     small, large = peak_with(16), peak_with(128)
     assert small["automodel"] == large["automodel"]

@@ -19,6 +19,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["compose", *arguments])
 
 
+@pytest.mark.slow  # tests/test_recipe.py trains the same recipe
 def test_the_composed_tiny_recipe_trains_through_automodels_cli(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     overrides = ["step_scheduler.max_steps=2", f"checkpoint.checkpoint_dir={tmp_path}"]

@@ -25,7 +25,13 @@ def test_an_option_changes_the_numbers_or_leaves_them_as_it_should(trainings, na
     assert_numbers(trainings, name)
 
 
-@pytest.mark.parametrize("pair", FIXED_PAIRS, ids="+".join)
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, marks=pytest.mark.slow if "packed" in pair else (), id="+".join(pair))
+        for pair in FIXED_PAIRS
+    ],
+)
 def test_a_pair_trains_at_cp_2_as_at_cp_1_or_is_refused(trainings, record_property, pair):
     record_property(results.OPTIONS, list(pair))
     record_property(results.FOUND, assert_alike_or_refused(trainings, *pair))
