@@ -107,8 +107,12 @@ def _select(sizes: Any, plan: AttentionPlan, dtype: torch.dtype) -> None:
 
 def kernels_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Specimen]:
     """Return the kernels that the layers of one of ``sizes.MODELS`` launch, each kind once."""
+    return _specimens(passes_of(model, arch, dtype))
+
+
+def _specimens(passes: Sequence[LayerPass]) -> list[Specimen]:
     found: list[Specimen] = []
-    for each in passes_of(model, arch, dtype):
+    for each in passes:
         for launch in each.launches:
             if launch.specimen not in found:
                 found.append(launch.specimen)
@@ -135,10 +139,7 @@ def compile_all(models: Sequence[str], archs: Sequence[int]) -> Iterator[Modelle
     for model, arch in product(models, archs):
         sizes = SimpleNamespace(**read_model_fields(model))
         passes = passes_of(model, arch)
-        specimens = [launch.specimen for each in passes for launch in each.launches]
-        for place, specimen in enumerate(specimens):
-            if specimen in specimens[:place]:
-                continue
+        for specimen in _specimens(passes):
             compiled, estimates = compile_kernel(specimen, arch), {}
             for each in passes:
                 of_it = [launch for launch in each.launches if launch.specimen == specimen]

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.bench.timing import automodel_kernels, describe_machine, time_one_gpu_rank
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Subject
-from nemo_dsv4_cp.checks.kernel_choice import CANDIDATES
+from nemo_dsv4_cp.checks.kernel_choice import installed
 from nemo_dsv4_cp.checks.operation_timing import peak_tflops, time_operations
 from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
@@ -75,9 +74,8 @@ def collect(fields: Mapping[str, Any], *, seconds: float, tests: Path | None = N
     if tests is not None:
         report.tests = counts_of(tests)
     workspace = ContextParallelOptions().workspace_bytes
-    names = [name for name, module in CANDIDATES.items() if find_spec(module)]
     found = []
-    for name in names:
+    for name in installed():
         subject = Subject.of(name, sizes, dtype="bfloat16", workspace_bytes=workspace)
         found.append(certificate.obtain(subject, renew=True))
         report.certificates.append(
@@ -102,11 +100,14 @@ def _measurements(
     sizes: Any, passed: Sequence[str], workspace_bytes: int | None, report: Report
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield the measurements by name, those of shorter rows first."""
+    backends = {
+        name: plugins.load(plugins.KERNELS, name)(workspace_bytes=workspace_bytes)
+        for name in passed
+    }
     for (seq_len, cp_size), ratio in product(SHAPES, _RATIOS):
         at = f"ratio {ratio}, {seq_len:,} tokens on {cp_size} ranks"
         shape = {"seq_len": seq_len, "cp_size": cp_size, "ratio": ratio}
-        for name in passed:
-            kernels = plugins.load(plugins.KERNELS, name)(workspace_bytes=workspace_bytes)
+        for name, kernels in backends.items():
             yield (
                 f"{name}, operations, {at}",
                 partial(_operations, report, sizes, kernels, name, shape),

@@ -45,7 +45,7 @@ def choose_kernels(
     Raises:
         ValueError: On all ranks, if the kernels that the recipe names failed on one.
     """
-    names = [asked] if asked else [name for name, module in candidates.items() if _found(module)]
+    names = [asked] if asked else installed(candidates)
     mine = [_obtain(name, subject_of, seconds) for name in names]
     waiting = 2 * seconds * len(candidates)  # another machine may have to examine all of them
     answers = answers_of_all_ranks(json.dumps([asdict(each) for each in mine]), waiting)
@@ -67,6 +67,11 @@ def choose_kernels(
             )
         _logger.info(_line(chosen, passed))
     return chosen
+
+
+def installed(candidates: Mapping[str, str] = CANDIDATES) -> list[str]:
+    """Return the backends whose modules are here."""
+    return [name for name, module in candidates.items() if _found(module)]
 
 
 def _found(module: str) -> bool:

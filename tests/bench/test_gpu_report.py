@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
     there = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
     monkeypatch.setattr(sys.modules["nemo_dsv4_cp.cli.gpu_report"], "torch", there)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(gpu_report, "CANDIDATES", {"torch": "torch", "triton": "triton"})
+    monkeypatch.setattr(gpu_report, "installed", lambda: ["torch", "triton"])
     monkeypatch.setattr(gpu_report.plugins, "load", lambda group, name: lambda **_: name)
     monkeypatch.setattr(gpu_report, "describe_machine", lambda: "NVIDIA H100, torch 2.13.0")
     monkeypatch.setattr(gpu_report, "peak_tflops", lambda: 1000.0)

@@ -80,7 +80,7 @@ _NAMES = {
 
 
 def write_distribution(folder: Path) -> None:
-    """Write the distribution, and make room for a cache."""
+    """Write the distribution as pip would install it."""
     metadata = folder / "backends_on_trial-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(
