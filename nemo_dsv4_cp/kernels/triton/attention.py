@@ -68,8 +68,9 @@ def attend_op(
     lse = x.new_empty(x.shape[:3], dtype=torch.float32)
     tile = tiles.of(tiles.FORWARD, x)
     block_heads, block_d = min(tile.heads, padded(heads)), padded(width)
-    norm_rotate_kernel[batch * length, triton.cdiv(heads, HEADS)](
-        x, cos, sin, out, heads, eps, width, cos.shape[-1], block_d, HEADS
+    rows = HEADS if x.element_size() == 2 else HEADS // 2  # Triton 3.6 spills 8 rows of float32
+    norm_rotate_kernel[batch * length, triton.cdiv(heads, rows)](
+        x, cos, sin, out, heads, eps, width, cos.shape[-1], block_d, rows
     )
     forward_kernel[length, triton.cdiv(heads, block_heads), batch](
         out, raw, entries, sinks, ranges, selected, out, lse, length, heads, raw.shape[1],
