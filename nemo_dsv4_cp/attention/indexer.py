@@ -19,9 +19,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
 from nemo_dsv4_cp.automodel.torch_api import (
+    NO_BACKWARD,
     SELECTIVE_CHECKPOINTING,
+    backward_id,
     current_modes,
-    in_backward,
     without_modes,
 )
 from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
@@ -101,12 +102,12 @@ class KeptIndices:
         """
         if torch.compiler.is_compiling():
             return
-        if torch.is_grad_enabled() and not in_backward():
+        if torch.is_grad_enabled() and backward_id() == NO_BACKWARD:
             self._indices[key] = None if key in self._indices else indices
 
     def recall(self, key: torch.Tensor) -> Sequence[torch.Tensor] | None:
         """Return the indices to use again in a recomputation; None if there are none."""
-        if torch.compiler.is_compiling() or not in_backward():
+        if torch.compiler.is_compiling() or backward_id() == NO_BACKWARD:
             return None
         indices: Sequence[torch.Tensor] | None = self._indices.get(key)
         return indices

@@ -16,7 +16,7 @@ from nemo_automodel.components.moe.layers import MoE
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nemo_dsv4_cp.automodel.contracts import UnsupportedAutoModel
-from nemo_dsv4_cp.automodel.torch_api import in_backward
+from nemo_dsv4_cp.automodel.torch_api import NO_BACKWARD, backward_id
 
 _PENDING = ("_pending_input_ids", "_pending_vision_token_types")
 
@@ -44,7 +44,7 @@ def _restore_or_keep(moe: Any, inputs: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     hidden, gate = inputs[0], moe.gate
-    if not in_backward():
+    if backward_id() == NO_BACKWARD:
         _routed_by[hidden] = {name: getattr(gate, name, None) for name in _PENDING}
     elif gate._pending_input_ids is None:  # else the block was recomputed, and handed them over
         ids = _routed_by.get(hidden)

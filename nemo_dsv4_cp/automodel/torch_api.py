@@ -27,17 +27,15 @@ else:
 default_store = dist.distributed_c10d._get_default_store
 current_modes = _python_dispatch._get_current_dispatch_mode_stack
 without_modes = _python_dispatch._disable_current_modes
+# The number of the backward that autograd runs, by which torch.utils.checkpoint, too, recognizes
+# its recomputations.
+backward_id = torch._C._current_graph_task_id
+NO_BACKWARD = -1
 # The modes of selective checkpointing, of its forward and of its recomputation.
 SELECTIVE_CHECKPOINTING = (
     checkpoint._CachingTorchDispatchMode,
     checkpoint._CachedTorchDispatchMode,
 )
-
-
-def in_backward() -> bool:
-    """Return whether autograd is running backward, as it is during a recomputation."""
-    # torch.utils.checkpoint itself recognizes its recomputations by this id.
-    return torch._C._current_graph_task_id() != -1
 
 
 def let_fake_tensors_through_collectives() -> None:

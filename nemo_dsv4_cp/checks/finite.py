@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.automodel.torch_api import in_backward
+from nemo_dsv4_cp.automodel.torch_api import NO_BACKWARD, backward_id
 from nemo_dsv4_cp.exchange.collectives import Group, all_gather_metadata
 
 
@@ -27,7 +27,7 @@ class FiniteCheck:
 
     def _watching(self, name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if in_backward():
+            if backward_id() != NO_BACKWARD:
                 return  # a recomputation shows nothing new
             for tensor in _floats(output):
                 self._outputs.append((name, tensor.detach().isfinite().all()))

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dsv4_cp.automodel import training_step
-from nemo_dsv4_cp.automodel.torch_api import in_backward
+from nemo_dsv4_cp.automodel.torch_api import NO_BACKWARD, backward_id
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.verification import case_of, compare, draw_weights, gradient_limit
@@ -158,7 +158,7 @@ def hide_logits_to_keep(model):
 
 def forget_ids_on_recomputation(model):
     def forget(gate, args):
-        if in_backward():
+        if backward_id() != NO_BACKWARD:
             gate.set_input_ids(None)
 
     for module in model.modules():
