@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from packaging.version import Version
+
 PAGE = Path(__file__).with_name("support.md")
 START, END = "<!-- support matrix -->\n", "<!-- end of support matrix -->\n"
 
@@ -45,7 +47,8 @@ def matrix(results: list[dict[str, dict[str, str]]]) -> str:
 def main(paths: list[str]) -> None:
     """Put the matrix of these results, newest release first, into its page."""
     results = [json.loads(Path(path).read_text()) for path in paths]
-    results.sort(key=lambda result: result["packages"]["nemo_automodel"], reverse=True)  # stable
+    # A stable sort: results of one release stay in the order of the arguments.
+    results.sort(key=lambda result: Version(result["packages"]["nemo_automodel"]), reverse=True)
     text = PAGE.read_text()
     start, end = text.index(START) + len(START), text.index(END)
     PAGE.write_text(f"{text[:start]}\n{matrix(results)}\n{text[end:]}")

@@ -95,23 +95,22 @@ def test_cells_are_short_and_notes_hold_the_rest():
     ]
 
 
-def test_the_matrix_is_written_between_the_marks_of_its_page(tmp_path, monkeypatch):
-    page, found = tmp_path / "page.md", tmp_path / "found.json"
+def test_the_matrix_is_written_between_the_marks_of_its_page_newest_first(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
     page.write_text(f"before\n{matrix.START}old\n{matrix.END}after\n")
-    found.write_text(
-        json.dumps(
-            {
-                "packages": {"nemo_automodel": "2.0", "torch": "2.13.0", "transformers": "1"},
-                "capabilities": {"X": "tested"},
-            }
-        )
-    )
+    found = []
+    for release, torch in [("0.9.0", "2.13.0"), ("0.10.0", "2.13.0"), ("0.10.0", "2.8.0")]:
+        packages = {"nemo_automodel": release, "torch": torch, "transformers": "1"}
+        found.append(tmp_path / f"{release}-{torch}.json")
+        found[-1].write_text(json.dumps({"packages": packages, "capabilities": {"X": "tested"}}))
     monkeypatch.setattr(matrix, "PAGE", page)
-    matrix.main([str(found)])
+    matrix.main(list(map(str, found)))
     lines = page.read_text().splitlines()
     assert lines[:2] == ["before", matrix.START.strip()]
     assert lines[-2:] == [matrix.END.strip(), "after"]
-    assert "| X | tested |" in lines and "old" not in lines
+    assert "|  | AutoModel 0.10.0 | AutoModel 0.10.0 | AutoModel 0.9.0 |" in lines
+    assert "| torch | 2.13.0 | 2.8.0 | 2.13.0 |" in lines
+    assert "| X | tested | tested | tested |" in lines and "old" not in lines
 
 
 def test_the_page_has_every_release_and_capability_and_none_fails():
