@@ -121,6 +121,13 @@ class ContextParallelModel(DeepseekV4Model):
     _cp_group: Group | None = None
     gpu: Gpu | None = None  # with the measured rate of its kernels; None for the table's
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with: a process group cannot be copied.
+
+        The copy's next forward names it again.
+        """
+        return {name: value for name, value in vars(self).items() if name != "_cp_group"}
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -104,6 +104,10 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
                 ContextParallelAttention.adopt(module)
         self._finite = FiniteCheck(self) if options.check_finite else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy starts with; its first forward sees to the routing anew."""
+        return {name: value for name, value in vars(self).items() if name != "_routed_over"}
+
     def prepare_model_inputs_for_cp(
         self, batch: dict[str, Any], *, num_chunks: int = 1
     ) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model over real gloo ranks against AutoModel's own at CP size 1."""
 
+import copy
+
 import pytest
 import torch
 from nemo_automodel._transformers import capabilities
@@ -229,6 +231,26 @@ def test_experts_are_balanced_by_the_whole_row(ranks):
     for same in ranks.run(gate_bias_job, 2):
         assert len(same) == 3  # the first of four layers routes by token id
         assert all(same)
+
+
+def copied_job(group, rank):
+    """Return whether a copy that is made after a step trains as the model does."""
+    model = initialised(DeepseekV4ContextParallelForCausalLM)
+    ids = torch.arange(512).remainder(97)[None]
+    batch = {"input_ids": ids, "labels": ids}
+    sharder = model.prepare_model_inputs_for_cp({})["cp_sharder"]
+    _, batch, _ = sharder.shard_batch(GroupMesh(group), None, batch)
+    batch.pop("labels")
+    model(**batch).logits.sum().backward()
+    copied = copy.deepcopy(model)
+    copied.zero_grad()
+    copied(**batch).logits.sum().backward()
+    gradients = [[p.grad for p in each.parameters()] for each in (model, copied)]
+    return all(a is b or torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_model_can_be_copied_after_a_step(ranks):
+    assert ranks.run(copied_job, 2) == [True, True]
 
 
 def token_verbs_job(group, rank):

@@ -95,6 +95,10 @@ class KeptIndices:
     def __init__(self) -> None:
         self._indices: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[KeptIndices], tuple[()]]:
+        """Have copies and pickles begin empty: the forwards under way are not theirs."""
+        return KeptIndices, ()
+
     def keep(self, key: torch.Tensor, indices: Sequence[torch.Tensor]) -> None:
         """Remember the indices of the forward that ``key`` belongs to, of all its queries.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -88,10 +89,11 @@ def collect(fields: Mapping[str, Any], *, seconds: float, tests: Path | None = N
             continue
         try:
             measure()
-        except (RuntimeError, ValueError) as error:  # one that fails leaves the others
+        except Exception as error:  # one that fails leaves the others; Triton's are no RuntimeError
             line = " ".join(str(error).split())
             report.left_out.append(f"{what}: {type(error).__name__}: {line}")
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # after an illegal access every call fails
+                torch.cuda.empty_cache()
     report.seconds = time.monotonic() - begun
     return report
 

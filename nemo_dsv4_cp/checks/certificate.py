@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import torch
 
@@ -131,7 +131,7 @@ def obtain(subject: Subject, *, seconds: float = SECONDS, renew: bool = False) -
     known = None if renew else _read(file)
     if known is not None:
         return known
-    with _locked(folder / f"{subject.key}.lock"):
+    with _locked(folder / f"{subject.key}.lock", seconds + 2 * _GRACE):
         if not renew:
             known = _read(file)
             if known is None and _written_at(failed) != before:  # while this process waited
@@ -249,7 +249,7 @@ def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
         arguments = [str(request), str(result), json.dumps(device), str(seconds)]
         command = [sys.executable, "-m", "nemo_dsv4_cp.checks.examination", *arguments]
         begun = time.monotonic()
-        with log.open("wb") as output:
+        with _opened(log) as output:
             child = subprocess.Popen(
                 command, stdout=output, stderr=output, stdin=subprocess.PIPE, env=_environ(),
                 start_new_session=True,
@@ -264,10 +264,10 @@ def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
                 assert child.stdin is not None  # the child reads to its end, and ends with it
                 child.stdin.close()
         found: dict[str, Any] = json.loads(result.read_text()) if result.exists() else {}
-    if status == 0:
+    if status == 0 and (found.get("error") is not None or "milliseconds" in found):
         return found
     operation = found.get("operation")
-    lasting = operation is not None
+    lasting = operation is not None and status != os.EX_TEMPFAIL
     if status is None or time.monotonic() - begun >= seconds:
         how = f"took more than {seconds:g} s"
     elif status < 0:
@@ -275,8 +275,16 @@ def _examine(subject: Subject, log: Path, seconds: float) -> dict[str, Any]:
         lasting = lasting and -status in _OF_KERNELS
     else:
         how = f"ended its process with status {status}"
-    error = f"{operation or 'its start'}: {how} (log: {log})"
+    error = f"{operation or 'its start'}: {how} (log: {output.name})"
     return {"differences": [], "error": error, "lasting": lasting}
+
+
+def _opened(log: Path) -> BinaryIO:
+    """Open a log, where it can be written: it may be another user's, or the disk full."""
+    try:
+        return log.open("wb")
+    except OSError:
+        return Path(os.devnull).open("wb")
 
 
 def _environ() -> dict[str, str]:
@@ -331,16 +339,27 @@ def _write(file: Path, found: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
+def _locked(file: Path, seconds: float) -> Iterator[None]:
     """Hold a lock that ends with its process, where the file system has locks.
 
     Without, as on Lustre by default, several processes may examine at a time; each finds the same.
+    So they may after ``seconds``: what holds the lock then is stopped, as by Ctrl-Z.
     """
+    deadline = time.monotonic() + seconds
     with ExitStack() as stack:
         with suppress(OSError):
             stream = stack.enter_context(file.open("a"))
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            while not _lock(stream) and time.monotonic() < deadline:
+                time.sleep(0.1)
         yield
+
+
+def _lock(stream: TextIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _folder() -> Path:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,8 +32,16 @@ _ROW, _RANKS, _REPEATS = 32768, 8, 3
 _ROW_ON_CPU = 1024
 """Where the tests run."""
 
-_OF_THE_MACHINE = ("out of memory", "ALLOC_FAILED", "busy or unavailable")
-"""Parts of CUDA's messages that another process may be the cause of, not the kernels."""
+_OF_THE_MACHINE = (
+    "out of memory",
+    "OUT_OF_MEMORY",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "busy or unavailable",
+    "Failed to find C compiler",
+    "libcuda.so cannot found",
+)
+"""Parts of messages of CUDA, torch and Triton whose cause is another process or an installation."""
 
 
 def main(request: Path, result: Path, device: int | None, seconds: float) -> None:
@@ -59,13 +68,18 @@ def main(request: Path, result: Path, device: int | None, seconds: float) -> Non
         line = " ".join(traceback.format_exception_only(error)[-1].split())
         found["error"] = f"{found['operation']}: {line}"
         found["lasting"] = not _is_of_the_machine(error)
-    _write(result, found)
+    try:
+        _write(result, found)
+    except OSError:  # a full disk, which kernels are not to blame for
+        traceback.print_exc()
+        os._exit(os.EX_TEMPFAIL)
 
 
 def _is_of_the_machine(error: Exception) -> bool:
     """Return whether the next start may not meet the error."""
     message = str(error)
-    kinds = (torch.OutOfMemoryError, OSError, ImportError)
+    # A C compiler that lacks Python's headers ends as CalledProcessError.
+    kinds = (torch.OutOfMemoryError, MemoryError, OSError, ImportError, CalledProcessError)
     return isinstance(error, kinds) or any(part in message for part in _OF_THE_MACHINE)
 
 

@@ -8,6 +8,7 @@ the CP group together: what one rank computed wrong reaches the others through t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,16 +24,14 @@ class FiniteCheck:
         """Hook every module that is there; those of later wrappers are not seen."""
         self._outputs: list[tuple[str, torch.Tensor]] = []
         for name, module in model.named_modules():
-            module.register_forward_hook(self._watching(name or "the model"))
+            # Not a closure: a copy of the model, as a pipeline stage is, must hold a copy of it.
+            module.register_forward_hook(partial(self._watch, name or "the model"))
 
-    def _watching(self, name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if backward_id() != NO_BACKWARD:
-                return  # a recomputation shows nothing new
-            for tensor in _floats(output):
-                self._outputs.append((name, tensor.detach().isfinite().all()))
-
-        return hook
+    def _watch(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if backward_id() != NO_BACKWARD:
+            return  # a recomputation shows nothing new
+        for tensor in _floats(output):
+            self._outputs.append((name, tensor.detach().isfinite().all()))
 
     def raise_on_all_ranks(self, cp_group: Group | None) -> None:
         """Raise on every rank of the group if one saw what is not finite since the last call.

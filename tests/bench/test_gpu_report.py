@@ -85,6 +85,25 @@ def test_a_backend_that_failed_is_not_timed_and_the_exit_status_says_so(gpu, tmp
     assert {each["kernels"] for each in figures["operations"]} == {"torch"}
 
 
+def test_what_no_runtime_error_is_leaves_the_other_measurements_too(gpu, tmp_path, monkeypatch):
+    class OutOfResources(Exception):  # as Triton's
+        pass
+
+    def fails(*_, **__):
+        raise OutOfResources("shared memory")
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_report, "time_operations", fails)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lost)
+    assert report().exit_code == 0
+    assert (
+        "131,072 tokens on 8 ranks: OutOfResources: shared memory"
+        in (tmp_path / "found.md").read_text()
+    )
+
+
 def test_time_that_is_up_is_reported(gpu, tmp_path):
     assert report("--minutes", "0").exit_code == 0
     assert (

@@ -27,7 +27,7 @@ SIZES = SimpleNamespace(
 )
 
 SOURCE = """
-import os, signal, time
+import errno, os, signal, subprocess, sys, time
 import torch
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 
@@ -62,6 +62,21 @@ class OutOfMemory(TorchKernels):
     def attend(self, queries, keys, constants):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
 
+class Ends(TorchKernels):
+    def attend(self, queries, keys, constants):
+        os._exit(0)
+
+class NoHeaders(TorchKernels):
+    def attend(self, queries, keys, constants):
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+class NoSpace(TorchKernels):
+    def attend(self, queries, keys, constants):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sys.modules["__main__"]._write = full
+        return super().attend(queries, keys, constants)
+
 class Killed(TorchKernels):
     def attend(self, queries, keys, constants):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -76,6 +91,9 @@ _NAMES = {
     "hangs": "Hangs",
     "out_of_memory": "OutOfMemory",
     "killed": "Killed",
+    "ends": "Ends",
+    "no_headers": "NoHeaders",
+    "no_space": "NoSpace",
 }
 
 

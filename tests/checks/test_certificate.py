@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nemo_dsv4_cp.checks import certificate
+from nemo_dsv4_cp.checks import certificate, examination
 from nemo_dsv4_cp.checks.certificate import Subject
 from tests.checks.backends import (
     SIZES,
@@ -40,6 +41,7 @@ def folder(tmp_path):
         ("wrong_gradient", "ratio 0: gradient of queries is off by"),
         ("raises", "forward and backward: RuntimeError: no kernel image is available"),
         ("crashes", "forward and backward: ended its process with signal SIGSEGV"),
+        ("ends", "forward and backward: ended its process with status 0"),
     ],
 )
 def test_a_backend_that_fails_is_named_with_its_operation(folder, name, error):
@@ -79,6 +81,30 @@ def test_a_lack_of_memory_is_not_kept(folder, monkeypatch):
     assert Path(found.report).exists()
     monkeypatch.setattr(certificate, "_examine", lambda *_: {"differences": [], "error": "again"})
     assert certificate.obtain(subject("out_of_memory")).error == "again"
+
+
+@pytest.mark.parametrize("name", ["no_headers", "no_space"])
+def test_a_failure_that_an_installation_or_a_full_disk_explains_is_not_kept(
+    folder, monkeypatch, name
+):
+    assert not certificate.obtain(subject(name), seconds=LONG).passed
+    monkeypatch.setattr(certificate, "_examine", lambda *_: dict(PASSED))
+    assert certificate.obtain(subject(name)).passed
+
+
+@pytest.mark.parametrize(
+    ("error", "theirs"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("cuModuleLoadData failed with error: CUDA_ERROR_OUT_OF_MEMORY"), True),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), True),
+        (AssertionError("libcuda.so cannot found!"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_the_machine_is_to_blame_for_is_told_from_what_kernels_are(error, theirs):
+    assert examination._is_of_the_machine(error) is theirs
 
 
 @pytest.fixture
@@ -130,6 +156,21 @@ def test_a_file_system_without_locks_is_no_reason_to_fail(folder, examined, monk
 
     monkeypatch.setattr(certificate.fcntl, "flock", absent)
     assert certificate.obtain(subject("right")).passed
+
+
+def test_a_log_that_cannot_be_written_is_no_reason_to_fail(folder):
+    (certificate._folder() / f"{subject('right').key}.log").mkdir()
+    found = certificate.obtain(subject("right"), seconds=LONG)
+    assert found.passed, found.error
+
+
+def test_a_process_that_is_stopped_with_the_lock_does_not_stop_others(
+    folder, examined, monkeypatch
+):
+    monkeypatch.setattr(certificate, "_GRACE", 0.1)
+    with (certificate._folder() / f"{subject('right').key}.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert certificate.obtain(subject("right"), seconds=0.1).passed
 
 
 def test_a_user_without_a_home_has_a_folder(folder, monkeypatch, tmp_path):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers that are not finite: nothing swallows them, and check_finite names where they began."""
 
+import copy
+
 import pytest
 import torch
 from torch.distributed import get_world_size
@@ -79,3 +81,13 @@ def test_a_recomputation_and_whole_numbers_are_not_looked_at():
     assert len(check._outputs) == 3
     check.raise_on_all_ranks(None)
     assert check._outputs == []
+
+
+def test_a_copy_of_a_model_as_a_pipeline_stage_is_has_a_check_of_its_own():
+    model = torch.nn.Linear(2, 2)
+    model.check = FiniteCheck(model)
+    stage = copy.deepcopy(model)
+    stage(torch.full((2,), float("nan")))
+    assert model.check._outputs == []
+    with pytest.raises(FloatingPointError, match="the output of the model on CP rank 0"):
+        stage.check.raise_on_all_ranks(None)

@@ -65,6 +65,22 @@ def test_a_gradient_in_two_bytes_is_rounded_once_whatever_the_number_of_ranks(ra
     assert max(ranks.run(rounding_job, 8, dtype)) <= 1
 
 
+def second_order_job(group, rank):
+    """Return whether a gradient refuses to be differentiated again, and is not left out."""
+    mine = torch.ones(2, requires_grad=True)
+    gathered = all_gather(mine, dim=0, cp_group=group)
+    (grad,) = torch.autograd.grad((gathered * gathered).sum(), mine, create_graph=True)
+    try:
+        (grad.sum() + mine.sum()).backward()
+    except RuntimeError as error:
+        return "once_differentiable" in str(error)
+    return False
+
+
+def test_a_second_derivative_is_refused_instead_of_left_out(ranks):
+    assert ranks.run(second_order_job, 2) == [True, True]
+
+
 def no_communication_job(group, rank):
     tensor = torch.ones(2)
     return all_gather(tensor, dim=0, cp_group=group) is tensor
