@@ -38,8 +38,8 @@ class ContextParallelOptions:
             torch whose results are right there, on CPUs torch.
         kernels_check: Before the first step on GPUs, what happens if named kernels compute wrong
             results there: ``"strict"`` raises, ``"warn"`` logs and trains with them. ``"off"`` runs
-            nothing, and ``kernels: auto`` is then TileLang where ``backend.attn`` names it, and
-            otherwise torch.
+            nothing, and ``kernels: auto`` is then TileLang where ``backend.attn`` names it and
+            it is installed, and otherwise torch.
         balance: Load-balance the queries of compressed layers across CP ranks: ``"on"``,
             ``"off"``, or ``"auto"``, which does so where the time saved exceeds the cost of the
             transfer. YAML parses on and off as true and false, which mean the same.
