@@ -93,6 +93,12 @@ def test_time_that_is_up_is_reported(gpu, tmp_path):
     )
 
 
+def test_a_report_for_a_directory_that_does_not_exist_is_refused():
+    done = CliRunner().invoke(app, ["gpu-report", "--out", "nowhere/x"])
+    assert done.exit_code == 2
+    assert "--out nowhere/x: there is no directory nowhere" in " ".join(done.output.split())
+
+
 def test_without_a_gpu_there_is_nothing_to_report():
     if not torch.cuda.is_available():
         done = CliRunner().invoke(app, ["gpu-report"])

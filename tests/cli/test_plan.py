@@ -178,7 +178,7 @@ def test_the_plot_is_drawn(ranks, tmp_path):
         (["--tflops", "-1"], "--tflops -1 is no GPU's; use such as 989"),
         (["--nvlink-gbs", "0"], "--nvlink-gbs 0 is no GPU's; use such as 450"),
         (["--network-gbs", "inf"], "--network-gbs inf is no GPU's; use such as 50"),
-        (["--json", "no-such-directory/plan.json"], "--json no-such-directory/plan.json cannot"),
+        (["--json", "nowhere/plan.json"], "nowhere/plan.json: there is no directory nowhere"),
         (["--plot", "."], "--plot . cannot be written"),
         (["--plot", "out.txt"], "end it with .png"),
         (["--seq-len", "0"], "--seq-len"),
