@@ -21,7 +21,7 @@ from rich.table import Table
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Certificate
 from nemo_dsv4_cp.checks.kernel_verification import SIZES
-from nemo_dsv4_cp.cli.output import check_outputs, emit, two_plots, warn
+from nemo_dsv4_cp.cli.output import check_outputs, emit, quiet, two_plots, warn
 from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Plan, Request, Row
@@ -107,9 +107,13 @@ def plan(
     check_outputs(json_=json_, plot=plot)
     try:
         fields = read_model_fields(model, warn)
-        sizes = ModelSizes.of_fields(fields)
+    except ValueError as error:  # names the model
+        raise typer.BadParameter(str(error)) from error
+    try:
+        with quiet():
+            sizes = ModelSizes.of_fields(fields)
     except ValueError as error:
-        raise typer.BadParameter(f"MODEL: {error}") from error
+        raise typer.BadParameter(f"{model}: {error}") from error
     measured = _certificate_here(gpu, fields)
     if measured is not None:
         machine = certificate.with_measured_rate(machine, measured)
