@@ -52,6 +52,7 @@ def compose(
     """
     try:
         recipe = recipes.compose(name, overrides or [])
+        recipes.check_context_parallel(recipe.fields)
         check_sizes(recipe.fields, recipe.world_size)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         known = name in recipes.names()

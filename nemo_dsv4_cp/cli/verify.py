@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from nemo_dsv4_cp.cli.output import emit, running, table, warn
+from nemo_dsv4_cp.tools.recipes import check_context_parallel
 from nemo_dsv4_cp.tools.sizes import complete_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import
@@ -164,6 +165,7 @@ def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:
         )
     with running(f"{recipe}: "):
         config = complete_fields(config, warn)
+        check_context_parallel({**fields, "model": {**fields["model"], "config": config}})
     cp_size = int((fields.get("distributed") or {}).get("cp_size") or 1)
     packed = bool((fields.get("packed_sequence") or {}).get("packed_sequence_size"))
     return fields, config, cp_size, packed

@@ -189,6 +189,11 @@ def test_a_model_of_the_hub_is_verified_with_packaged_sizes_and_says_so(tmp_path
             "compress_ratios: [4], context_parallel: {transport: none}}}}",
             "transport='none' is not installed",
         ),
+        (
+            "{context_parallel: {overlap: false}, model: {config: {compress_ratios: [4], "
+            "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig}}}",
+            "context_parallel belongs under model.config",
+        ),
     ],
 )
 def test_a_mistake_ends_with_a_line_that_says_what_works(text, message, tmp_path):
