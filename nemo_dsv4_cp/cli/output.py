@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -64,6 +65,21 @@ def running(prefix: str = "", mistakes: Any = ValueError) -> Iterator[None]:
         raise typer.Exit(1) from error
     except mistakes as error:
         raise typer.BadParameter(f"{prefix}{error}") from error
+
+
+def require_gpu(command: str, instead: str) -> None:
+    """End a command that measures a GPU where torch sees none.
+
+    Args:
+        command: Its name.
+        instead: What to run without a GPU, in a sentence.
+    """
+    if torch.cuda.is_available():
+        return
+    on_cpus = torch.version.cuda is None and torch.version.hip is None
+    build = f" (torch {torch.__version__} is a CPU build)" if on_cpus else ""
+    notice(f"{command} needs a GPU, and torch sees none{build}. {instead}", style="red")
+    raise typer.Exit(2)
 
 
 def notice(text: str, style: str | None = None, **options: Any) -> None:
