@@ -94,7 +94,7 @@ def check_context_parallel(fields: Mapping[str, Any]) -> None:
         elif _BLOCK in holder:
             path = ".".join([*place, _BLOCK])
             raise ValueError(
-                f"{path} is read by nothing: {_BLOCK} belongs under model.config: use "
+                f"{path}: nothing reads it there; {_BLOCK} belongs under model.config: use "
                 f"++model.config.{_BLOCK}{_first_key(block)}"
             )
 

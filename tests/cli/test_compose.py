@@ -74,7 +74,7 @@ def test_the_launch_line_starts_a_process_for_each_rank_and_stage(overrides, pro
         ),
         (
             ["tiny_cpu", "+context_parallel.overlap=false"],
-            "context_parallel is read by nothing: context_parallel belongs under model.config: use "
+            "nothing reads it there; context_parallel belongs under model.config: use "
             "++model.config.context_parallel.overlap=false",
         ),
         (["tiny_cpu", "+model.context_parallel.balance=on"], "++model.config.context_parallel.bal"),
