@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import reset_what_checkpoints_bri
 from nemo_dsv4_cp.automodel.mtp import forward_with_mtp, shifted_inputs
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
+from nemo_dsv4_cp.automodel.tilelang import named_but_missing
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.checks.batch_rules import padding_of
@@ -41,6 +43,7 @@ from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
     Group,
     cp_enabled,
+    is_first_rank,
     sharding_groups,
     trains_on_gpus,
 )
@@ -52,6 +55,8 @@ from nemo_dsv4_cp.startup import log_first_step, padding_of_shard
 
 if TYPE_CHECKING:
     from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
+
+_logger = logging.getLogger(__name__)
 
 
 class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
@@ -182,6 +187,10 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         """
         options = ContextParallelOptions.of(self.config)
         if not trains_on_gpus() or options.kernels == TORCH or options.kernels_check == "off":
+            if options.kernels == AUTO and named_but_missing(self.backend) and is_first_rank():
+                _logger.info(
+                    "TileLang, which model.backend.attn: tilelang names, is not installed: torch"
+                )
             return
         chosen = choose_kernels(
             None if options.kernels == AUTO else options.kernels,

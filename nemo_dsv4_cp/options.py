@@ -10,18 +10,39 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 
 AUTO = "auto"
 _FLAGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
+_TYPES = {
+    "bool": "true or false",
+    "str": "a name",
+    "bool | str": "a word, or true or false",
+    "int | str": "auto, or an integer without quotes",
+}
+"""What the options are, by their annotations."""
 _PLUGGED = {
     "transport": plugins.TRANSPORTS,
     "kernels": plugins.KERNELS,
     "batch_function": plugins.BATCH_FNS,
 }
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML has it, text in quotes."""
+    words = {True: "true", False: "false", None: "null"}
+    return words[value] if isinstance(value, bool | None) else repr(value)
+
+
+def _has_type(annotation: str, value: Any) -> bool:
+    if annotation == "bool":  # any number but 0 would be taken for true
+        return isinstance(value, bool | int | str) and str(value).lower() in _FLAGS
+    if annotation == "int | str":
+        quoted = isinstance(value, str) and value.isdigit()
+        return isinstance(value, int | str) and not (quoted or isinstance(value, bool))
+    return isinstance(value, bool | str if annotation == "bool | str" else str)
 
 
 @dataclass(frozen=True)
@@ -38,8 +59,8 @@ class ContextParallelOptions:
             torch whose results are right there, on CPUs torch.
         kernels_check: Before the first step on GPUs, what happens if named kernels compute wrong
             results there: ``"strict"`` raises, ``"warn"`` logs and trains with them. ``"off"`` runs
-            nothing, and ``kernels: auto`` is then TileLang where ``backend.attn`` names it, and
-            otherwise torch.
+            nothing, and ``kernels: auto`` is then TileLang where ``backend.attn`` names it and
+            it is installed, and otherwise torch.
         balance: Load-balance the queries of compressed layers across CP ranks: ``"on"``,
             ``"off"``, or ``"auto"``, which does so where the time saved exceeds the cost of the
             transfer. YAML parses on and off as true and false, which mean the same.
@@ -100,25 +121,20 @@ class ContextParallelOptions:
                 f"context_parallel={block!r} is not a mapping; write a block such as "
                 "{enabled: true, transport: boundary}"
             )
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = {field.name: str(field.type) for field in dataclasses.fields(cls)}
         for key, value in (block or {}).items():
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 raise ValueError(
-                    f"context_parallel.{key}={value!r} is not an option; "
+                    f"context_parallel.{key}={_shown(value)} is not an option; "
                     + (f"did you mean {near[0]!r}? " if near else "")
                     + f"The options are {', '.join(known)}"
                 )
-            default = getattr(cls, key)
-            try:
-                OmegaConf.merge(OmegaConf.structured(cls), {key: value})
-                if isinstance(default, bool) and str(value).lower() not in _FLAGS:
-                    raise ValidationError("any number but 0 would be taken for true")
-            except OmegaConfBaseException as error:
+            if not _has_type(known[key], value):
                 raise ValueError(
-                    f"context_parallel.{key}={value!r} has the wrong type "
-                    f"({str(error).splitlines()[0]}); a value that works is {default!r}"
-                ) from error
+                    f"context_parallel.{key}={_shown(value)} has the wrong type (it is "
+                    f"{_TYPES[known[key]]}); a value that works is {_shown(getattr(cls, key))}"
+                )
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(block or {})))
 
     def __post_init__(self) -> None:
@@ -127,10 +143,11 @@ class ContextParallelOptions:
             if key == "kernels":
                 installed = [AUTO, *installed]
             if name not in installed:
+                near = difflib.get_close_matches(str(name).lower(), installed, n=1)
                 raise ValueError(
                     f"context_parallel.{key}={name!r} is not installed; use one of "
                     f"{installed}, or install a distribution that offers it in the entry-point "
-                    f"group {group!r}"
+                    f"group {group!r}" + (f"; did you mean {near[0]!r}?" if near else "")
                 )
         multiple = self.pad_multiple
         if multiple != AUTO and not (isinstance(multiple, int) and multiple > 0):
@@ -142,8 +159,8 @@ class ContextParallelOptions:
             object.__setattr__(self, "kernels_check", "off")
         if self.kernels_check not in ("strict", "warn", "off"):
             raise ValueError(
-                f"context_parallel.kernels_check={self.kernels_check!r} is none of strict, warn "
-                "and off; use strict"
+                f"context_parallel.kernels_check={_shown(self.kernels_check)} is none of strict, "
+                "warn and off; use strict"
             )
         if isinstance(self.balance, bool):  # what YAML reads on and off as
             object.__setattr__(self, "balance", "on" if self.balance else "off")

@@ -8,6 +8,7 @@ import torch
 from nemo_automodel._transformers import capabilities
 from nemo_automodel.components.distributed.context_parallel.sharder import ContextParallelSharder
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
+from nemo_automodel.components.models.deepseek_v4.optimized_kernels import HAS_TILELANG
 
 from nemo_dsv4_cp import model as model_module
 from nemo_dsv4_cp import plugins
@@ -122,8 +123,10 @@ def test_padding_of_packed_rows_is_no_expert_load_at_one_rank():
         assert int(gate._cumulative_expert_load.sum()) == 2 * 90  # two experts per token
 
 
-def build(cls=DeepseekV4ContextParallelForCausalLM, **changes):
-    model = cls(tiny_config(RATIOS, **changes), backend=cpu_backend())
+def build(cls=DeepseekV4ContextParallelForCausalLM, *, attn="sdpa", **changes):
+    backend = cpu_backend()
+    backend.attn = attn
+    model = cls(tiny_config(RATIOS, **changes), backend=backend)
     model.initialize_weights(torch.device("cpu"), torch.float32)
     randomise(model, 0)
     return model.eval()
@@ -297,6 +300,17 @@ def test_multi_token_prediction_under_cp_needs_the_shifted_tokens(ranks):
 def unshifted_job(group, rank):
     model = build(num_nextn_predict_layers=1).train()
     model(torch.zeros(1, 128, dtype=torch.long), **{CP_GROUP_KEY: group})
+
+
+@pytest.mark.skipif(HAS_TILELANG, reason="TileLang is installed here")
+def test_a_recipe_for_tilelang_trains_in_torch_where_it_is_not_installed(caplog):
+    model = build(attn="tilelang")
+    with caplog.at_level("INFO"):
+        model.choose_kernels()
+    assert "TileLang, which model.backend.attn: tilelang names, is not installed" in caplog.text
+    layers = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
+    assert {layer.kernels_name for layer in layers} == {"torch"}
+    assert model(torch.zeros(1, 128, dtype=torch.long)).logits.isfinite().all()
 
 
 def test_on_gpus_every_layer_takes_the_kernels_that_the_job_chose(monkeypatch):

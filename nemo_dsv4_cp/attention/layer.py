@@ -24,8 +24,8 @@ from nemo_dsv4_cp.attention.indexer import (
     unseen_by_checkpointing,
 )
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
-from nemo_dsv4_cp.automodel.deepseek_v4 import kernel_backend
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import make_norms_uniform
+from nemo_dsv4_cp.automodel.tilelang import kernels_until_chosen
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, Pending, cp_enabled
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.kernels.protocol import (
@@ -97,7 +97,7 @@ class ContextParallelAttention(DeepseekV4Attention):
         self._options = ContextParallelOptions.of(self.config)
         self.kind = LayerKind.of(self.config, self.compress_ratio)
         named = self._options.kernels
-        self.use_kernels(kernel_backend(self.backend) if named == AUTO else named)
+        self.use_kernels(kernels_until_chosen(self.backend) if named == AUTO else named)
         keeps = self.kind.has_indexer and self._options.keep_index_choice
         self._indices = KeptIndices() if keeps else None
 

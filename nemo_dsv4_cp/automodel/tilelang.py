@@ -10,6 +10,7 @@ Index scores and attention are theirs; norm, rotary and top-k selection are the 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
@@ -18,12 +19,27 @@ from nemo_automodel.components.models.deepseek_v4.optimized_kernels import (
     dsv4_sparse_attention,
 )
 
+from nemo_dsv4_cp.automodel.deepseek_v4 import kernel_backend
 from nemo_dsv4_cp.kernels.protocol import AttentionKeys, AttentionQueries
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 
 _SCORES_KNOW_POSITIONS = "query_start" in inspect.signature(dsv4_indexer_scores).parameters
 """Whether AutoModel's kernel can score queries that do not start the row (since 0.6)."""
+
+
+def named_but_missing(backend: Any) -> bool:
+    """Return whether ``attn`` of a model's ``backend`` names TileLang and it is not installed."""
+    return kernel_backend(backend) == "tilelang" and not HAS_TILELANG
+
+
+def kernels_until_chosen(backend: Any) -> str:
+    """Return what ``kernels: auto`` computes with where nothing was chosen for the GPUs.
+
+    What ``attn`` of the model's ``backend`` names, and torch where that is not installed: a recipe
+    for GPUs also trains on CPUs, and with the kernels that are chosen on its GPUs.
+    """
+    return "torch" if named_but_missing(backend) else kernel_backend(backend)
 
 
 class TileLangKernels(TorchKernels):
@@ -39,9 +55,8 @@ class TileLangKernels(TorchKernels):
         """
         if not HAS_TILELANG:
             raise ValueError(
-                "TileLang is not installed, and model.backend.attn: tilelang or "
-                "context_parallel.kernels: tilelang needs it; install tilelang, or set "
-                "context_parallel.kernels: torch"
+                "TileLang is not installed, and context_parallel.kernels: tilelang needs it; "
+                "install tilelang, or set context_parallel.kernels: auto"
             )
         super().__init__(workspace_bytes=workspace_bytes)
 

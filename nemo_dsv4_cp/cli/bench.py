@@ -18,7 +18,16 @@ import torch
 import typer
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.cli.output import check_outputs, emit, progress, quiet, running, table, two_plots
+from nemo_dsv4_cp.cli.output import (
+    check_outputs,
+    emit,
+    progress,
+    quiet,
+    require_gpu,
+    running,
+    table,
+    two_plots,
+)
 from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
@@ -361,6 +370,7 @@ def operations(
     Example: nemo-dsv4-cp bench operations --seq-len 131072 --cp-size 8 --ratio 4
     """
     _check(seq_len, cp_size, ratio, json_=json_)
+    require_gpu("bench operations", "To model the times without one: nemo-dsv4-cp bench kernels")
     with running():
         from nemo_dsv4_cp.bench.timing import describe_machine
         from nemo_dsv4_cp.checks.operation_timing import peak_tflops, time_operations

@@ -14,6 +14,7 @@ import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_dsv4_cp.cli.output import check_output
 from nemo_dsv4_cp.tools import recipes
 from nemo_dsv4_cp.tools.meshes import check_sizes
 from nemo_dsv4_cp.tools.recipes import Recipe
@@ -51,6 +52,7 @@ def compose(
     """
     try:
         recipe = recipes.compose(name, overrides or [])
+        recipes.check_context_parallel(recipe.fields)
         check_sizes(recipe.fields, recipe.world_size)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         known = name in recipes.names()
@@ -63,8 +65,8 @@ def compose(
             f"--launch runs on this machine, and {name} is made for {recipe.nodes}; the recipe's "
             "first lines show how to launch it"
         )
-    if output is not None and not output.parent.is_dir():
-        raise typer.BadParameter(f"--output {output}: there is no directory {output.parent}")
+    if output is not None:
+        check_output("--output", output)
     text = recipe_text(recipe, [name, *(overrides or [])], output or Path("recipe.yaml"))
     if output is None:
         typer.echo(text, nl=False)

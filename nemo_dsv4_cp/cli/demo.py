@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,7 +116,7 @@ def complaints(with_cp: list[float], without_cp: list[float]) -> list[str]:
 
 
 def main() -> int:
-    """Run the demo; return 1 when a run failed or the losses disagree."""
+    """Run the demo; return 1, and keep its files, when a run failed or the losses disagree."""
     console = Console()
     directory = Path(tempfile.mkdtemp(prefix="nemo-dsv4-cp-demo-"))
     try:
@@ -126,17 +127,25 @@ def main() -> int:
     except TrainingFailed as failure:
         console.print(failure, style="bold red", soft_wrap=True)
         console.print(failure.last_lines(), markup=False, highlight=False, soft_wrap=True)
-        return 1
+        return _kept(directory, console, status=1)
     except KeyboardInterrupt:
         console.print("Stopped.")
-        return 130
+        return _kept(directory, console, status=130)
     _print_comparison(with_cp, without_cp, console)
     found = complaints(with_cp.losses, without_cp.losses)
     for complaint in found:
         console.print(f"Not as it should be: {complaint}", style="bold red")
-    if not found:
-        console.print("The same training, with and without context parallelism.", style="green")
-    return 1 if found else 0
+    if found:
+        return _kept(directory, console, status=1)
+    console.print("The same training, with and without context parallelism.", style="green")
+    shutil.rmtree(directory)
+    return 0
+
+
+def _kept(directory: Path, console: Console, *, status: int) -> int:
+    """Print where the recipe, the logs and the losses are, and return the status."""
+    console.print(f"Kept: {directory}", soft_wrap=True)
+    return status
 
 
 def _train_with_bar(recipe: Path, cp_size: int, directory: Path, console: Console) -> Training:

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from nemo_dsv4_cp.cli.output import check_outputs, notice, running
+from nemo_dsv4_cp.cli.output import check_output, notice, require_gpu, running
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 
@@ -40,15 +39,13 @@ def gpu_report(
     arguments or where there is no GPU.
     """
     files = [out.with_name(f"{out.name}{suffix}") for suffix in (".json", ".md")]
+    if not out.parent.is_dir():  # in the user's words, without a suffix
+        check_output("--out", out)
     for file in files:
-        check_outputs(json_=file)
+        check_output("--out", file)
     if tests is not None and not tests.is_file():
         raise typer.BadParameter(f"--tests: there is no file {tests}")
-    if not torch.cuda.is_available():
-        raise typer.BadParameter(
-            "torch sees no CUDA device, and the report is of one; nemo-dsv4-cp bench kernels "
-            "compiles the kernels without"
-        )
+    require_gpu("gpu-report", "To compile the kernels without one: nemo-dsv4-cp bench kernels")
     with running(), Console(stderr=True).status("Examining and timing the kernels"):
         from nemo_dsv4_cp.bench.gpu_report import collect, markdown
 

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -66,6 +67,21 @@ def running(prefix: str = "", mistakes: Any = ValueError) -> Iterator[None]:
         raise typer.BadParameter(f"{prefix}{error}") from error
 
 
+def require_gpu(command: str, instead: str) -> None:
+    """End a command that measures a GPU where torch sees none.
+
+    Args:
+        command: Its name.
+        instead: What to run without a GPU, in a sentence.
+    """
+    if torch.cuda.is_available():
+        return
+    on_cpus = torch.version.cuda is None and torch.version.hip is None
+    build = f" (torch {torch.__version__} is a CPU build)" if on_cpus else ""
+    notice(f"{command} needs a GPU, and torch sees none{build}. {instead}", style="red")
+    raise typer.Exit(2)
+
+
 def notice(text: str, style: str | None = None, **options: Any) -> None:
     """Print a line to stderr."""
     Console(stderr=True).print(text, style=style, markup=False, soft_wrap=True, **options)
@@ -96,21 +112,27 @@ def table(
 
 def check_outputs(*, json_: Path | None = None, plot: Path | None = None) -> None:
     """Refuse outputs that could not be written, before minutes of measuring."""
-    for option, output in (("--json", json_), ("--plot", plot)):
-        if output is None or (option == "--json" and str(output) == "-"):
-            continue
-        if not output.parent.is_dir() or output.is_dir() or not os.access(output.parent, os.W_OK):
-            raise typer.BadParameter(
-                f"{option} {output} cannot be written; name a file in a directory you may write to"
-            )
-        if output.exists() and not os.access(output, os.W_OK):
-            raise typer.BadParameter(f"{option} {output} is read-only; name another file")
+    if json_ is not None and str(json_) != "-":
+        check_output("--json", json_)
     if plot is None:
         return
+    check_output("--plot", plot)
     if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"--plot {plot} is no picture's name; end it with .png")
     if find_spec("matplotlib") is None:
         raise typer.BadParameter("--plot needs matplotlib: pip install 'nemo-dsv4-cp[plot]'")
+
+
+def check_output(option: str, output: Path) -> None:
+    """Refuse the file of an option if it could not be written."""
+    if not output.parent.is_dir():
+        raise typer.BadParameter(f"{option} {output}: there is no directory {output.parent}")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise typer.BadParameter(
+            f"{option} {output} cannot be written; name a file in a directory you may write to"
+        )
+    if output.exists() and not os.access(output, os.W_OK):
+        raise typer.BadParameter(f"{option} {output} is read-only; name another file")
 
 
 def emit(figures: Any, destination: Path | None, *tables: Table) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Certificate
 from nemo_dsv4_cp.checks.kernel_verification import SIZES
-from nemo_dsv4_cp.cli.output import check_outputs, emit, two_plots, warn
+from nemo_dsv4_cp.cli.output import check_outputs, emit, quiet, two_plots, warn
 from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Plan, Request, Row
@@ -41,7 +41,7 @@ _GPU_OPTIONS = {
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="v4_flash, v4_pro, a config.json or recipe, or a model of the hub."),
+        typer.Argument(help="v4_flash, v4_pro, a config.json, a recipe or a model of the hub."),
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens in a row, before padding.", min=1)],
     ranks: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
@@ -80,6 +80,7 @@ def plan(
     """Plan a context-parallel size: padding, traffic, memory, balance, time, and what fits.
 
     Nothing is run: all figures are computed, for bfloat16 activations and checkpointed layers.
+    Of a recipe only its model's sizes are read, not its length, transport, balance and overlap.
     Time is an estimate by rates that are assumed; that of the kernels is measured on a machine
     with the GPU and a certificate of them.
 
@@ -96,8 +97,9 @@ def plan(
     )
     if not 0 <= reserved < machine.memory:
         raise typer.BadParameter(
-            f"--reserved {reserved:g} leaves nothing of --gpu-memory {machine.memory:g}; use GiB "
-            f"from 0 to below {machine.memory:g}, such as {machine.memory / 2:g}"
+            f"--reserved {reserved:g} leaves nothing of the {machine.memory:g} GiB of one "
+            f"{machine.name}; use GiB from 0 to below {machine.memory:g}, such as "
+            f"{machine.memory / 2:g}"
         )
     if cp_size is not None and cp_size > ranks:
         raise typer.BadParameter(
@@ -107,9 +109,13 @@ def plan(
     check_outputs(json_=json_, plot=plot)
     try:
         fields = read_model_fields(model, warn)
-        sizes = ModelSizes.of_fields(fields)
+    except ValueError as error:  # names the model
+        raise typer.BadParameter(str(error)) from error
+    try:
+        with quiet():
+            sizes = ModelSizes.of_fields(fields)
     except ValueError as error:
-        raise typer.BadParameter(f"MODEL: {error}") from error
+        raise typer.BadParameter(f"{model}: {error}") from error
     measured = _certificate_here(gpu, fields)
     if measured is not None:
         machine = certificate.with_measured_rate(machine, measured)
@@ -301,7 +307,7 @@ def _plot(model: str, made: Plan, destination: Path) -> None:
             right.plot(sizes[1:], received, marker="o", label=path)
         needed = [row.needed_bytes / GIB for row in rows]
         left.plot(sizes, needed, color="black", ls="--", label=f"{request.transport}, all needed")
-        limit = f"--gpu-memory {request.gpu.memory:g}"
+        limit = f"{request.gpu.memory:g} GiB of one {request.gpu.name}"
         left.axhline(request.gpu.memory, color="grey", lw=0.8, label=limit)
         for axes in (left, right):
             axes.set_xticks(sizes, [str(size) for size in sizes])

@@ -15,7 +15,8 @@ import typer
 import yaml
 from rich.console import Console
 
-from nemo_dsv4_cp.cli.output import emit, running, table, warn
+from nemo_dsv4_cp.cli.output import check_outputs, emit, running, table, warn
+from nemo_dsv4_cp.tools.recipes import check_context_parallel
 from nemo_dsv4_cp.tools.sizes import complete_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import
@@ -52,6 +53,7 @@ def verify(
     Exit status: 0 if all tensors agree, 1 if one does not or a rank failed, 2 for a mistake in the
     arguments or the recipe.
     """
+    check_outputs(json_=json_)
     fields, config, cp_size, packed = _read(recipe)
     if kernels:
         named = fields["model"].get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
@@ -88,12 +90,18 @@ def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Pat
         from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 
         options = ContextParallelOptions.from_block(config.get("context_parallel"))
+        on_gpu = torch.cuda.is_available()
+        if options.kernels == AUTO and not (on_gpu or os.environ.get("TRITON_INTERPRET")):
+            raise ValueError(
+                "--kernels compares triton (kernels: auto), which needs a GPU; on a CPU set "
+                "TRITON_INTERPRET=1 and torch_dtype: float32"
+            )
         name = "triton" if options.kernels == AUTO else options.kernels
         workspace = options.workspace_bytes
         given = {field: config[field] for field in SIZES if config.get(field) is not None}
         sizes = DeepseekV4ContextParallelConfig(**given)  # AutoModel's defaults for the rest
         error = None
-        if torch.cuda.is_available():
+        if on_gpu:
             subject = certificate.Subject.of(name, sizes, dtype=dtype, workspace_bytes=workspace)
             with Console(stderr=True).status(f"Examining {name} in a process of its own"):
                 found = certificate.obtain(subject, renew=True)
@@ -164,6 +172,7 @@ def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:
         )
     with running(f"{recipe}: "):
         config = complete_fields(config, warn)
+        check_context_parallel({**fields, "model": {**fields["model"], "config": config}})
     cp_size = int((fields.get("distributed") or {}).get("cp_size") or 1)
     packed = bool((fields.get("packed_sequence") or {}).get("packed_sequence_size"))
     return fields, config, cp_size, packed

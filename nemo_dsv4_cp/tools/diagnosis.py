@@ -158,12 +158,14 @@ def _certificates() -> Iterator[Finding]:
 def _kernels() -> Iterator[Finding]:
     gpu = torch.cuda.is_available()
     for name, used_for, instead in (
-        ("tilelang", "model.backend.attn: tilelang", "attn: sdpa"),
+        ("tilelang", "context_parallel.kernels: tilelang", None),
         ("transformer_engine", "model.backend.attn: te, and ep_size > 1 with CP", "ep_size: 1"),
         ("deep_ep", "model.backend.dispatcher: deepep or hybridep", "dispatcher: torch"),
     ):
         found = importlib.util.find_spec(name) is not None
-        remedy = None
-        if not found and gpu:
+        remedy = note = None
+        if not found and gpu and instead:
             remedy = f"needed by {used_for}; install it, or set {instead}"
-        yield Finding(f"kernels: {name}", "found" if found else "not installed", remedy)
+        elif not found:
+            note = f"needed {'' if gpu else 'on GPUs '}by {used_for}"
+        yield Finding(f"kernels: {name}", "found" if found else "not installed", remedy, note=note)

@@ -297,5 +297,5 @@ def _warnings(plan: Plan) -> Iterator[str]:
         yield (
             f"{having(masked)}: AutoModel's own path needs up to "
             f"{max(map(automodel, masked)):,.0f} GiB for attention (its mask is "
-            f"dense), more than --gpu-memory {memory:g}"
+            f"dense), more than the {memory:g} GiB of one {request.gpu.name}"
         )

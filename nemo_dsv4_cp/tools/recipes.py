@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -15,11 +16,14 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 from nemo_dsv4_cp.tools.meshes import parallel_sizes
 from nemo_dsv4_cp.tools.sizes import published_fields
 
 _CONFIGS = "nemo_dsv4_cp.configs"
+_BLOCK = "context_parallel"
+_READS_BLOCK = (("model", "config"), ("teacher_model", "config"))
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,43 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if processes is None:
         processes = math.prod(parallel_sizes(fields).values())
     return Recipe(fields, variables["nodes"], processes)
+
+
+def check_context_parallel(fields: Mapping[str, Any]) -> None:
+    """Refuse ``context_parallel`` blocks that no config reads, and values that cannot work.
+
+    Raises:
+        ValueError: With the setting and what works.
+    """
+    for place, holder in _mappings(fields):
+        block = holder.get(_BLOCK)
+        if place in _READS_BLOCK:
+            options = ContextParallelOptions.from_block(block)
+            options.resolve_pad_multiple(holder.get("compress_ratios"))
+        elif _BLOCK in holder:
+            path = ".".join([*place, _BLOCK])
+            raise ValueError(
+                f"{path}: nothing reads it there; {_BLOCK} belongs under model.config: use "
+                f"++model.config.{_BLOCK}{_first_key(block)}"
+            )
+
+
+def _mappings(
+    tree: Mapping[str, Any], place: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Yield every mapping of a tree but ``context_parallel`` blocks, and the keys to it."""
+    yield place, tree
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and key != _BLOCK:
+            yield from _mappings(value, (*place, str(key)))
+
+
+def _first_key(block: Any) -> str:
+    """Return a block's first setting as an override has it, such as ``.overlap=false``."""
+    if not isinstance(block, Mapping) or not block:
+        return ""
+    key, value = next(iter(block.items()))
+    return f".{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
 
 
 def register_resolvers() -> None:

@@ -119,7 +119,7 @@ def left_out(recipe: Mapping[str, Any]) -> list[str]:
         if (distributed.get(name) or 1) != 1:
             found.append(f"{words} (distributed.{name}: {distributed[name]})")
     if (distributed.get("ep_size") or 1) != 1 and distributed.get("activation_checkpointing"):
-        found.append("activation checkpointing of expert parallelism (runs as with ep_size: 1)")
+        found.append("activation checkpointing as with ep_size above 1 (it ran as with ep_size: 1)")
     strategy = str(distributed.get("strategy") or "fsdp2")
     if strategy.lower() != "fsdp2":
         found.append(f"distributed.strategy: {strategy}")

@@ -56,12 +56,14 @@ class ModelSizes:
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> ModelSizes:
-        """Take the sizes out of a config's fields.
+        """Take the sizes out of a config's fields; AutoModel's defaults for those it leaves out.
 
         Raises:
-            ValueError: If a field is missing or is no size.
+            ValueError: If there are no compress ratios, or a field is no size.
         """
         wanted = [field.name for field in dataclasses.fields(cls)]
+        if "compress_ratios" in fields and any(name not in fields for name in wanted):
+            fields = {**_defaults(), **fields}
         missing = [name for name in wanted if fields.get(name) is None]
         if missing:
             raise ValueError(
@@ -180,6 +182,15 @@ def published_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     # The packaged recipes leave out the layers for multi-token prediction; the ratios name them.
     predicting = len(fields["compress_ratios"]) - fields["num_hidden_layers"]
     return fields | {"num_nextn_predict_layers": predicting}
+
+
+def _defaults() -> dict[str, Any]:
+    from nemo_automodel.components.models.deepseek_v4.config import (  # takes seconds
+        DeepseekV4Config,
+    )
+
+    fields: dict[str, Any] = DeepseekV4Config().to_dict()
+    return fields
 
 
 def _packaged(name: str) -> dict[str, Any]:

@@ -20,12 +20,14 @@ import torch
 from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
+from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.automodel import training_step
 from nemo_dsv4_cp.automodel.training_step import StepResult, TrainingStep
 from nemo_dsv4_cp.checks.difference import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
 from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
 from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT
 from nemo_dsv4_cp.tools import local_ranks, shrinking
 
@@ -81,6 +83,8 @@ def case_of(
     extra = {} if hidden is None else {"output_hidden_states": hidden}
     small = shrinking.shrink({**config, **extra})
     options = DeepseekV4ContextParallelConfig(**small).context_parallel
+    if options.kernels != AUTO:  # refused here rather than by every rank
+        plugins.load(plugins.KERNELS, options.kernels)(workspace_bytes=options.workspace_bytes)
     multiple = options.resolve_pad_multiple(small["compress_ratios"])
     documents = documents_for(packed, cp_size, multiple)
     return Case(small, recipe, [documents, [row[::-1] for row in documents[::-1]]], packed)
@@ -99,7 +103,7 @@ def verify(
 
     Raises:
         RankFailed: If a rank raised.
-        ValueError: If the config cannot be made.
+        ValueError: If the config cannot be made, or kernels that it names cannot run here.
     """
     case = case_of(recipe, config, cp_size=cp_size, packed=packed)
     differences, not_run = local_ranks.run(compare, cp_size, case)

@@ -175,10 +175,10 @@ def test_kernels_are_those_that_the_block_names_or_that_the_backend_selects():
 
 
 @pytest.mark.skipif(HAS_TILELANG, reason="TileLang is installed here")
-@pytest.mark.parametrize(("attn", "kernels"), [("tilelang", "auto"), ("sdpa", "tilelang")])
-def test_kernels_that_are_not_installed_are_refused_before_the_first_step(attn, kernels):
-    with pytest.raises(ValueError, match=r"TileLang is not installed.*kernels: torch"):
-        named_kernels(attn, kernels=kernels)
+def test_kernels_that_are_not_installed_are_refused_where_the_block_names_them():
+    assert named_kernels("tilelang", kernels="auto") is TorchKernels
+    with pytest.raises(ValueError, match=r"context_parallel\.kernels: tilelang needs it"):
+        named_kernels("sdpa", kernels="tilelang")
 
 
 def test_what_training_cannot_do_is_refused():

@@ -141,5 +141,5 @@ def test_scores_that_leave_out_what_lies_ahead_select_the_same(case):
 
 @pytest.mark.skipif(HAS_TILELANG, reason="TileLang is installed here")
 def test_where_tilelang_is_not_installed_it_is_refused_with_what_to_set():
-    with pytest.raises(ValueError, match=r"TileLang is not installed.*kernels: torch"):
+    with pytest.raises(ValueError, match=r"TileLang is not installed.*kernels: auto"):
         TileLangKernels(workspace_bytes=1 << 20)

@@ -2,7 +2,6 @@
 import json
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,8 +34,7 @@ def gpu(monkeypatch, tmp_path):
         return [OperationTime("attention | forward", ratio, 0.004, 8 * 10**11)]
 
     monkeypatch.chdir(tmp_path)
-    there = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
-    monkeypatch.setattr(sys.modules["nemo_dsv4_cp.cli.gpu_report"], "torch", there)
+    monkeypatch.setattr(sys.modules["nemo_dsv4_cp.cli.gpu_report"], "require_gpu", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(gpu_report, "installed", lambda: ["torch", "triton"])
     monkeypatch.setattr(gpu_report.plugins, "load", lambda group, name: lambda **_: name)
@@ -112,8 +110,17 @@ def test_time_that_is_up_is_reported(gpu, tmp_path):
     )
 
 
-def test_without_a_gpu_there_is_nothing_to_report():
-    if not torch.cuda.is_available():
-        done = CliRunner().invoke(app, ["gpu-report"])
-        assert done.exit_code == 2
-        assert "no CUDA device" in " ".join(done.output.replace("│", "").split())
+def test_a_report_for_a_directory_that_does_not_exist_is_refused():
+    done = CliRunner().invoke(app, ["gpu-report", "--out", "nowhere/x"])
+    assert done.exit_code == 2
+    assert "--out nowhere/x: there is no directory nowhere" in " ".join(done.output.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["gpu-report", "bench operations"])
+def test_without_a_gpu_there_is_nothing_to_measure(command, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 2
+    assert f"{command} needs a GPU, and torch sees none" in done.stderr
+    assert "without one: nemo-dsv4-cp bench kernels" in done.stderr

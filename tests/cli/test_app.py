@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands through their installed entry point, as a user runs them."""
+"""Commands through their installed entry point, as a user runs them, and the demo."""
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from nemo_dsv4_cp.cli import demo
 
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
@@ -25,3 +28,15 @@ def test_a_command_answers(arguments, printed):
     )
     assert done.returncode == 0, done.stderr
     assert printed in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(("losses", "status"), [([2.0, 1.0], 0), ([1.0, 2.0], 1)])
+def test_the_demo_keeps_its_files_only_where_something_is_wrong(
+    losses, status, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "_train_with_bar", lambda *_: demo.Training(losses, 1.0))
+    assert demo.main() == status
+    kept = list(tmp_path.iterdir())
+    assert len(kept) == status
+    assert all(f"Kept: {directory}" in capsys.readouterr().out for directory in kept)

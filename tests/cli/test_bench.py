@@ -53,7 +53,7 @@ def test_memory_goes_by_the_workspace():
     [
         (["--seq-len", "1000", "--cp-size", "3"], "use 1152"),
         (["--ratio", "8"], "none of V4's"),
-        (["--json", "no-such-directory/figures.json"], "cannot be written"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: there is no directory nowhere"),
         (["--plot", "."], "cannot be written"),
     ],
 )

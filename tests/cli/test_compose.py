@@ -72,6 +72,18 @@ def test_the_launch_line_starts_a_process_for_each_rank_and_stage(overrides, pro
             ["flash_packed", "distributed.cp_size=7"],
             "does not divide the 128 ranks; what works is distributed.cp_size: 1, 2, 4, 8, 16",
         ),
+        (
+            ["tiny_cpu", "+context_parallel.overlap=false"],
+            "nothing reads it there; context_parallel belongs under model.config: use "
+            "++model.config.context_parallel.overlap=false",
+        ),
+        (["tiny_cpu", "+model.context_parallel.balance=on"], "++model.config.context_parallel.bal"),
+        (["tiny_cpu", "+model.config.context_parallel.kernels=cuda"], "kernels='cuda'"),
+        (["tiny_cpu", "+model.config.context_parallel.kernel=triton"], "did you mean 'kernels'"),
+        (
+            ["tiny_cpu", "model.config.context_parallel.pad_multiple=96"],
+            "pad_multiple=96 is not a multiple of 128",
+        ),
         (["tiny_cpu", "distributed.cp_size=0"], "distributed.cp_size=0 is not a size"),
         (["tiny_cpu", "--launch"], "name one with --output"),
         (["flash_sft_1m", "--launch", "-o", "x.yaml"], "is made for 16"),

@@ -77,6 +77,16 @@ def test_a_trap_of_the_environment_is_reported(monkeypatch):
     assert "pip install triton==3.7.1" in triton.remedy
 
 
+def test_what_needs_kernels_that_are_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", lambda name: None)
+    for gpu, where in ((False, "on GPUs "), (True, "")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        tilelang, _, deep_ep = diagnosis._kernels()
+        assert tilelang.note == f"needed {where}by context_parallel.kernels: tilelang"
+        assert not tilelang.remedy
+        assert bool(deep_ep.remedy) == gpu
+
+
 def test_certificates_are_shown(monkeypatch):
     passed = Certificate("triton", 0.5, 12.0, 321.0, None, "triton.json")
     failed = Certificate("tilelang", 9.0, None, None, "ratio 4: output is off", "tilelang.json")

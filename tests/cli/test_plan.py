@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -178,7 +179,7 @@ def test_the_plot_is_drawn(ranks, tmp_path):
         (["--tflops", "-1"], "--tflops -1 is no GPU's; use such as 989"),
         (["--nvlink-gbs", "0"], "--nvlink-gbs 0 is no GPU's; use such as 450"),
         (["--network-gbs", "inf"], "--network-gbs inf is no GPU's; use such as 50"),
-        (["--json", "no-such-directory/plan.json"], "--json no-such-directory/plan.json cannot"),
+        (["--json", "nowhere/plan.json"], "nowhere/plan.json: there is no directory nowhere"),
         (["--plot", "."], "--plot . cannot be written"),
         (["--plot", "out.txt"], "end it with .png"),
         (["--seq-len", "0"], "--seq-len"),
@@ -212,7 +213,8 @@ def test_a_model_of_the_hub_is_planned_with_packaged_sizes_and_says_so(tmp_path,
         (None, "cannot be read; use v4_flash or v4_pro"),
         ("model: [", "neither JSON nor YAML"),
         ("hidden_size: 64", "names no compress_ratios"),
-        ("compress_ratios: [0]", "lack hidden_size"),
+        ("compress_ratios: [0]", "model.yaml: compress_ratios holds 1 ratios for"),
+        ("compress_ratios: [0]\nhead_dim: null", "model.yaml: the model's fields lack head_dim"),
     ],
 )
 def test_a_file_that_is_no_model_is_refused(text, message, tmp_path, monkeypatch):
@@ -222,6 +224,14 @@ def test_a_file_that_is_no_model_is_refused(text, message, tmp_path, monkeypatch
     done = run("model.yaml", "--seq-len", "16384")
     assert done.exit_code == 2
     assert message in flat(done.output)
+
+
+def test_automodels_defaults_stand_for_what_a_recipe_leaves_out():
+    recipe = files("nemo_dsv4_cp.configs") / "model" / "tiny.yaml"
+    done = run(str(recipe), "--seq-len", "2048", "--ranks", "2", "--json", "-")
+    assert done.exit_code == 0, done.output
+    sizes = json.loads(done.stdout)["request"]["sizes"]
+    assert (sizes["hidden_size"], sizes["n_shared_experts"]) == (128, 1)
 
 
 def test_a_plot_without_matplotlib_is_refused_before_any_work(monkeypatch, tmp_path):

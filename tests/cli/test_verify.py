@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from nemo_dsv4_cp.tools import local_ranks, recipes
 from nemo_dsv4_cp.tools.verification import Verification
 from tests.ranks import fork_ranks
 
+NAMED = ["+model.config.context_parallel.kernels=triton"]
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
 BROKEN = """
@@ -106,7 +108,7 @@ def test_a_packed_flash_recipe_is_the_same_under_cp(run, recipe, tmp_path):
     assert status == 0, output + errors
     assert "The same" in output
     (left_out,) = [line for line in output.splitlines() if line.startswith("Left out")]
-    assert "expert parallelism (distributed.ep_size: 64), activation checkpointing of" in left_out
+    assert "expert parallelism (distributed.ep_size: 64), activation checkpointing as" in left_out
     named = {figure["name"]: figure for figure in json.loads(figures.read_text())}
     assert all(figure["passes"] for figure in named.values())
     assert {"loss", "logits", "gradient of mtp.layers.0.e_proj.weight"} <= set(named)
@@ -189,6 +191,11 @@ def test_a_model_of_the_hub_is_verified_with_packaged_sizes_and_says_so(tmp_path
             "compress_ratios: [4], context_parallel: {transport: none}}}}",
             "transport='none' is not installed",
         ),
+        (
+            "{context_parallel: {overlap: false}, model: {config: {compress_ratios: [4], "
+            "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig}}}",
+            "context_parallel belongs under model.config",
+        ),
     ],
 )
 def test_a_mistake_ends_with_a_line_that_says_what_works(text, message, tmp_path):
@@ -201,9 +208,20 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(text, message, tmp_path
     assert "Traceback" not in done.output
 
 
-def test_kernels_that_cannot_run_here_are_refused_with_what_to_set(recipe):
-    done = CliRunner().invoke(app, ["verify", str(recipe("tiny_cpu")), "--kernels"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they can run here")
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ([], ["--kernels"], "--kernels compares triton (kernels: auto), which needs a GPU; on a"),
+        (NAMED, ["--kernels"], "kernels='triton' needs a CUDA device"),
+        (NAMED, [], "kernels='triton' needs a CUDA device"),
+    ],
+)
+def test_kernels_that_cannot_run_here_are_refused_before_ranks_start(
+    recipe, monkeypatch, overrides, options, message
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(local_ranks, "run", lambda *_: pytest.fail("ranks started"))
+    done = CliRunner().invoke(app, ["verify", str(recipe("tiny_cpu", *overrides)), *options])
     assert done.exit_code == 2
-    printed = " ".join(done.output.replace("│", " ").split())
-    assert "needs a CUDA device" in printed
-    assert "kernels: torch" in printed
+    assert message in " ".join(done.output.replace("│", " ").split())
