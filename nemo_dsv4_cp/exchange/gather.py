@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,45 +22,80 @@ from nemo_dsv4_cp.exchange.collectives import (
     uncompiled,
 )
 
-# forward:   y   = concat_k x_k                    (all-gather)
+
+class Codec(Protocol):
+    """Stores values that training quantizes in fewer bytes, without further loss."""
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the codes [..., bytes] of values [..., D]."""
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return the quantized values [..., D], in the dtype of the values, of codes."""
+
+
+# With Q of a codec, whose gradient is straight-through, or without one Q x = x:
+# forward:   y   = Q concat_k x_k                  (all-gather, of Q's codes)
 # backward:  dx_r = sum_k (dy_k)[slice of rank r]  (reduce-scatter; all-to-all of 2-byte numbers)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shard: torch.Tensor, flight: InFlight, group: Group) -> torch.Tensor:
+    def forward(
+        ctx: Any, shard: torch.Tensor, flight: InFlight, group: Group, codec: Codec | None
+    ) -> torch.Tensor:
         ctx.flight = flight
-        flight.begin(*start_all_gather(shard, group))
+        flight.begin(*start_all_gather(codec.encode(shard) if codec else shard, group))
         return shard.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return summed(ctx.flight.end()), None, None
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return summed(ctx.flight.end()), None, None, None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, started: torch.Tensor, flight: InFlight, dim: int, group: Group
+        ctx: Any,
+        started: torch.Tensor,
+        flight: InFlight,
+        dim: int,
+        group: Group,
+        codec: Codec | None,
     ) -> torch.Tensor:
         every = flight.end()
         ctx.flight, ctx.dim, ctx.ranks, ctx.group = flight, dim, len(every), group
-        return concatenated(every, dim)
+        whole = concatenated(every, dim)
+        return codec.decode(whole) if codec else whole
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         every = grad.unflatten(ctx.dim, (ctx.ranks, -1)).movedim(ctx.dim, 0)
         ctx.flight.begin(*start_reduce_scatter(every, ctx.group))
-        return grad.new_empty(0), None, None, None
+        return grad.new_empty(0), None, None, None, None
+
+
+class _Quantize(torch.autograd.Function):
+    # forward:   y  = Q x
+    # backward:  dx = dy
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, codec: Codec) -> torch.Tensor:
+        return codec.decode(codec.encode(values))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 _start, _wait = uncompiled(_Start.apply), uncompiled(_Wait.apply)
+# Compiled, Q could round otherwise than it does under CP.
+_quantize = uncompiled(_Quantize.apply)
 
 
 def start_gather(
-    shard: torch.Tensor, *, dim: int, group: Group, overlap: bool
+    shard: torch.Tensor, *, dim: int, group: Group, overlap: bool, codec: Codec | None = None
 ) -> Pending[torch.Tensor]:
     """Start to all-gather equal shards, to be concatenated on ``dim`` in rank order.
 
@@ -69,13 +104,21 @@ def start_gather(
         dim: Dimension to concatenate on, not negative.
         group: CP group.
         overlap: Whether it may overlap with compute until the wait.
+        codec: Quantizes the values; its codes move instead. Then ``dim`` is not the last.
 
     Returns:
-        [..., R * n, ...]. Its gradient is summed, in float32 or better, on the ranks that own the
-        slices.
+        [..., R * n, ...], quantized by a codec. Its gradient is summed, in float32 or better, on
+        the ranks that own the slices; it has the dtype of the values and passes the codec as it is.
     """
     flight = InFlight(overlap)
-    return Pending(partial(_wait, _start(shard, flight, group), flight, dim, group))
+    started = _start(shard, flight, group, codec)
+    return Pending(partial(_wait, started, flight, dim, group, codec))
+
+
+def quantized(values: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """Return what a gather with ``codec`` would of one rank: the gradient is straight-through."""
+    rounded: torch.Tensor = _quantize(values, codec)
+    return rounded
 
 
 def all_gather(tensor: torch.Tensor, *, dim: int, cp_group: Group | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from nemo_dsv4_cp.exchange.collectives import Group, Pending, cp_enabled
-from nemo_dsv4_cp.exchange.gather import start_gather
+from nemo_dsv4_cp.exchange.gather import Codec, quantized, start_gather
 from nemo_dsv4_cp.exchange.rows import start_rows
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, take
 
@@ -56,11 +56,19 @@ class Transport:
 
         return Pending(wait)
 
-    def gather(self, entries: torch.Tensor) -> Pending[torch.Tensor]:
-        """Start to fetch all ranks' entries [B, R * n, D] in window order, from [B, n, D] each."""
+    def gather(self, entries: torch.Tensor, *, codec: Codec | None = None) -> Pending[torch.Tensor]:
+        """Start to fetch all ranks' entries.
+
+        Args:
+            entries: This rank's [B, n, D].
+            codec: Quantizes entries, with or without CP; under CP its codes move.
+
+        Returns:
+            [B, R * n, D] in window order, in the dtype of ``entries``.
+        """
         if self.cp_group is None:
-            return Pending(lambda: entries)
-        return start_gather(entries, dim=1, group=self.cp_group, overlap=self.overlap)
+            return Pending(lambda: quantized(entries, codec) if codec else entries)
+        return start_gather(entries, dim=1, group=self.cp_group, overlap=self.overlap, codec=codec)
 
     def send_back(
         self, rows: torch.Tensor, plan: RowPlan

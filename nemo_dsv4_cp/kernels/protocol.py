@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention needs from the device: three operations that a kernel backend computes.
+"""What attention needs from the device: the operations that a kernel backend computes.
 
 A backend subclasses :class:`nemo_dsv4_cp.kernels.reference.TorchKernels`, which computes all of
 them on any device, and overrides those that it has. One that has only the core of an operation
@@ -10,6 +10,7 @@ names it, and ``nemo-dsv4-cp verify --kernels`` compares it with the torch path.
 
 # B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K selected entries
 # I index heads   F index width   r rotary dims   G groups of heads   C queries of a chunk
+# M candidate blocks
 
 from __future__ import annotations
 
@@ -60,6 +61,38 @@ class IndexQueries:
 
 
 @dataclass(frozen=True, eq=False)
+class RotatedIndexQueries:
+    """Index queries of DeepSeek-V4.1 that a rank computes together.
+
+    Attributes:
+        q_BLIF: After rotary and quantization.
+        weights_BLI: Weight of each head, with the scale of the scores; of the queries' dtype.
+        plan: Which entries each query may see.
+    """
+
+    q_BLIF: torch.Tensor
+    weights_BLI: torch.Tensor
+    plan: AttentionPlan
+
+
+@dataclass(frozen=True)
+class CandidateBlocks:
+    """How many blocks of entries one layer keeps for later layers to select in.
+
+    Attributes:
+        keep: Blocks kept for each query.
+        size: Entries of a block. Blocks are counted from the document's first entry.
+    """
+
+    keep: int
+    size: int
+
+    def count(self, entries: int) -> int:
+        """Return how many blocks hold the first ``entries`` of a document."""
+        return -(-entries // self.size)
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionKeys:
     """What queries attend to; keys are values.
 
@@ -80,12 +113,13 @@ class AttentionConstants:
 
     Attributes:
         scale: Score multiplier.
-        eps: Added to the mean square of the queries' norm.
+        eps: Added to the mean square of the queries' norm; None for queries without norm (V4.1),
+            whose memory may be written over.
         groups: G, into which the output projection takes the heads.
     """
 
     scale: float
-    eps: float
+    eps: float | None
     groups: int
 
 
@@ -124,13 +158,44 @@ class Kernels(Protocol):
             Int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots, which come last; no gradient.
         """
 
+    def select_shared(
+        self,
+        queries: RotatedIndexQueries,
+        keys_BPF: torch.Tensor,
+        *,
+        topk: int,
+        blocks: CandidateBlocks | None,
+        candidates_BLM: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the ``topk`` best of the entries that each query may see, which layers share.
+
+        A score is the sum over heads of weight * relu(q . k). Products, weighted products and
+        sums are rounded to the queries' dtype. Equal scores go to the earlier entry.
+
+        With ``blocks`` and no candidates, also choose each query's candidates: the block of its
+        last visible entry, and the other blocks with the best scores of a visible entry, equal ones
+        by place. With candidates, select only entries of these blocks.
+
+        Args:
+            queries: The queries.
+            keys_BPF: Index keys of all entries, of the queries' dtype.
+            topk: Entries selected for each query.
+            blocks: Number and size of candidates; None if all visible entries are candidates.
+            candidates_BLM: What another layer with the same queries returned second.
+
+        Returns:
+            Int32 [B, L, min(topk, P)], ``NOTHING`` in unused slots, which come last; and the
+            candidates if this call chose them, else None. Candidates are block numbers, int32
+            [B, L, M], M at most ``blocks.keep``, with ``NOTHING`` last, too. No gradient.
+        """
+
     def attend(
         self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
     ) -> torch.Tensor:
         """Attend to the window and to entries, all in range or the selected; differentiable.
 
-        Each head of the queries is first RMS-normalized without weight and its last r dims are
-        rotated; the output's are rotated back.
+        Each head of the queries is first RMS-normalized without weight, unless eps is None, and its
+        last r dims are rotated; the output's are rotated back.
 
         Returns:
             [B, L, G, N / G * D] of the queries' dtype.
@@ -163,8 +228,12 @@ class Kernels(Protocol):
     def attend_rotated(
         self, queries: AttentionQueries, keys: AttentionKeys, scale: float
     ) -> torch.Tensor:
-        """Attend from normed and rotated queries; the core of ``TorchKernels.attend``.
+        """Attend from queries that are ready for products; differentiable.
+
+        It is the core of ``TorchKernels.attend``, and DeepSeek-V4.1's attention: its queries have
+        no norm, and the layer rotates them before and the output after.
 
         Returns:
-            [B, L, N, D] of the queries' dtype, in memory that may be written over.
+            [B, L, N, D] of the queries' dtype, in memory that ``TorchKernels.attend`` may write
+            over if the backend leaves :meth:`attend` to it.
         """

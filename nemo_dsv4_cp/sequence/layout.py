@@ -160,6 +160,13 @@ class SequenceLayout:
         """How many rows of the batch differ in their documents; 1 where all are alike."""
         return len(self.bounds) or 1
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document in any row."""
+        if not self.packed:
+            return self.seq_len
+        return max(b - a for row in self.bounds for a, b in pairwise(row))
+
     def shard(self, rank: int, *, before: int = 0) -> range:
         """Return the positions of ``rank``'s tokens, and of as many before them.
 
@@ -245,8 +252,7 @@ class SequenceLayout:
         """Return how many entries ``rows`` neighboring queries may see between them at most."""
         if not self.packed:
             return self.seq_len // ratio
-        longest = max(b - a for row in self.bounds for a, b in pairwise(row))
-        return min(-(-self.seq_len // ratio), (longest + rows) // ratio + 1)
+        return min(-(-self.seq_len // ratio), (self.longest_document + rows) // ratio + 1)
 
     def entries_before(self, cuts: Sequence[int], ratio: int) -> list[int]:
         """Return how many entries the queries before each of the ascending ``cuts`` see.

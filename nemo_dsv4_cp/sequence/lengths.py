@@ -36,6 +36,24 @@ def document_starts(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.
     return starts.clamp(max=seq_len).expand(rows, -1)
 
 
+def aligned_starts(numbers: torch.Tensor, alignment: int) -> torch.Tensor:
+    """Return where documents start, by the number of each token's document; waits for the device.
+
+    Args:
+        numbers: Int [B, S]; 0 for padding, which counts with the document before it up to the next
+            multiple of ``alignment``.
+        alignment: What all documents' starts are multiples of.
+
+    Returns:
+        Int64 [B, D], ascending from 0; S in unused slots.
+    """
+    of_groups = numbers[:, ::alignment]
+    first = pad(of_groups[:, 1:] != of_groups[:, :-1], (1, 0), value=True)
+    places = torch.arange(of_groups.shape[1], device=numbers.device) * alignment
+    starts = torch.where(first, places, numbers.shape[1]).sort(dim=1).values
+    return starts[:, : int(first.sum(dim=1).max())]
+
+
 def packed_padding(batch: Mapping[str, Any], rows: int, seq_len: int) -> torch.Tensor | None:
     """Return which tokens of packed rows are padding, bool [B, S]; None without lengths.
 

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from nemo_automodel.components.models.deepseek_v4.optimized_kernels import indexer_scores_torch
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.kernels.reference.torch_kernels import best_entries
+from nemo_dsv4_cp.kernels.reference.selection import best_entries
+from nemo_dsv4_cp.sequence.plan import NOTHING
 
 
 def test_scores_are_automodel():
@@ -26,6 +27,7 @@ def test_scores_are_automodel():
 def test_equal_scores_go_to_the_earlier_entry_whatever_else_is_scored(scores, first, stop):
     seen = range(first, min(stop, len(scores)))
     expected = sorted(seen, key=lambda entry: (-scores[entry], entry))
-    bounds = (torch.tensor([[[bound]]]) for bound in (first, stop))
-    best = best_entries(torch.tensor([[scores]]), *bounds, len(scores))
-    assert best[0, 0].tolist()[: len(seen)] == expected
+    expected += [NOTHING] * (len(scores) - len(seen))
+    hidden = torch.tensor([[[entry not in seen for entry in range(len(scores))]]])
+    best = best_entries(torch.tensor([[scores]]), hidden, len(scores))
+    assert best[0, 0].tolist() == expected

@@ -6,7 +6,7 @@ Queries go in chunks, so that memory never grows with L * P. Chunks are as long 
 """
 
 # B batch rows   L queries   N heads   D head_dim   P entries   K selected entries
-# C queries of a chunk   I index heads   F index width
+# C queries of a chunk   I index heads   F index width   M candidate blocks
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
     AttentionKeys,
     AttentionQueries,
+    CandidateBlocks,
     IndexQueries,
     Rope,
+    RotatedIndexQueries,
 )
 from nemo_dsv4_cp.kernels.reference.attention import SparseAttention
 from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
+from nemo_dsv4_cp.kernels.reference.selection import Scoring, best_entries, outside
+from nemo_dsv4_cp.kernels.reference.two_level_selection import select_shared
 from nemo_dsv4_cp.kernels.reference.workspace import WORKSPACE, workspace_on
-from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
-
-_RANKED = 16
-"""Bytes that a score takes while it is ranked: itself, an integer with its place, a mask."""
+from nemo_dsv4_cp.sequence.plan import NOTHING
 
 
 class TorchKernels:
@@ -52,66 +53,58 @@ class TorchKernels:
     # Chunks go by the lengths of rows and documents: traced, each length would compile anew.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _select(self, queries: IndexQueries, keys_BPF: torch.Tensor, topk: int) -> torch.Tensor:
-        workspace, plan = self._workspace(queries.q_BLIF), queries.plan
-        rotated = rotate_(queries.q_BLIF, *queries.rope, workspace_bytes=workspace)
-        weights, which, ratio = queries.weights_BLI, plan.queries, plan.ratio
-        batch, length, _ = weights.shape
-        slots = min(topk, keys_BPF.shape[1])
-        shape, device = (batch, length, slots), weights.device
-        selected = torch.full(shape, NOTHING, dtype=torch.int32, device=device)
+        (batch, length, _), plan = queries.weights_BLI.shape, queries.plan
+        slots, device = min(topk, keys_BPF.shape[1]), keys_BPF.device
+        selected = torch.full((batch, length, slots), NOTHING, dtype=torch.int32, device=device)
         if not slots:
             return selected
-        bounds = which.visible_entries(ratio, device)
-        for chunk in which.chunks(_fitting(plan, length, batch * _RANKED, workspace)):
-            span = which.entry_span(chunk, ratio)
-            if not len(span):
-                continue
-            scores_BCP = self._scores(rotated, keys_BPF, weights, plan, chunk, workspace)
+        scoring = self._scoring(queries, keys_BPF)
+        bounds = plan.queries.visible_entries(plan.ratio, device)
+        for chunk in scoring.chunks():
+            span = plan.entry_span(chunk)
             first, stop = (bound[:, chunk, None] - span.start for bound in bounds)
-            best = best_entries(scores_BCP, first, stop, min(slots, len(span)))
-            unseen = (best < first) | (best >= stop)
-            best = (best + span.start).masked_fill(unseen, NOTHING)
+            scores_BCP = scoring.scores(chunk)
+            best = best_entries(scores_BCP, outside(len(span), first, stop), min(slots, len(span)))
+            del scores_BCP  # not there too while the next are computed
+            best = (best + span.start).masked_fill(best == NOTHING, NOTHING)
             selected[:, chunk, : best.shape[-1]] = best.to(torch.int32)
         return selected
 
-    def _scores(
-        self, rotated_BLIF: torch.Tensor, keys_BPF: torch.Tensor, weights_BLI: torch.Tensor,
-        plan: AttentionPlan, chunk: slice, workspace_bytes: int,
-    ) -> torch.Tensor:  # fmt: skip
-        """Score a chunk of queries against the entries that they see between them, [B, C, P].
-
-        In parts: scores of all heads take more memory than ranking their sums, which takes more
-        launches. What a query does not see may hold anything.
-        """
-        batch, _, heads = weights_BLI.shape
+    def _scoring(self, queries: IndexQueries, keys_BPF: torch.Tensor) -> Scoring:
+        """Rotate index queries, which are scored in chunks by :meth:`index_scores`."""
+        weights, plan = queries.weights_BLI, queries.plan
+        workspace, (batch, _, heads) = self._workspace(queries.q_BLIF), weights.shape
+        rotated = rotate_(queries.q_BLIF, *queries.rope, workspace_bytes=workspace)
         each = batch * (4 * heads if self.score_bytes is None else self.score_bytes)
         if batch > 1 and self.score_bytes is None:
             each += batch * 4 * keys_BPF.shape[-1]  # matmul copies the keys for each query
-        span, count = plan.entry_span(chunk), chunk.stop - chunk.start
-        # The sums of the whole chunk are there too.
-        rows = _fitting(plan, count, each, workspace_bytes - workspace_bytes * 4 // _RANKED)
-        scores_BCP = None
-        for begin in range(chunk.start, chunk.stop, rows):
-            part = slice(begin, min(begin + rows, chunk.stop))
-            seen = plan.entry_span(part)
-            if not len(seen):
-                continue
-            (places,) = plan.queries.spans(part)
-            scores = self.index_scores(
-                rotated_BLIF[:, part],
+
+        def score(rows: slice, seen: range) -> torch.Tensor:
+            (places,) = plan.queries.spans(rows)
+            return self.index_scores(
+                rotated[:, rows],
                 keys_BPF[:, seen.start : seen.stop],
-                weights_BLI[:, part],
+                weights[:, rows],
                 first_query=places.start - seen.start * plan.ratio,
                 ratio=plan.ratio,
             )
-            if part == chunk:
-                return scores
-            if scores_BCP is None:
-                scores_BCP = scores.new_empty(batch, count, len(span))
-            at = slice(seen.start - span.start, seen.stop - span.start)
-            scores_BCP[:, begin - chunk.start : part.stop - chunk.start, at] = scores
-        assert scores_BCP is not None, "a chunk that sees no entry was scored"
-        return scores_BCP
+
+        return Scoring(plan, score, batch, each, workspace)
+
+    def select_shared(
+        self,
+        queries: RotatedIndexQueries,
+        keys_BPF: torch.Tensor,
+        *,
+        topk: int,
+        blocks: CandidateBlocks | None,
+        candidates_BLM: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the ``topk`` best entries of each query, the best first, and candidates if due."""
+        selected: tuple[torch.Tensor, torch.Tensor | None] = _select_shared(
+            queries, keys_BPF, topk, blocks, candidates_BLM, self._workspace(keys_BPF)
+        )
+        return selected
 
     def attend(
         self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
@@ -119,7 +112,10 @@ class TorchKernels:
         """Attend to the window and to entries, all in range or the selected."""
         q_BLND, (cos, sin) = queries.q_BLND, queries.rope
         workspace = self._workspace(q_BLND)
-        q_BLND = norm_and_rotate(q_BLND, cos, sin, eps=constants.eps, workspace_bytes=workspace)
+        if constants.eps is None:
+            q_BLND = rotate_(q_BLND, cos, sin, workspace_bytes=workspace)
+        else:
+            q_BLND = norm_and_rotate(q_BLND, cos, sin, eps=constants.eps, workspace_bytes=workspace)
         rotated = AttentionQueries(q_BLND, queries.rope, queries.plan, queries.selected_BLK)
         out_BLND = self.attend_rotated(rotated, keys, constants.scale)
         out_BLND = rotate_(out_BLND, cos, -sin, workspace_bytes=workspace)
@@ -163,35 +159,4 @@ class TorchKernels:
 
 # Chunks break graphs, and AOTAutograd differentiates a Function whose forward breaks wrongly.
 _sparse_attention = torch.compiler.disable(SparseAttention.apply)
-
-
-def _fitting(plan: AttentionPlan, rows: int, score_bytes: int, workspace_bytes: int) -> int:
-    """Return how many of ``rows`` neighboring queries go together, one at least."""
-    most_entries = plan.queries.layout.most_entries
-    while True:
-        row_bytes = score_bytes * max(most_entries(rows, plan.ratio), 1)
-        fitting = max(1, workspace_bytes // row_bytes)
-        if rows <= fitting:
-            return max(rows, 1)
-        # Fewer queries may see fewer entries, and then more of them fit.
-        rows = max(fitting, rows // 2)
-
-
-def best_entries(
-    scores_BCP: torch.Tensor, first: torch.Tensor, stop: torch.Tensor, count: int
-) -> torch.Tensor:
-    """Return the ``count`` best entries of each row, the earlier of two equal ones first.
-
-    The scores' memory is written over. ``topk`` breaks ties as its algorithm happens to, which
-    depends on more than the row. Ranking integers that hold score and place leaves no ties.
-    Entries outside [first, stop) come last.
-    """
-    bits = scores_BCP.add_(0.0).view(torch.int32)  # -0.0 becomes 0.0
-    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # in the order of the floats
-    entry = torch.arange(scores_BCP.shape[-1], device=scores_BCP.device)
-    lowest = torch.iinfo(torch.int32).min + 1  # below -inf, above overflow
-    hidden = (entry < first) | (entry >= stop)
-    ranked = bits.masked_fill_(hidden, lowest).long()
-    ranked <<= 32
-    ranked -= entry
-    return ranked.topk(count, dim=-1).indices
+_select_shared = torch.compiler.disable(select_shared)
