@@ -14,7 +14,12 @@ import torch
 
 from nemo_dsv4_cp.bench.kernel_model import Estimate, estimate
 from nemo_dsv4_cp.gpus import SHARED_MEMORY
-from nemo_dsv4_cp.kernels.operations import attend, attention_tensors, selection
+from nemo_dsv4_cp.kernels.operations import (
+    attend,
+    attention_tensors,
+    selection,
+    shared_selection,
+)
 from nemo_dsv4_cp.kernels.triton import TritonKernels, tiles
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
@@ -30,6 +35,8 @@ REFUSED = tuple(n for n in SHARED_MEMORY if n not in ARCHITECTURES)
 """Those whose blocks have too little shared memory: A40; L40S; RTX PRO 6000."""
 
 FORWARD, BACKWARD, LONG_ROWS = "forward", "backward", "1M tokens"
+ALL_ENTRIES, CANDIDATES, INSIDE = "all entries", "candidates", "inside candidates"
+"""How layers of DeepSeek-V4.1 select; the second chooses candidates, too."""
 _WORKSPACE = ContextParallelOptions().workspace_bytes
 
 
@@ -62,6 +69,85 @@ def passes_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> lis
     plan = _plan(sizes, OVERLAP_RATIO, 1 << 20, 64)
     launches = record(partial(_select, sizes, plan, dtype), arch)
     return [*found, LayerPass(OVERLAP_RATIO, LONG_ROWS, plan, launches)]
+
+
+V41_FLASH = "v41_flash"
+_V41_SIZES = SimpleNamespace(
+    num_attention_heads=64,
+    head_dim=512,
+    o_groups=8,
+    sliding_window=128,
+    index_n_heads=32,
+    index_head_dim=128,
+    index_topk=512,
+    candidate_topk_blocks=2048,
+    candidate_block_size=8,
+)
+"""Of DeepSeek-V4.1-Flash."""
+
+_SELECTIONS = {0: (), 2: (ALL_ENTRIES,), 1: (CANDIDATES, INSIDE)}
+"""How the layers of a ratio select."""
+
+
+def passes_of_v41(arch: int, dtype: torch.dtype = torch.bfloat16) -> list[LayerPass]:
+    """Record what the layers of V4.1-Flash launch, one kind of selection after the other."""
+    found = []
+    for ratio in _SELECTIONS:
+        found += record_v41_layer(_plan(_V41_SIZES, ratio, 131_072, 8), arch, dtype)
+    for ratio, kinds in _SELECTIONS.items():
+        plan = _plan(_V41_SIZES, ratio, 1 << 20, 64)
+        for kind in kinds:
+            select = partial(_select_v41, plan, dtype, kind)
+            found.append(LayerPass(ratio, LONG_ROWS, plan, record(select, arch)))
+    return found
+
+
+def record_v41_layer(plan: AttentionPlan, arch: int, dtype: torch.dtype) -> list[LayerPass]:
+    """Record the kernels of V4.1-Flash's layers of a ratio, forward and backward."""
+    outs: list[torch.Tensor] = []
+
+    def forward() -> None:
+        for kind in _SELECTIONS[plan.ratio]:
+            _select_v41(plan, dtype, kind)
+        outs.append(_attend_v41(plan, dtype))
+
+    def backward() -> None:
+        outs[0].backward(torch.empty_like(outs[0]))
+
+    launches = [record(forward, arch), record(backward, arch)]
+    directions = zip((FORWARD, BACKWARD), launches, strict=True)
+    return [LayerPass(plan.ratio, direction, plan, each) for direction, each in directions]
+
+
+def _attend_v41(plan: AttentionPlan, dtype: torch.dtype) -> torch.Tensor:
+    q, *keys, _ = attention_tensors(_V41_SIZES, plan, partial(torch.empty, dtype=dtype))
+    rows, length = q.shape[:2]
+    selected, entries = None, keys[1].shape[1]
+    if plan.ratio:
+        n_selected = min(_V41_SIZES.index_topk, entries)
+        selected = torch.empty(rows, length, n_selected, dtype=torch.int32)
+    keys = [each.requires_grad_() for each in keys]
+    sinks = torch.empty(_V41_SIZES.num_attention_heads, requires_grad=True)
+    angles = (torch.empty(1, length, 64),) * 2
+    tensors = q.requires_grad_(), *keys, sinks
+    kernels = TritonKernels(workspace_bytes=_WORKSPACE)
+    return attend(kernels, _V41_SIZES, plan, angles, selected, *tensors, normed=False)
+
+
+def _select_v41(plan: AttentionPlan, dtype: torch.dtype, kind: str) -> None:
+    layout, candidates = plan.queries.layout, None
+    if kind == INSIDE:
+        blocks = layout.longest_document // plan.ratio // _V41_SIZES.candidate_block_size
+        n_candidates = min(_V41_SIZES.candidate_topk_blocks, blocks)
+        candidates = torch.empty(layout.rows, layout.local_len, n_candidates, dtype=torch.int32)
+    shared_selection(
+        TritonKernels(workspace_bytes=_WORKSPACE),
+        _V41_SIZES,
+        plan,
+        partial(torch.empty, dtype=dtype),
+        candidates,
+        chooses=kind != ALL_ENTRIES,
+    )()
 
 
 def _plan(sizes: Any, ratio: int, seq_len: int, ranks: int) -> AttentionPlan:
@@ -106,8 +192,15 @@ def _select(sizes: Any, plan: AttentionPlan, dtype: torch.dtype) -> None:
 
 
 def kernels_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[Specimen]:
-    """Return the kernels that the layers of one of ``sizes.MODELS`` launch, each kind once."""
-    return _specimens(passes_of(model, arch, dtype))
+    """Return the kernels that a model's layers launch, each kind once.
+
+    Args:
+        model: One of ``sizes.MODELS``, or :data:`V41_FLASH`.
+        arch: Capability of CUDA devices, times 10.
+        dtype: Of the model.
+    """
+    passes = passes_of_v41(arch, dtype) if model == V41_FLASH else passes_of(model, arch, dtype)
+    return _specimens(passes)
 
 
 def _specimens(passes: Sequence[LayerPass]) -> list[Specimen]:

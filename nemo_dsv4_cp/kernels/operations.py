@@ -2,7 +2,7 @@
 """The kernels of one layer at a model's sizes: to verify, time or compile them."""
 
 # B batch rows   L local queries   I index heads   F index width   N heads   D head_dim
-# T raw keys   P entries
+# T raw keys   P entries   M candidate blocks
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
     AttentionKeys,
     AttentionQueries,
+    CandidateBlocks,
     IndexQueries,
     Kernels,
     Rope,
+    RotatedIndexQueries,
 )
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 
@@ -36,6 +38,33 @@ def selection(
     queries = IndexQueries(draw(rows, layout.local_len, heads, width), weights, rope, plan)
     keys = draw(rows, layout.seq_len // plan.ratio, width)
     return partial(kernels.select_entries, queries, keys, topk=sizes.index_topk)
+
+
+def shared_selection(
+    kernels: Kernels,
+    sizes: Any,
+    plan: AttentionPlan,
+    draw: Draw,
+    candidates_BLM: torch.Tensor | None,
+    *,
+    chooses: bool,
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return DeepSeek-V4.1's top-k selection on drawn tensors, inside candidates if given.
+
+    ``chooses``: whether candidates are chosen without them.
+    """
+    heads, width, layout = sizes.index_n_heads, sizes.index_head_dim, plan.queries.layout
+    rows, length = layout.rows, layout.local_len
+    return partial(
+        kernels.select_shared,
+        RotatedIndexQueries(draw(rows, length, heads, width), draw(rows, length, heads), plan),
+        draw(rows, layout.seq_len // plan.ratio, width),
+        topk=sizes.index_topk,
+        blocks=CandidateBlocks(sizes.candidate_topk_blocks, sizes.candidate_block_size)
+        if chooses
+        else None,
+        candidates_BLM=candidates_BLM,
+    )
 
 
 def attention_tensors(sizes: Any, plan: AttentionPlan, draw: Draw) -> list[torch.Tensor]:
@@ -57,11 +86,13 @@ def attend(
     rope: Rope,
     selected: torch.Tensor | None,
     *tensors: torch.Tensor,
+    normed: bool = True,
 ) -> torch.Tensor:
-    """Run attention on :func:`attention_tensors`."""
+    """Run attention on :func:`attention_tensors`; V4.1 has no norm of queries."""
+    eps = sizes.rms_norm_eps if normed else None
     q, raw, entries, sinks = tensors
     return kernels.attend(
         AttentionQueries(q, rope, plan, selected),
         AttentionKeys(raw, entries, sinks),
-        AttentionConstants(sizes.head_dim**-0.5, sizes.rms_norm_eps, sizes.o_groups),
+        AttentionConstants(sizes.head_dim**-0.5, eps, sizes.o_groups),
     )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemo_dsv4_cp.bench.compiled_kernels import record_layer
+from nemo_dsv4_cp.bench.compiled_kernels import record_layer, record_v41_layer
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
@@ -34,12 +34,17 @@ def drawn_pack(draw, longest):
     ("steps", "longest"), [(20, 1024), pytest.param(300, 16_384, marks=pytest.mark.slow)]
 )
 def test_packs_of_varying_length_share_their_binaries(steps, longest):
-    draw, seen = random.Random(0), set()
+    draw, seen, of_v41 = random.Random(0), set(), set()
     for _ in range(steps):
-        layout = drawn_pack(draw, longest)
+        queries = Queries.own(drawn_pack(draw, longest))
         for ratio in (0, 4, 128):
-            plan = AttentionPlan(Queries.own(layout), SIZES.sliding_window, ratio)
+            plan = AttentionPlan(queries, SIZES.sliding_window, ratio)
             for each in record_layer(SIZES, plan, 90, torch.bfloat16):
                 seen |= {launch.specimen.key for launch in each.launches}
-    print(f"{len(seen)} binaries after {steps} steps")
+        for ratio in (0, 2, 1):
+            plan = AttentionPlan(queries, SIZES.sliding_window, ratio)
+            for each in record_v41_layer(plan, 90, torch.bfloat16):
+                of_v41 |= {launch.specimen.key for launch in each.launches}
+    print(f"{len(seen)} and {len(of_v41)} binaries after {steps} steps")
     assert len(seen) <= MOST, sorted(name for name, *_ in seen)
+    assert len(of_v41) <= MOST, sorted(name for name, *_ in of_v41)

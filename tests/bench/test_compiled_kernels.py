@@ -9,8 +9,18 @@ import os
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_dsv4_cp.bench.compiled_kernels import ARCHITECTURES, REFUSED, kernels_of
+from nemo_dsv4_cp.bench.compiled_kernels import (
+    ARCHITECTURES,
+    BACKWARD,
+    FORWARD,
+    REFUSED,
+    V41_FLASH,
+    kernels_of,
+    passes_of_v41,
+)
+from nemo_dsv4_cp.kernels.costs import cost_of
 from nemo_dsv4_cp.tools.ahead import compile_kernel
 from tests.bench.kernel_lint import UNKNOWN, VERSION, faults, figures
 from tests.bench.kernel_table import LINTED
@@ -28,9 +38,12 @@ OTHERS = {
     "ready_kernel",
     "sum_parts_kernel",
     "top_k_kernel",
+    "block_maxima_kernel",
+    "entries_of_slots_kernel",
 }
-SHORT = [("bf16", 90, ["v4_flash"]), ("bf16", 100, ["v4_flash"])]
-ALL = [(dtype, arch, ["v4_flash", "v4_pro"]) for dtype in DTYPES for arch in ARCHITECTURES]
+SHORT = [("bf16", arch, ["v4_flash", V41_FLASH]) for arch in (90, 100)]
+MODELS = ["v4_flash", "v4_pro", V41_FLASH]
+ALL = [(dtype, arch, MODELS) for dtype in DTYPES for arch in ARCHITECTURES]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +69,35 @@ def test_binaries_keep_to_the_limits(dtype, arch, models, record_property):
         rows.append((specimen.name, dtype, arch, taken | figures(compiled, specimen.stages)))
     record_property(LINTED, (triton.__version__, rows))
     assert not found, "\n".join(found)
+
+
+class Costs(TorchDispatchMode):
+    """Counts the launches that are registered of each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        cost = cost_of(func, args, kwargs)
+        if cost is not None:
+            self.launches.setdefault(func._schema.name, []).append(cost.launches)
+        return func(*args, **(kwargs or {}))
+
+
+def test_costs_of_deepseek_v41_count_what_it_launches():
+    with Costs() as counted:
+        passes = passes_of_v41(90)
+    mine = counted.launches
+    # Besides kernels: two sums filled and rounded, the sinks' sum.
+    backward = [len(each.launches) + 5 for each in passes if each.direction == BACKWARD]
+    assert mine["dsv4_cp::attend_backward"] == backward
+    # Besides kernels: queries copied, results filled.
+    per_layer = [len(each.launches) for each in passes if each.direction == FORWARD]
+    all_entries, chooses, inside = mine["dsv4_cp::select_shared"][:3]
+    selections = [0, all_entries - 1, chooses - 2 + inside - 1]
+    attention = [count - 1 for count in mine["dsv4_cp::attend"]]
+    assert per_layer == [a + b for a, b in zip(attention, selections, strict=True)]
 
 
 def test_every_device_is_linted_or_refused():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of projected queries as one operation, forward and backward.
+"""Attention as one operation, forward and backward.
 
 Forward norms and rotates the queries into the memory of the output, attends there and rotates
-back: three launches. Backward goes through chunks of queries whose probabilities fit the workspace,
-four launches each, or five where entries are selected or their gradients summed in parts: few, and
-each large.
+back: three launches, or four without norm, for queries that are copied and rotated. Backward goes
+through chunks of queries whose probabilities fit the workspace, four launches each, or five where
+entries are selected or their gradients summed in parts: few, and each large.
 """
 
 # B batch rows   L queries   N heads   D head_dim   T raw keys   P entries   K selected entries
@@ -43,7 +43,7 @@ from nemo_dsv4_cp.kernels.triton.norm_rotate import (
 def attend_op(
     x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor, sinks: torch.Tensor,
     selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, ranges: torch.Tensor,
-    chunks: list[int], window: int, scale: float, eps: float, groups: int,
+    chunks: list[int], window: int, scale: float, eps: float | None, groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the output [B, L, G, N / G * D], rotated back, and log Z, float32 [B, L, N].
 
@@ -54,12 +54,12 @@ def attend_op(
         sinks: [N].
         selected: Int32 [B, L, K], -1 in unused slots, which come last; None for all past entries.
         cos: [B, L, r].
-        sin: [B, L, r].
+        sin: As ``cos``.
         ranges: Int32 [B or 1, L, 4] of :meth:`AttentionPlan.visible_ranges`.
         chunks: Of :func:`backward_chunks`.
         window: W.
         scale: Score multiplier.
-        eps: Of the norm.
+        eps: Of the norm; None without.
         groups: G.
     """
     x = x.contiguous()
@@ -68,10 +68,13 @@ def attend_op(
     lse = x.new_empty(x.shape[:3], dtype=torch.float32)
     tile = tiles.of(tiles.FORWARD, x)
     block_heads, block_d = min(tile.heads, padded(heads)), padded(width)
-    rows = HEADS if x.element_size() == 2 else HEADS // 2  # Triton 3.6 spills 8 rows of float32
-    norm_rotate_kernel[batch * length, triton.cdiv(heads, rows)](
-        x, cos, sin, out, heads, eps, width, cos.shape[-1], block_d, rows
-    )
+    if eps is None:
+        rotate_(out.copy_(x), cos, sin)
+    else:
+        rows = HEADS if x.element_size() == 2 else HEADS // 2  # Triton 3.6 spills 8 of float32
+        norm_rotate_kernel[batch * length, triton.cdiv(heads, rows)](
+            x, cos, sin, out, heads, eps, width, cos.shape[-1], block_d, rows
+        )
     forward_kernel[length, triton.cdiv(heads, block_heads), batch](
         out, raw, entries, sinks, ranges, selected, out, lse, length, heads, raw.shape[1],
         entries.shape[1], 0 if selected is None else selected.shape[-1], ranges.shape[0],
@@ -95,46 +98,46 @@ def _(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def attend_backward_op(
     grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
     sinks: torch.Tensor, selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
-    ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    chunks: list[int], window: int, scale: float, eps: float, in_order: bool,
+    ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
+    scale: float, eps: float | None, in_order: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients of x, raw, entries and sinks, summed in float32."""
     batch, length, heads, width = x.shape
     x = x.contiguous()
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grad_x = torch.empty_like(x)  # holds the queries of a chunk until their gradient is known
+    grad_x = torch.empty_like(x)
     grad_raw = torch.zeros_like(raw, dtype=torch.float32)
     grad_entries = torch.zeros_like(entries, dtype=torch.float32)
     delta, of_sinks = torch.empty_like(lse), torch.empty_like(lse)
     n_selected = 0 if selected is None else selected.shape[-1]
-    block_d, rotary, slots = padded(width), cos.shape[-1], raw_slots(window)
+    block_d, slots = padded(width), raw_slots(window)
+    rotary = cos.shape[-1]
     for chunk in chunks_of(chunks):
         rows = chunk.end - chunk.begin
         first_entry = chunk.entry_begin // tiles.ALIGNED * tiles.ALIGNED
         entry_slots = chunk.entry_slots(None if selected is None else n_selected)
-        do = x.new_empty(batch, rows, heads, width)
+        # The memory of the gradient holds the queries of a chunk until it is known.
+        q, do = grad_x, x.new_empty(batch, rows, heads, width)
         ready_kernel[rows, triton.cdiv(heads, HEADS), batch](
-            x, out, grad, cos, sin, grad_x, do, delta, sinks, lse, of_sinks,
+            x, out, grad, cos, sin, q, do, delta, sinks, lse, of_sinks,
             chunk.begin, rows, length, heads, heads // grad.shape[2], *grad.stride()[:3],
-            eps, width, rotary, block_d, HEADS,
+            eps or 0.0, width, rotary, block_d, HEADS, NORM=eps is not None,
         )  # fmt: skip
         of_raw = x.new_empty(2, batch, rows, heads, slots)  # p and ds
         of_entries = x.new_empty(2, batch, rows, heads, entry_slots)
         tile = tiles.of(tiles.SCORES, x)
         block_heads = min(tile.heads, padded(heads))
         scores_kernel[rows, triton.cdiv(heads, block_heads), batch](
-            grad_x, do, raw, entries, ranges, selected, lse, delta, *of_raw, *of_entries,
+            q, do, raw, entries, ranges, selected, lse, delta, *of_raw, *of_entries,
             chunk.begin, rows, length, heads, raw.shape[1], entries.shape[1], n_selected,
             slots, entry_slots, first_entry, ranges.shape[0], scale,
             D=width, BLOCK_D=block_d, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED,
             SELECTED=selected is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         entry_blocks = 0 if selected is not None else entry_slots // tiles.ALIGNED
-        _sum_keys(
-            grad_x, do, of_raw, of_entries, ranges, grad_raw, grad_entries, chunk, entry_blocks
-        )
+        _sum_keys(q, do, of_raw, of_entries, ranges, grad_raw, grad_entries, chunk, entry_blocks)
         if selected is not None and n_selected and chunk.entry_end > chunk.entry_begin:
-            _sum_selected(grad_x, do, of_entries, ranges, grad_entries, chunk, selected, in_order)
+            _sum_selected(q, do, of_entries, ranges, grad_entries, chunk, selected, in_order)
         tile = tiles.of(tiles.QUERIES_GRAD, x)
         block_heads, columns = min(tile.heads, padded(heads)), min(tile.columns, block_d)
         parts = triton.cdiv(heads, block_heads) * triton.cdiv(width, columns)
@@ -145,9 +148,13 @@ def attend_backward_op(
             D=width, HEADS=block_heads, KEYS=tile.keys, ALIGNED=tiles.ALIGNED, COLUMNS=columns,
             SELECTED=selected is not None, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    norm_rotate_backward_kernel[batch * length, triton.cdiv(heads, HEADS)](
-        x, cos, sin, grad_x, heads, eps, width, rotary, block_d, HEADS
-    )
+        del do, of_raw, of_entries  # or the next chunk's would be there beside them
+    if eps is None:
+        rotate_(grad_x, cos, sin, sign=-1.0)
+    else:
+        norm_rotate_backward_kernel[batch * length, triton.cdiv(heads, HEADS)](
+            x, cos, sin, grad_x, heads, eps, width, rotary, block_d, HEADS
+        )
     return (
         grad_x,
         grad_raw.to(raw.dtype, copy=False),

@@ -38,10 +38,12 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     x, out, grad, cos, sin, q, do, delta, sinks, lse, of_sinks, begin, n_chunk, n_queries, n_heads,
     group_heads, row_stride, token_stride, group_stride, eps,
     D: tl.constexpr, ROTARY: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """Grid (C, N / ROWS, B): normed and rotated queries, rotated gradients, delta, each dsink.
 
-    Heads of ``grad`` lie together in groups, and those as the output projection left them.
+    Heads of ``grad`` lie together in groups, and those as the output projection left them. Without
+    ``NORM``, queries are only rotated.
     """
     row = tl.program_id(2).to(tl.int64)
     query = begin + tl.program_id(0)
@@ -54,7 +56,8 @@ def ready_kernel(  # type: ignore[no-untyped-def]
     inside = (head < n_heads) & (col < D)
     c, s = angles(cos, sin, token, D, ROTARY, BLOCK_D // 2)
     rows = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    rows *= tl.rsqrt(tl.sum(rows * rows, axis=1, keep_dims=True) / D + eps)
+    if NORM:
+        rows *= tl.rsqrt(tl.sum(rows * rows, axis=1, keep_dims=True) / D + eps)
     tl.store(q + at, turn(rows, c, s, ROWS, BLOCK_D // 2).to(q.dtype.element_ty), mask=inside)
     group = (head // group_heads).to(tl.int64) * group_stride
     of_grad = row * row_stride + query.to(tl.int64) * token_stride + group

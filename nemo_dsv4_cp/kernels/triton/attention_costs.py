@@ -59,14 +59,16 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
 def forward_cost(
     x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor, sinks: torch.Tensor,
     selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, ranges: torch.Tensor,
-    *_: Any,
+    chunks: list[int], window: int, scale: float, eps: float | None, *_: Any,
 ) -> Cost:  # fmt: skip
     """Return what ``attend`` launches, reads, writes and allocates."""
     queries, angles = _bytes(x), _bytes(cos, sin)
     lse = x.numel() // x.shape[-1] * 4
-    rotated = queries * cos.shape[-1] // x.shape[-1]
+    copies = eps is None
+    rotated = (1 + copies) * queries * cos.shape[-1] // x.shape[-1]
     return Cost(
-        launches=3,  # norm and rotary, attention, rotary back of the last dims
+        # Norm and rotary, or a copy and rotary; attention; rotary back of the last dims.
+        launches=3 + copies,
         read_bytes=2 * (queries + angles) + rotated + _bytes(raw, entries, sinks, selected, ranges),
         written_bytes=2 * queries + rotated + lse,
         scratch_bytes=0,
@@ -77,7 +79,7 @@ def backward_cost(
     grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
     sinks: torch.Tensor, selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
     ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
-    scale: float, eps: float, in_order: bool,
+    scale: float, eps: float | None, in_order: bool,
 ) -> Cost:  # fmt: skip
     """Return what ``attend_backward`` launches, reads, writes and allocates."""
     batch, _, heads, width = x.shape
@@ -118,7 +120,14 @@ def backward_cost(
             launches += 1
             parts = 4 * batch * chunk.parts * chunk.entry_slots(None) * width
             read, written = read + parts, written + parts
-    # The norm's backward in place, and the sum of the sinks' gradients, one per log Z.
+    # The sum of the sinks' gradients, one per log Z; the norm's backward or rotary back, in place.
     launches += 2 + (sinks.element_size() != 4)
-    read, written = read + _bytes(x, x) + 2 * _bytes(lse), written + _bytes(x) + 2 * _bytes(lse)
-    return Cost(launches, read, written, scratch_bytes=most + sums * rounded + 2 * _bytes(lse))
+    read, written = read + 2 * _bytes(lse), written + 2 * _bytes(lse)
+    if eps is None:
+        rotated = _bytes(x) * cos.shape[-1] // x.shape[-1]
+        read, written = read + rotated + _bytes(cos, sin), written + rotated
+    else:
+        read, written = read + _bytes(x, x), written + _bytes(x)
+    # The rounded gradients, which come last, may take the memory of the chunks.
+    most = max(most - _bytes(raw, entries), 0) + sums if rounded else most
+    return Cost(launches, read, written, scratch_bytes=most + 2 * _bytes(lse))

@@ -18,6 +18,12 @@ from nemo_dsv4_cp.sequence.plan import AttentionPlan
 GROUP = 32
 """Scores that share a stored maximum: 128 bytes, a line of the cache."""
 
+MOST_GROUPS = 1 << 14
+"""Of a row, whose maxima stay in registers: twice as many spill, so groups are twice as large."""
+
+BLOCK_GROUP = 8
+"""The same for scores of blocks: thousands of blocks are kept, whose groups stay in registers."""
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -35,6 +41,9 @@ class Chunk:
     seen: int
     parts: int = 1
 
+    def __len__(self) -> int:
+        return self.end - self.begin
+
     def entry_slots(self, n_selected: int | None) -> int:
         """Return for how many entries p and ds are stored: K, or None for all that are seen."""
         if n_selected is None:
@@ -42,14 +51,27 @@ class Chunk:
         return in_blocks(0, n_selected)
 
     @property
+    def group(self) -> int:
+        """Return how many scores share a maximum."""
+        return GROUP if self.entry_end - self.entry_begin <= GROUP * MOST_GROUPS else 2 * GROUP
+
+    @property
     def n_scores(self) -> int:
         """How many scores are stored of an index query: whole groups."""
-        return -(-(self.entry_end - self.entry_begin) // GROUP) * GROUP
+        return _whole(self.entry_end - self.entry_begin, self.group)
 
     @property
     def score_bytes(self) -> int:
         """What scores and maxima take of an index query."""
-        return 4 * (self.n_scores + self.n_scores // GROUP)
+        return 4 * (self.n_scores + self.n_scores // self.group)
+
+    def n_blocks(self, size: int) -> int:
+        """Return how many blocks of ``size`` an index query sees at most, in whole groups."""
+        return _whole(-(-(self.entry_end - self.entry_begin) // size), GROUP)
+
+    def n_slots(self, kept: int, size: int) -> int:
+        """Return how many scores are stored where a query sees ``kept`` blocks at most."""
+        return _whole(min(-(-(self.entry_end - self.entry_begin) // size), kept) * size, GROUP)
 
 
 _FIELDS = len(fields(Chunk))
@@ -125,10 +147,35 @@ def backward_bytes(
     return heads * (width + 2 * slots) * itemsize + sums
 
 
-def score_chunks(plan: AttentionPlan, *, batch: int, workspace_bytes: int) -> list[int]:
-    """Return the chunks of top-k selection; queries that see nothing are in none."""
-    chunks = cut(plan, lambda c: c.score_bytes, batch=batch, workspace_bytes=workspace_bytes)
+def score_chunks(
+    plan: AttentionPlan,
+    *,
+    batch: int,
+    workspace_bytes: int,
+    stored: Callable[[Chunk], int] = lambda chunk: chunk.score_bytes,
+) -> list[int]:
+    """Return the chunks of top-k selection; queries that see nothing are in none.
+
+    ``stored``: the bytes that scores and maxima take of an index query.
+    """
+    chunks = cut(plan, stored, batch=batch, workspace_bytes=workspace_bytes)
     return _numbers([chunk for chunk in chunks if chunk.n_scores])
+
+
+def block_bytes(chunk: Chunk, size: int) -> int:
+    """Return what scores of entries and of blocks take of an index query, and their maxima."""
+    blocks = chunk.n_blocks(size)
+    return chunk.score_bytes + 4 * (blocks + blocks // BLOCK_GROUP)
+
+
+def slot_bytes(chunk: Chunk, kept: int, size: int) -> int:
+    """Return what scores of the entries of ``kept`` blocks take of an index query, and maxima."""
+    slots = chunk.n_slots(kept, size)
+    return 4 * (slots + slots // GROUP)
+
+
+def _whole(count: int, group: int) -> int:
+    return -(-count // group) * group
 
 
 def _numbers(chunks: list[Chunk]) -> list[int]:

@@ -3,7 +3,9 @@
 
     score_p = sum_i weight_i relu(q_i . k_p)
 
-It must equal ``kernels/reference/torch_kernels.py``. A program holds a block of keys and loops over
+It must equal ``kernels/reference/torch_kernels.py``, and with ``ROUNDED``, DeepSeek-V4.1's way,
+``kernels/reference/two_level_selection.py``: products, weighted products and sums are rounded to
+the dtype of the queries. A program holds a block of keys and loops over
 neighboring queries. One product multiplies the keys with all heads of a query, and the heads are
 summed in registers, so memory holds one score per query and key, not one per head.
 
@@ -30,12 +32,23 @@ def in_order(scores):  # type: ignore[no-untyped-def]
     return turned.to(tl.uint32, bitcast=True)
 
 
+@triton.jit
+def sum_heads(products, w, dtype: tl.constexpr, ROUNDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the scores [KEYS] from the products with all heads [KEYS, HEADS]."""
+    if ROUNDED:
+        products = tl.maximum(products.to(dtype).to(tl.float32), 0.0, tl.PropagateNan.ALL)
+        products = (products * w.to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+        return tl.sum(products, axis=1).to(dtype).to(tl.float32)
+    else:
+        return tl.sum(tl.maximum(products, 0.0, tl.PropagateNan.ALL) * w[None, :], axis=1)
+
+
 @triton.jit(do_not_specialize=COUNTERS)
 def index_scores_kernel(  # type: ignore[no-untyped-def]
     q, weights, keys, visible, scores, maxima, first_query, n_queries, n_rows, n_entries,
     first_entry, n_scores, visible_rows,
     HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, F: tl.constexpr, BLOCK_F: tl.constexpr,
-    KEYS: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, GROUP: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (n_scores / KEYS, C / QUERIES, B): scores [B, C, n_scores] of a chunk, and maxima.
 
@@ -69,7 +82,7 @@ def index_scores_kernel(  # type: ignore[no-untyped-def]
         x = tl.load(q + token * HEADS * F + (head[:, None] * F + col[None, :]), whole, other=0.0)
         w = tl.load(weights + token * HEADS + head, mask=head < HEADS, other=0.0)
         products = tl.dot(k, tl.trans(x), input_precision="ieee")
-        score = tl.sum(tl.maximum(products, 0.0, tl.PropagateNan.ALL) * w[None, :], axis=1)
+        score = sum_heads(products, w, q.dtype.element_ty, ROUNDED)
         ordered = in_order(score)
         first, stop = tl.load(visible + query * 2), tl.load(visible + query * 2 + 1)
         to = row * n_rows + c

@@ -38,6 +38,7 @@ COUNTERS = (
     "first_query",
     "first_entry",
     "n_rows",
+    "n_candidates",
 )
 """Arguments that change with every pack: Triton would compile anew where 16 divides one or not."""
 
@@ -121,10 +122,20 @@ INDEX_SCORES = {
     100: Tile(heads=1024, keys=256, columns=0, warps=8, stages=3),
 }
 
+# Keys per step, gathered by blocks; products with all heads of one query.
+CANDIDATE_SCORES = {
+    FLOAT32: Tile(heads=0, keys=32, columns=0, warps=4, stages=2),
+    80: Tile(heads=0, keys=128, columns=0, warps=4, stages=5),
+    90: Tile(heads=0, keys=128, columns=0, warps=4, stages=5),
+    100: Tile(heads=0, keys=128, columns=0, warps=4, stages=5),
+}
+
 # Keys: groups per step of the last pass. K groups are held at a time, 32 numbers each.
 TOP_K = {
     80: Tile(heads=0, keys=64, columns=0, warps=8, stages=1),
 }
+# For rows of so many groups that each is twice as large.
+TOP_K_OF_MANY = {80: replace(TOP_K[80], warps=16)}
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 

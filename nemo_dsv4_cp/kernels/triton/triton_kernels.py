@@ -17,8 +17,10 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
     AttentionKeys,
     AttentionQueries,
+    CandidateBlocks,
     IndexQueries,
     Rope,
+    RotatedIndexQueries,
 )
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import tiles
@@ -26,6 +28,7 @@ from nemo_dsv4_cp.kernels.triton.attention import attend_op
 from nemo_dsv4_cp.kernels.triton.chunks import backward_chunks, score_chunks
 from nemo_dsv4_cp.kernels.triton.norm_rotate import rotate_op
 from nemo_dsv4_cp.kernels.triton.selection import select_entries_op
+from nemo_dsv4_cp.kernels.triton.shared_selection import SharedSelection, select_shared_op
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +73,8 @@ class TritonKernels(TorchKernels):
     ) -> torch.Tensor:
         """Rotate index queries and return the ``topk`` best entries of each, in order of place."""
         q, (cos, sin), plan = queries.q_BLIF, queries.rope, queries.plan
-        batch, _, heads, width = q.shape
-        padded = triton.next_power_of_2(max(heads, 16)) * triton.next_power_of_2(max(width, 16))
-        if padded > INDEX_TILE:
-            _report_torch_selects(heads, width)
+        batch = q.shape[0]
+        if not _selects(q):
             return super().select_entries(queries, keys_BPF, topk=topk)
         workspace_bytes = self.workspace_bytes
         visible, chunks = plan.queries.once(
@@ -95,16 +96,56 @@ class TritonKernels(TorchKernels):
         )
         return selected
 
+    def select_shared(
+        self,
+        queries: RotatedIndexQueries,
+        keys_BPF: torch.Tensor,
+        *,
+        topk: int,
+        blocks: CandidateBlocks | None,
+        candidates_BLM: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the ``topk`` best entries of each query, and candidates if due, by place."""
+        q, plan, batch = queries.q_BLIF, queries.plan, len(queries.q_BLIF)
+        if not _selects(q):
+            return super().select_shared(
+                queries, keys_BPF, topk=topk, blocks=blocks, candidates_BLM=candidates_BLM
+            )
+        inside = candidates_BLM is not None
+        shared = SharedSelection.of(
+            plan,
+            blocks,
+            inside=inside,
+            entries=keys_BPF.shape[1],
+            batch=batch,
+            workspace_bytes=self.workspace_bytes,
+            device=q.device,
+        )
+        selected, made = select_shared_op(
+            q.contiguous(),
+            queries.weights_BLI.contiguous(),
+            keys_BPF.contiguous(),
+            candidates_BLM.contiguous() if candidates_BLM is not None and shared.keep else None,
+            shared.visible,
+            shared.bounds,
+            topk,
+            0 if inside else shared.keep,
+            shared.size,
+            shared.chunks,
+        )
+        if blocks is None or inside:
+            return selected, None
+        return selected, made if shared.keep else shared.every_block(batch)
+
     def attend(
         self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
     ) -> torch.Tensor:
         """Attend to the window and to entries, all in range or the selected."""
+        if not _attends(queries):
+            return super().attend(queries, keys, constants)
         q, (cos, sin), plan = queries.q_BLND, queries.rope, queries.plan
         selected = queries.selected_BLK
         batch, _, heads, width = q.shape
-        if width > WIDEST or (selected is not None and heads > MANY_HEADS):
-            _report_torch_attends(heads, width)
-            return super().attend(queries, keys, constants)
         sizes: dict[str, Any] = {
             "batch": batch,
             "heads": heads,
@@ -135,6 +176,24 @@ class TritonKernels(TorchKernels):
             constants.groups,
         )[0]
         return out
+
+
+def _selects(q_BLIF: torch.Tensor) -> bool:
+    """Return whether the kernels take index queries of these sizes, and log it if not."""
+    heads, width = q_BLIF.shape[2:]
+    padded = triton.next_power_of_2(max(heads, 16)) * triton.next_power_of_2(max(width, 16))
+    if padded > INDEX_TILE:
+        _report_torch_selects(heads, width)
+    return bool(padded <= INDEX_TILE)
+
+
+def _attends(queries: AttentionQueries) -> bool:
+    """Return whether the kernels take queries of their sizes, and log it if not."""
+    heads, width = queries.q_BLND.shape[2:]
+    takes = width <= WIDEST and (queries.selected_BLK is None or heads <= MANY_HEADS)
+    if not takes:
+        _report_torch_attends(heads, width)
+    return takes
 
 
 def _check_device() -> None:

@@ -31,3 +31,25 @@ def checked_memory():
     with poisoned_memory(), every_access_checked() if INTERPRETED else nullcontext([]) as found:
         yield found
     assert not found, "\n".join(dict.fromkeys(found))
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch):
+    """Fix the interpreter, which multiplies the bits of bfloat16 as integers."""
+    import numpy as np
+    import triton
+    from triton.runtime import interpreter
+
+    from nemo_dsv4_cp.kernels.triton import tiles
+
+    def floats(x):
+        if x.dtype.scalar != triton.language.bfloat16:
+            return x.data
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
+
+    def create_dot(self, a, b, d, *_):
+        product = np.matmul(floats(a), floats(b), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    monkeypatch.setattr(tiles, "refuse_interpreted_bfloat16", lambda _: None)

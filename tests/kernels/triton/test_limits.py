@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from nemo_dsv4_cp.kernels.protocol import CandidateBlocks, RotatedIndexQueries
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
@@ -48,6 +49,16 @@ def test_a_selection_of_more_numbers_than_fit(caplog):
     assert torch.equal(mine, theirs)
     assert len(caplog.records) == 1
     assert "65 heads of 128" in caplog.text
+
+
+def test_a_shared_selection_of_more_numbers_than_fit():
+    q, weights, keys = random(1, 4, 65, 128), random(1, 4, 65), random(1, 2, 128)
+    queries = RotatedIndexQueries(q, weights, AttentionPlan(QUERIES, 1, 2))
+    options = {"topk": 1, "blocks": CandidateBlocks(1, 1), "candidates_BLM": None}
+    mine, theirs = (
+        kernels.select_shared(queries, keys, **options) for kernels in (KERNELS, REFERENCE)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU multiplies bfloat16")

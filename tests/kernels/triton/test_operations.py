@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels as operations of torch: what counts, saves, fakes and compiles them sees them."""
 
-import numpy as np
 import pytest
 import torch
-import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -12,10 +10,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from torch.utils.flop_counter import FlopCounterMode
-from triton.runtime import interpreter
 
 from nemo_dsv4_cp.kernels.reference import TorchKernels
-from nemo_dsv4_cp.kernels.triton import TritonKernels, tiles
+from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
@@ -109,23 +106,6 @@ def test_a_layer_of_one_rank_compiles_without_a_break(ratio):
     assert explained.graph_break_count == 0, explained.break_reasons
     seen = {node.target for graph in explained.graphs for node in graph.graph.nodes}
     assert torch.ops.dsv4_cp.attend.default in seen
-
-
-@pytest.fixture
-def bfloat16_products(monkeypatch):
-    """Fix the interpreter, which multiplies the bits of bfloat16 as integers."""
-
-    def floats(x):
-        if x.dtype.scalar != triton.language.bfloat16:
-            return x.data
-        return (x.data.astype(np.uint32) << 16).view(np.float32)
-
-    def create_dot(self, a, b, d, *_):
-        product = np.matmul(floats(a), floats(b), dtype=d.data.dtype)
-        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-    monkeypatch.setattr(tiles, "refuse_interpreted_bfloat16", lambda _: None)
 
 
 def errors(run, exact, given):

@@ -33,6 +33,15 @@ def test_a_moe_model_keeps_documents_apart(ranks, size):
     assert_parity(ranks.run(packed_model_job, size, RATIOS, documents, OPTIONS, 0))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("documents", [[61], [[1, 30, 7, 24], [55, 4]]])
+def test_a_model_of_deepseek_v41_equals_automodels_at_one_rank(ranks, documents):
+    pytest.importorskip("nemo_automodel.components.models.deepseek_v41")
+    from tests.parity_v41 import model_job as v41_job
+
+    assert_parity(ranks.run(v41_job, 2, documents, {"kernels": "triton"}))
+
+
 def test_verification_passes_them(tmp_path):
     fields = compose("tiny_cpu").fields
     path = tmp_path / "recipe.yaml"
