@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Context parallelism for DeepSeek-V4 in NeMo AutoModel, switched on by one line of a recipe."""
+"""Context parallelism for DeepSeek-V4 and V4.1 in NeMo AutoModel, by one line of a recipe."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
+    from nemo_dsv4_cp.config_v41 import DeepseekV41ContextParallelConfig
     from nemo_dsv4_cp.options import ContextParallelOptions
 
     __version__: str
 
-__all__ = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
+__all__ = [
+    "ContextParallelOptions",
+    "DeepseekV4ContextParallelConfig",
+    "DeepseekV41ContextParallelConfig",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +30,13 @@ def __getattr__(name: str) -> Any:
         from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 
         return DeepseekV4ContextParallelConfig
+    if name == "DeepseekV41ContextParallelConfig":
+        from nemo_dsv4_cp.automodel.contracts import check_v41
+
+        check_v41()
+        from nemo_dsv4_cp.config_v41 import DeepseekV41ContextParallelConfig
+
+        return DeepseekV41ContextParallelConfig
     if name == "__version__":
         from importlib.metadata import version  # pyproject.toml alone states it
 

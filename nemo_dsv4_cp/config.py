@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one changed line of a recipe: V4's config with a validated ``context_parallel`` block."""
+"""The one changed line of a recipe: AutoModel's config with a validated ``context_parallel``."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
 
@@ -15,8 +14,10 @@ from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.checks import failure_attribution
 from nemo_dsv4_cp.options import ContextParallelOptions
 
-AUTOMODEL_ARCHITECTURE = "DeepseekV4ForCausalLM"
-ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+else:
+    PretrainedConfig = object  # the class beside it brings transformers' own
 
 
 def _refuse_misspelt_block(fields: Mapping[str, Any]) -> None:
@@ -36,22 +37,21 @@ def _refuse_window(window: Any) -> None:
         )
 
 
-class DeepseekV4ContextParallelConfig(DeepseekV4Config):
-    """V4's config whose model trains with context parallelism.
+class ContextParallelConfig(PretrainedConfig):
+    """A config with the block; subclasses inherit from AutoModel's config, too.
 
-    Everything is AutoModel's ``DeepseekV4Config`` but for ``context_parallel``. A saved config
-    names AutoModel's architecture and drops the block, so that checkpoints load without this
-    package, and any V4 checkpoint loads with it.
+    A saved config names AutoModel's architecture and drops the block, so that checkpoints load
+    without this package, and any checkpoint loads with it.
 
-    Args:
-        context_parallel: The options, as a mapping or :class:`ContextParallelOptions`.
-        **kwargs: AutoModel's fields.
-
-    Raises:
-        ValueError: For options that cannot work, before any model is built.
-        ImportError: If the installed AutoModel lacks what we build on; ``enabled: false`` checks
-            nothing and patches nothing.
+    Attributes:
+        automodels: AutoModel's config class.
+        automodels_architecture: The model that AutoModel builds by it.
+        architecture: Ours.
     """
+
+    automodels: ClassVar[type[Any]]
+    automodels_architecture: ClassVar[str]
+    architecture: ClassVar[str]
 
     def __init__(
         self,
@@ -63,6 +63,15 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         super().__init__(**kwargs)
         self.context_parallel = context_parallel
 
+    def check(self, options: ContextParallelOptions) -> None:
+        """Refuse options that the config's fields rule out, and prepare fields for them.
+
+        Raises:
+            ValueError: With the setting and a fix.
+            ImportError: If the installed AutoModel lacks what we build on.
+        """
+        raise NotImplementedError
+
     @property
     def context_parallel(self) -> ContextParallelOptions:
         """The options; setting them, as ``from_pretrained`` does with overrides, checks them."""
@@ -71,16 +80,19 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
     @context_parallel.setter
     def context_parallel(self, block: ContextParallelOptions | Mapping[str, Any] | None) -> None:
         options = ContextParallelOptions.from_block(block)
-        options.resolve_pad_multiple(self.compress_ratios)
-        if options.enabled:
-            _refuse_window(self.sliding_window)
-            self.rope_scaling: Any = resolve_rope_scaling(self.rope_scaling)
+        self.check(options)
         self._context_parallel: ContextParallelOptions = options
-        self.architectures = [ARCHITECTURE if options.enabled else AUTOMODEL_ARCHITECTURE]
+        name = self.architecture if options.enabled else self.automodels_architecture
+        self.architectures = [name]
         if options.enabled:
-            contracts.check()
             attribute = failure_attribution.install if options.failure_attribution else None
-            registration.register(ARCHITECTURE, attribute_failures=attribute)
+            registration.register(self.architecture, attribute_failures=attribute)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled config, for which another process is to be patched as for a new one."""
+        self.__dict__.update(state)
+        if "_context_parallel" in state:
+            self.context_parallel = state["_context_parallel"]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -98,7 +110,7 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plain V4 config that any AutoModel can load."""
+        """Return the plain config that any AutoModel can load."""
         fields: dict[str, Any] = self._as_automodels().to_dict()
         return fields
 
@@ -106,17 +118,49 @@ class DeepseekV4ContextParallelConfig(DeepseekV4Config):
     # and one of ours is enabled by default.
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the plain V4 config that any AutoModel can load."""
+        """Save the plain config that any AutoModel can load."""
         self._as_automodels().save_pretrained(save_directory, *args, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the plain V4 config without AutoModel's defaults, as it is stored and printed."""
+        """Return the plain config without AutoModel's defaults, as it is stored and printed."""
         fields: dict[str, Any] = self._as_automodels().to_diff_dict()
         return fields
 
     def _as_automodels(self) -> Any:
-        plain: Any = copy.copy(self)
+        plain: Any = object.__new__(self.automodels)
+        plain.__dict__.update(vars(self))
         plain.__dict__.pop("_context_parallel", None)
-        plain.__class__ = DeepseekV4Config
-        plain.architectures = [AUTOMODEL_ARCHITECTURE]
+        plain.architectures = [self.automodels_architecture]
         return plain
+
+
+class DeepseekV4ContextParallelConfig(ContextParallelConfig, DeepseekV4Config):
+    """V4's config whose model trains with context parallelism.
+
+    Everything is AutoModel's ``DeepseekV4Config`` but for ``context_parallel``.
+
+    Args:
+        context_parallel: The options, as a mapping or :class:`ContextParallelOptions`.
+        **kwargs: AutoModel's fields.
+
+    Raises:
+        ValueError: For options that cannot work, before any model is built.
+        ImportError: If the installed AutoModel lacks what we build on; ``enabled: false`` checks
+            nothing and patches nothing.
+    """
+
+    automodels = DeepseekV4Config
+    automodels_architecture = "DeepseekV4ForCausalLM"
+    architecture = "DeepseekV4ContextParallelForCausalLM"
+
+    # transformers makes a dataclass of a config without a constructor of its own.
+    def __init__(self, *, context_parallel: Any = None, **kwargs: Any):
+        super().__init__(context_parallel=context_parallel, **kwargs)
+
+    def check(self, options: ContextParallelOptions) -> None:
+        """Check the window and the lengths that compress ratios need; resolve RoPE scaling."""
+        options.resolve_pad_multiple(self.compress_ratios)
+        if options.enabled:
+            _refuse_window(self.sliding_window)
+            self.rope_scaling: Any = resolve_rope_scaling(self.rope_scaling)
+            contracts.check()

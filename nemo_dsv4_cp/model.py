@@ -19,21 +19,17 @@ from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4ForCausalLM,
 )
 
-from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY
 from nemo_dsv4_cp.automodel import lora, router_replay
 from nemo_dsv4_cp.automodel.contracts import batch_contract
 from nemo_dsv4_cp.automodel.deepseek_v4 import reset_uninitialised_norms, shows_images
 from nemo_dsv4_cp.automodel.hash_routing import keep_ids_for_recomputation
-from nemo_dsv4_cp.automodel.job import cp_size_of
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import reset_what_checkpoints_bring
 from nemo_dsv4_cp.automodel.mtp import forward_with_mtp, shifted_inputs
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
-from nemo_dsv4_cp.automodel.sharding import ContextParallelSharder
 from nemo_dsv4_cp.automodel.tilelang import named_but_missing
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
-from nemo_dsv4_cp.batch import contiguous_shard, local_token_indices
 from nemo_dsv4_cp.checks.batch_rules import padding_of
 from nemo_dsv4_cp.checks.certificate import Subject, with_measured_rate
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
@@ -41,17 +37,16 @@ from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.checks.kernel_choice import TORCH, choose_kernels
 from nemo_dsv4_cp.exchange.collectives import (
     CP_GROUP_KEY,
-    Group,
     cp_enabled,
     is_first_rank,
     sharding_groups,
     trains_on_gpus,
 )
 from nemo_dsv4_cp.gpus import gpu_here
+from nemo_dsv4_cp.model_batches import ShardsBatches
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-from nemo_dsv4_cp.sequence.layout import validate_cp_size
 from nemo_dsv4_cp.sequence.packing import is_packed, token_documents, tokens_ahead
-from nemo_dsv4_cp.startup import log_first_step, padding_of_shard
+from nemo_dsv4_cp.startup import balancing_of, log_first_step
 
 if TYPE_CHECKING:
     from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
@@ -59,7 +54,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
+class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM):
     """V4 for causal language modelling at any ``distributed.cp_size``.
 
     Registered in AutoModel's ``nemo_automodel.architectures`` and named by
@@ -71,14 +66,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
     _resumes_on_other_ranks = True
     # Set here, not by the constructor alone: AutoModel's tools make models without calling it.
     _finite: FiniteCheck | None = None
-    _batch_fn = staticmethod(contiguous_shard)
-    _pad_multiple: int | None = None
-    _pad_documents = ContextParallelOptions.pad_documents
-    _compare_ranks = ContextParallelOptions.compare_ranks
-    _routed_over: Group | None = None
     _logged = False
-    _padding = padding_of_shard(None, None, 1)
-    _settings_are_one = False  # the ranks of the CP group compare them on the first step
     supports_thd = True  # AutoModel then calls our sharder at CP size 1 too, for packed rows
     # AutoModel keeps these by exact class name (_transformers/model_parallelization.py).
     parallel_layer_groups = {"language": ("model.layers",), "vision": ("model.vision.blocks",)}  # noqa: RUF012
@@ -99,61 +87,12 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
         keep_ids_for_recomputation(self)
         batch_contract().adopt(self)
         options = ContextParallelOptions.of(config)
-        self._batch_fn = plugins.load(plugins.BATCH_FNS, options.batch_function)
-        self._pad_multiple = options.resolve_pad_multiple(config.compress_ratios)
-        self._pad_documents = options.pad_documents
-        self._compare_ranks = options.compare_ranks
+        self._shard_as(options, config.compress_ratios)
         self.model.__class__ = ContextParallelModel
         for module in self.modules():
             if type(module) is DeepseekV4Attention:
                 ContextParallelAttention.adopt(module)
         self._finite = FiniteCheck(self) if options.check_finite else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy starts with; its first forward sees to the routing anew."""
-        return {name: value for name, value in vars(self).items() if name != "_routed_over"}
-
-    def prepare_model_inputs_for_cp(
-        self, batch: dict[str, Any], *, num_chunks: int = 1
-    ) -> dict[str, Any]:
-        """Return the sharder of this model under ``cp_sharder``, AutoModel's contract."""
-        return {
-            "cp_sharder": ContextParallelSharder(
-                shard_batch=self._shard_batch, local_token_global_indices=local_token_indices
-            )
-        }
-
-    def _shard_batch(self, cp_mesh: Any, tp_mesh: Any, batch: dict[str, Any], **kwargs: Any) -> Any:
-        if cp_mesh is not None and cp_mesh.size() > 1 and not self._settings_are_one:
-            # Before all else, whatever the options are: they may be what differs.
-            compare_settings(settings_of(self), cp_mesh.get_group())
-            self._settings_are_one = True
-        if cp_mesh is not None:
-            validate_cp_size(
-                cp_mesh.size(),
-                pad_multiple=self._pad_multiple or 1,
-                max_seq_len=self.config.max_position_embeddings,
-            )
-        compare = self._compare_ranks != "never"
-        if self._compare_ranks == "first":
-            self._compare_ranks = "never"
-        sharded = self._batch_fn(
-            cp_mesh,
-            tp_mesh,
-            batch,
-            pad_multiple=self._pad_multiple,
-            pad_documents=self._pad_documents,
-            compare_ranks=compare,
-            sync_packed_length=self.backend.dispatcher == "hybridep",
-            vocab_size=getattr(self.model.embed_tokens, "num_embeddings", self.config.vocab_size),
-            **kwargs,
-        )
-        shape = sharded[2]
-        if cp_mesh is not None and cp_mesh.size() > 1 and shape is not None:
-            self._padding = padding_of_shard(
-                shape.original_seq_len, shape.padded_seq_len, self._pad_multiple or 1
-            )
-        return sharded
 
     def prepare_mtp_inputs_for_cp(
         self, batch: dict[str, Any], *, ignore_index: int = -100
@@ -256,13 +195,7 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             ValueError: If MTP runs under CP without ``mtp_per_depth_input_ids``.
         """
         group = attn_kwargs.get(CP_GROUP_KEY)
-        size = cp_size_of(self)
-        if size > 1 and self.training and CP_GROUP_KEY not in attn_kwargs:
-            raise RuntimeError(
-                f"distributed.cp_size={size}, and the recipe did not cut the batch with this "
-                "model's prepare_model_inputs_for_cp; use a recipe that does, such as "
-                "TrainFinetuneRecipeForNextTokenPrediction, or set distributed.cp_size: 1"
-            )
+        self._refuse_uncut_batch(CP_GROUP_KEY in attn_kwargs)
         if group is not None and group is not self._routed_over:
             route_over_whole_rows(self, group)
             self._routed_over = group
@@ -283,7 +216,15 @@ class DeepseekV4ContextParallelForCausalLM(DeepseekV4ForCausalLM):
             if self.training and not self._logged:
                 self._logged = True
                 all_logits = isinstance(logits_to_keep, int) and logits_to_keep == 0
-                log_first_step(self, tokens, step, all_logits=all_logits, padding=self._padding)
+                log_first_step(
+                    self,
+                    tokens,
+                    cp_size=step.layout.cp_size,
+                    packed=step.layout.packed,
+                    balancing=balancing_of(self, step),
+                    all_logits=all_logits,
+                    padding=self._padding,
+                )
         text: dict[str, Any] = {
             "position_ids": position_ids,
             "attention_mask": attention_mask,

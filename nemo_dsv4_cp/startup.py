@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -25,8 +24,10 @@ _logger = logging.getLogger(__name__)
 def log_first_step(
     model: Any,
     tokens: torch.Tensor,
-    step: StepContext,
     *,
+    cp_size: int,
+    packed: bool,
+    balancing: str,
     all_logits: bool,
     padding: str,
 ) -> None:
@@ -35,7 +36,9 @@ def log_first_step(
     Args:
         model: The model, or this rank's pipeline stage of it.
         tokens: The first shard that it trains on, [B, L, ..].
-        step: The forward's context.
+        cp_size: Ranks of the CP group, 1 without one.
+        packed: Whether rows hold several documents.
+        balancing: From :func:`balancing_of`.
         all_logits: Whether the loss reads logits of all positions, [B, L, V].
         padding: From :func:`padding_of_shard`.
     """
@@ -43,20 +46,18 @@ def log_first_step(
         return
     options = ContextParallelOptions.of(model.config)
     rows, length = tokens.shape[:2]
-    cp_size = step.layout.cp_size
-    attention = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
+    kernels = {m.kernels_name for m in model.modules() if hasattr(m, "kernels_name")}
     overlap = "overlapped with compute" if options.overlap else "waited for"
     exchange = f"{options.transport}, collectives {overlap}" if cp_size > 1 else "none"
     patched = patches.replaced_names()
-    balancing = ", ".join(_balancing(attention, step)) if cp_size > 1 else "none"
     lines = [
         f"Context parallelism (nemo-dsv4-cp {version('nemo-dsv4-cp')}):",
         f"- cp_size: {cp_size}",
         f"- transport: {exchange}",
-        f"- kernels: {', '.join(sorted({layer.kernels_name for layer in attention}))}",
-        f"- load balancing ({options.balance}): {balancing}",
+        f"- kernels: {', '.join(sorted(kernels))}",
+        f"- load balancing ({options.balance}): {balancing if cp_size > 1 else 'none'}",
         f"- first batch: {rows} x {length} local tokens, "
-        f"{'packed' if step.layout.packed else 'one document per row'}, {padding}",
+        f"{'packed' if packed else 'one document per row'}, {padding}",
         f"- loss: {_loss(model, rows, length, all_logits)}",
         f"- patched: {len(patched)} functions of AutoModel and others (names at DEBUG)",
     ]
@@ -76,13 +77,17 @@ def padding_of_shard(before: int | None, after: int | None, multiple: int) -> st
     return f"rows of {before} padded to {after} tokens (shards: multiple of {multiple})"
 
 
-def _balancing(attention: list[ContextParallelAttention], step: StepContext) -> Iterator[str]:
-    """Yield for each compress ratio whether its queries move to other ranks."""
+def balancing_of(model: Any, step: StepContext) -> str:
+    """Return for each compress ratio whether its queries move to other ranks, in words."""
+    attention = [m for m in model.modules() if isinstance(m, ContextParallelAttention)]
     of_ratio = {layer.compress_ratio: layer for layer in attention if layer.compress_ratio}
-    for ratio, layer in sorted(of_ratio.items()):
-        yield f"ratio {ratio} {'on' if step.schedule(layer.kind).moves else 'off'}"
-    if not of_ratio:
-        yield "no compressed layers"
+    return (
+        ", ".join(
+            f"ratio {ratio} {'on' if step.schedule(layer.kind).moves else 'off'}"
+            for ratio, layer in sorted(of_ratio.items())
+        )
+        or "no compressed layers"
+    )
 
 
 def _loss(model: Any, rows: int, length: int, all_logits: bool) -> str:
@@ -91,7 +96,7 @@ def _loss(model: Any, rows: int, length: int, all_logits: bool) -> str:
         return "on the last pipeline stage"
     if not all_logits:
         return "from hidden states, without logits of all positions"
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     mib = rows * length * vocabulary * 4 / 2**20
     return (
         f"from logits [{rows}, {length}, {vocabulary}], {mib:,.0f} MiB in float32; "

@@ -3,8 +3,6 @@ import pickle
 import subprocess
 import sys
 
-import pytest
-
 from tests.parity import tiny_config
 
 CODE = """
@@ -15,7 +13,6 @@ sys.exit(not patches.replaced_names())
 """
 
 
-@pytest.mark.xfail(strict=True, reason="only the setter of context_parallel patches AutoModel")
 def test_a_config_that_is_unpickled_patches_automodel_as_one_that_is_made(tmp_path):
     file = tmp_path / "config.pkl"
     file.write_bytes(pickle.dumps(tiny_config([0, 4])))

@@ -158,6 +158,18 @@ class StepContext:
             self._plans[kind, device] = self._make(kind, device)
         return self._plans[kind, device]
 
+    def with_halo(
+        self, tensors: Mapping[str, torch.Tensor], tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """Return tensors [B, L, ...] of this rank's tokens with as many tokens before them.
+
+        [B, tokens + L, ...]; what comes before the row's first token is zero.
+        """
+        ranks = range(self.layout.cp_size)
+        device = next(iter(tensors.values())).device
+        plan = self._fetched([(self.layout.shard(r, before=tokens),) for r in ranks], device)
+        return self.transport.fetch(tensors, dict.fromkeys(tensors, plan)).wait()
+
     def window_rope(self, plan: LayerPlan, rotary: Any, like_BLE: torch.Tensor) -> Rope | None:
         """Return cos and sin of the windows' places, [B, n, r] each; computed once.
 

@@ -22,6 +22,7 @@ from nemo_dsv4_cp.automodel import sharding
 
 TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
 _V4 = "nemo_automodel.components.models.deepseek_v4"
+_V41 = "nemo_automodel.components.models.deepseek_v41"
 _RECIPE = "nemo_automodel.recipes.base_recipe"
 _MOE = "nemo_automodel.components.moe"
 _PEFT = "nemo_automodel.components._peft"
@@ -161,6 +162,15 @@ def check_v4() -> None:
 
 
 @functools.cache
+def check_v41() -> None:
+    """Raise :class:`UnsupportedAutoModel` for a release without DeepSeek-V4.1, or another's."""
+    for signature in _V41_SIGNATURES:
+        signature.check()
+    for body in RESTATED_V41:
+        body.check()
+
+
+@functools.cache
 def check() -> None:
     """Raise :class:`UnsupportedAutoModel` if a signature or body changed; checked once if none."""
     for signature in signatures():
@@ -236,3 +246,29 @@ RESTATED = (
     ),
 )
 """Bodies of AutoModel that we restate; fingerprints of 0.7.0, 0.6.0 and 0.5.0 in this order."""
+
+_V41_SIGNATURES = signatures_of(
+    {
+        f"{_V41}.attention": {
+            "DeepseekV41Attention.__init__": "config layer_idx backend",
+            "DeepseekV41Attention.forward": "hidden_states position_ids state attention_mask "
+            "cp_group packed_seq_ids",
+            "_apply_rope": "values angles",
+            "quantize_cache": "values format block_size",
+        },
+        f"{_V41}.engram": {"DeepseekV41NgramHash.forward": "input_ids token_mask sequence_ids"},
+        f"{_V41}.model": {
+            "DeepseekV41Block.forward": "hidden_states pre_mix state position_ids attention_mask "
+            "engram_hash_ids cp_group packed_seq_ids",
+        },
+    }
+)
+
+RESTATED_V41 = (
+    Body(
+        f"{_V41}.model",
+        "DeepseekV41Model.forward",
+        "nemo_dsv4_cp.automodel.backbone_v41",
+        ("8ce8d46519e5a807",),
+    ),
+)

@@ -148,7 +148,7 @@ def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
     def wrapped(model: Any, **kwargs: Any) -> Any:
         if kwargs.get("load_base_model"):
             return apply_model_infrastructure(model, **kwargs)
-        whole = copy.deepcopy(model)  # on the meta device still
+        whole = _whole_copy(model)  # on the meta device still
         model = apply_model_infrastructure(model, **kwargs)
         whole.to_empty(device="cpu")
         torch.manual_seed(seed)
@@ -168,6 +168,26 @@ def _with_weights_of_seed(apply_model_infrastructure: Any, seed: int) -> Any:
         return model
 
     return wrapped
+
+
+def _whole_copy(model: Any) -> Any:
+    """Return a copy of a model whose Engram tables hold the rows of all ranks, not of one."""
+    tables = _owner_sharded_tables(model)
+    groups = [table.process_group for table in tables]
+    for table in tables:
+        table.process_group = None  # a process group cannot be copied
+    whole = copy.deepcopy(model)
+    for table, group in zip(tables, groups, strict=True):
+        table.process_group = group
+    for table in _owner_sharded_tables(whole):
+        rows = table.weight.new_empty(table.num_embeddings, table.embedding_dim)
+        table.weight, table.global_row_start = torch.nn.Parameter(rows), 0
+    return whole
+
+
+def _owner_sharded_tables(model: Any) -> list[Any]:
+    """Return the tables that AutoModel builds as one rank's rows; releases before 0.7 have none."""
+    return [module for module in model.modules() if hasattr(module, "num_embeddings_per_rank")]
 
 
 def _adapter(name: str, parameter: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,8 @@ def cp_size_of(model: Any) -> int:
 
 def _passing_cp_size(original: Any, model: Any, mesh: Any) -> Any:
     setattr(model, _ATTRIBUTE, getattr(mesh, "cp_size", 1))
+    if hasattr(model, "check_sizes"):
+        model.check_sizes(mesh)
     checked = original(model, mesh)
     if hasattr(model, "choose_kernels"):
         model.choose_kernels()

@@ -191,6 +191,45 @@ def _image_rules(batch: Mapping[str, Any]) -> list[Rule]:
     return []
 
 
+def check_rows(
+    input_ids: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    packed: bool,
+) -> None:
+    """Refuse rows that a model at CP size 1 cannot attend to: no sharder has checked them.
+
+    Waits for the device once, unless the rows are packed or come without mask and positions.
+
+    Args:
+        input_ids: Token ids [B, S].
+        attention_mask: [B, S] or [1, S], 1 = real.
+        position_ids: [B, S] or [1, S].
+        packed: Whether documents are numbered: then padding follows each, and positions restart.
+
+    Raises:
+        ValueError: If shapes or dtypes do not fit, if a real token follows padding, or if positions
+            do not count 0, 1, 2, ...
+    """
+    _check_tokens({"input_ids": input_ids})
+    if attention_mask is not None:
+        _check_tensor("attention_mask", attention_mask, input_ids)
+    if position_ids is not None:
+        _check_tensor("position_ids", position_ids, input_ids)
+    if packed:
+        return
+    rules: list[Rule] = []
+    padding = None
+    if attention_mask is not None:
+        padding = padding_of(attention_mask)
+        rules += mask_rules(attention_mask, padding, None)
+    if position_ids is not None:
+        rules.append(counting_rule(position_ids, padding))
+    if rules:
+        refuse_first(rules, read_together(rules))
+
+
 def _check_numbers_to_pad_with(
     padding_token_id: Any, pad_multiple: Any, vocab_size: int | None
 ) -> None:

@@ -8,7 +8,7 @@ from nemo_automodel._transformers.registry import ModelRegistry
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 from torch import nn
 
-from nemo_dsv4_cp.config import ARCHITECTURE
+from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from tests.automodel import source_reads
 from tests.automodel.surface import INTENDED, declared, differing, pairs, replaced
 
@@ -21,7 +21,9 @@ def layer_groups(theirs, ours):
 
 
 def is_registered(theirs, ours):
-    return ModelRegistry.get_model_cls_from_model_arch(ARCHITECTURE) is declared(ours)
+    return ModelRegistry.get_model_cls_from_model_arch(
+        DeepseekV4ContextParallelConfig.architecture
+    ) is declared(ours)
 
 
 def strategy(theirs, ours):

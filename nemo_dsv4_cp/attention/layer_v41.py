@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""V4.1 attention (CSA2) that sees across the cuts of a context-parallel sequence.
+
+V4's is in :mod:`nemo_dsv4_cp.attention.layer`. Here few layers compress: those of
+``kv_source_layer_ids`` gather entries and index keys once, for themselves and for all layers up to
+the next source. Those of ``index_source_layer_ids`` select; the layers after them reuse what they
+selected. All of that travels from layer to layer in a :class:`SharedState`.
+
+# B batch rows   L local tokens   E hidden   A query rank (q_lora_rank)   N heads   D head_dim
+# P compressed entries of all ranks   I index heads   F index width   K selected entries
+# M candidate blocks
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from nemo_automodel.components.models.deepseek_v41 import attention as automodels
+from nemo_automodel.components.models.deepseek_v41.attention import (
+    DeepseekV41Attention,
+    DeepseekV41AttentionOutput,
+)
+
+from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.attention.indexer import KeptIndices, unseen_by_checkpointing
+from nemo_dsv4_cp.attention.step import LayerKind, StepContext
+from nemo_dsv4_cp.automodel.tilelang import kernels_until_chosen
+from nemo_dsv4_cp.exchange.collectives import Group, Pending, all_gather_metadata, cp_rank, cp_size
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    CandidateBlocks,
+    Kernels,
+    RotatedIndexQueries,
+)
+from nemo_dsv4_cp.kernels.reference.cache_formats import MXFP4, NVFP4, CacheCodec, CacheFormat
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.lengths import aligned_starts
+from nemo_dsv4_cp.sequence.schedule import QueryCost
+
+
+@dataclass(frozen=True, eq=False)
+class SharedState:
+    """What layers of one forward hand on, in place of AutoModel's ``DeepseekV41AttentionState``.
+
+    Attributes:
+        step: The forward's context.
+        ratio: Compress ratio of the entries, 0 before the first source.
+        entries_BPD: Compressed entries of all ranks, rotated and quantised.
+        index_keys_BPF: Their index keys, rotated and quantised; no gradient.
+        selected_BLK: Entries that each local query attends to, int32.
+        candidates_BLM: Blocks of entries within which later layers select, int32; None before the
+            layer that chooses them.
+    """
+
+    step: StepContext
+    ratio: int = 0
+    entries_BPD: torch.Tensor | None = None
+    index_keys_BPF: torch.Tensor | None = None
+    selected_BLK: torch.Tensor | None = None
+    candidates_BLM: torch.Tensor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        length: int,
+        options: ContextParallelOptions,
+        *,
+        group: Group | None,
+        documents_BL: torch.Tensor | None,
+        alignment: int,
+    ) -> SharedState:
+        """Return the state before the first layer.
+
+        Args:
+            length: L.
+            options: The model's. Queries stay on the rank that owns them.
+            group: CP group, None without CP.
+            documents_BL: Number of each local token's document, 0 for padding; None if each row
+                is one document. The ranks gather them: 4 bytes per token.
+            alignment: What the documents' starts are multiples of.
+        """
+        options = replace(options, balance="off")
+        if documents_BL is None:
+            return cls(StepContext.of_rows(length, group, options))
+        numbers = all_gather_metadata(documents_BL.int(), dim=1, cp_group=group)
+        layout = SequenceLayout.of_documents(
+            aligned_starts(numbers, alignment),
+            length,
+            cp_rank=cp_rank(group),
+            cp_size=cp_size(group),
+        )
+        return cls(StepContext(layout, group, options))
+
+
+class ContextParallelAttentionV41(DeepseekV41Attention):
+    """AutoModel's ``DeepseekV41Attention``: same constructor, parameters and call, any cp_size."""
+
+    quantizes = True
+    """Whether keys are quantised, as AutoModel does always; tests of gradients switch it off."""
+
+    def __init__(self, config: Any, layer_idx: int, backend: Any) -> None:
+        super().__init__(config, layer_idx, backend)
+        self._adopted(config, ContextParallelOptions())
+
+    @classmethod
+    def adopt(
+        cls, attention: DeepseekV41Attention, config: Any, options: ContextParallelOptions
+    ) -> ContextParallelAttentionV41:
+        """Turn an AutoModel attention into this class in place, keeping its parameters.
+
+        Args:
+            attention: Changed.
+            config: The model's text config.
+            options: The model's.
+        """
+        attention.__class__ = cls
+        adopted: ContextParallelAttentionV41 = attention
+        adopted._adopted(config, options)
+        return adopted
+
+    def _adopted(self, config: Any, options: ContextParallelOptions) -> None:
+        if self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout={self.attention_dropout} is not supported with context "
+                "parallelism; set attention_dropout: 0.0"
+            )
+        self._options, ratio = options, self.compress_ratio
+        self.kind = LayerKind(
+            ratio=ratio,
+            overlaps=False,
+            has_indexer=False,  # not pooled with the entries, as V4's index keys are
+            window=self.window_size,
+            cost=QueryCost.of(config, ratio),
+        )
+        self._alignment = document_alignment(config)
+        named = options.kernels
+        self.use_kernels(kernels_until_chosen(self.backend) if named == AUTO else named)
+        keeps = self.indexer is not None and options.keep_index_choice
+        self._selections = KeptIndices() if keeps else None
+
+    def use_kernels(self, name: str) -> None:
+        """Compute with another backend from now on.
+
+        Raises:
+            ValueError: If it cannot run here.
+        """
+        self.kernels_name = name
+        self._kernels: Kernels = plugins.load(plugins.KERNELS, name)(
+            workspace_bytes=self._options.workspace_bytes
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *,
+        position_ids: torch.Tensor,
+        state: Any,
+        attention_mask: torch.Tensor | None = None,
+        cp_group: Group | None = None,
+        packed_seq_ids: torch.Tensor | None = None,
+    ) -> DeepseekV41AttentionOutput:
+        """Attend within the documents of a row, cut into equal contiguous shards.
+
+        Overlap, in order: the exchange of halos overlaps the low-rank query projection and a
+        source's compression, the all-gather of index keys the query projection, that of entries
+        top-k selection.
+
+        Args:
+            hidden_states: This rank's [B, L, E].
+            position_ids: Of each token in its document, [B, L] or [1, L].
+            state: What the layer before returned; before the first, AutoModel's empty state.
+            attention_mask: [B, L], 1 = real; padding gets zeros. It must be on the right.
+            cp_group: CP group; by default that of ``setup_cp_attention``.
+            packed_seq_ids: Number of each token's document, [B, L], 0 for padding.
+
+        Returns:
+            [B, L, E], and the state for the next layer.
+        """
+        length = hidden_states.shape[1]
+        if not isinstance(state, SharedState):
+            group: Group | None = self.cp_group if cp_group is None else cp_group
+            state = SharedState.start(
+                length,
+                self._options,
+                group=group,
+                documents_BL=packed_seq_ids,
+                alignment=self._alignment,
+            )
+        step, real = state.step, _real_tokens(hidden_states, attention_mask)
+        with torch.no_grad(), unseen_by_checkpointing():
+            plan = step.plan(self.kind, hidden_states.device)
+        angles = self.rotary_emb(position_ids)
+        keys = automodels._apply_rope(self.kv_norm(self.wkv(hidden_states)), angles)
+        if self.quantizes:
+            keys = automodels.quantize_cache(keys, format="fp8", block_size=32)
+        fetched = step.transport.fetch({"keys": keys}, plan.moves)
+        gathers = None
+        if self.compressor is not None:
+            gathers = self._start_gathers(hidden_states, position_ids, state)
+        low = self.q_norm(self.wq_a(hidden_states))
+        q = self.wq_b(low).unflatten(-1, (self.num_heads, self.head_dim))
+        if gathers is not None:
+            index_keys, entries = gathers
+            state = replace(state, ratio=self.compress_ratio, index_keys_BPF=index_keys.wait())
+        if self.indexer is not None:
+            state = self._select(hidden_states, low, angles, state, position_ids)
+        if gathers is not None:
+            state = replace(state, entries_BPD=entries.wait())
+        every = self._entries_of(state, like=keys)
+        rope = angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
+        grouped = self._kernels.attend(
+            AttentionQueries(q, rope, plan.local, state.selected_BLK if self.kind.ratio else None),
+            AttentionKeys(fetched.wait()["keys"], every, self.sinks_param(q)),
+            AttentionConstants(self.head_dim**-0.5, None, self.num_groups),
+        )
+        out = self.wo_b(self.wo_a(grouped).flatten(2))
+        return DeepseekV41AttentionOutput(out.masked_fill(~real[..., None], 0), state)
+
+    def _start_gathers(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, state: SharedState
+    ) -> tuple[Pending[torch.Tensor], Pending[torch.Tensor]]:
+        """Compress this rank's tokens, and start to gather index keys and entries of all ranks."""
+        latent, ratio = self.compressor(hidden), self.compress_ratio
+        angles = self.rotary_emb(position_ids[:, : latent.shape[1] * ratio : ratio])
+        indexer, gather = self.indexer, state.step.transport.gather
+        with torch.no_grad(), unseen_by_checkpointing():
+            keys = automodels._apply_rope(indexer.k_norm(indexer.wk(latent)), angles)
+            index_keys = gather(keys, codec=self._codec(MXFP4, keys))
+        entries = automodels._apply_rope(latent, angles)
+        return index_keys, gather(entries, codec=self._codec(NVFP4, entries))
+
+    def _codec(self, format: CacheFormat, values: torch.Tensor) -> CacheCodec | None:
+        return CacheCodec(format, values.shape[-1], values.dtype) if self.quantizes else None
+
+    def _select(
+        self,
+        hidden: torch.Tensor,
+        low: torch.Tensor,
+        angles: torch.Tensor,
+        state: SharedState,
+        forward_key: torch.Tensor,
+    ) -> SharedState:
+        """Select entries for the local queries, and candidates if this layer chooses them."""
+        kept = self._selections.recall(forward_key) if self._selections else None
+        if kept is None:
+            kept = self._selection(hidden, low, angles, state)
+            if self._selections:
+                self._selections.keep(forward_key, kept)
+        selected, *candidates = kept
+        return replace(
+            state,
+            selected_BLK=selected,
+            candidates_BLM=candidates[0] if candidates else state.candidates_BLM,
+        )
+
+    def _selection(
+        self, hidden: torch.Tensor, low: torch.Tensor, angles: torch.Tensor, state: SharedState
+    ) -> list[torch.Tensor]:
+        """Return the top-k indices [B, L, K], and the candidate blocks [B, L, M] of their layer.
+
+        The weights' formula is that of AutoModel's ``_Indexer.forward``.
+        """
+        indexer, keys = self.indexer, state.index_keys_BPF
+        assert keys is not None, "a layer that selects comes before any that compresses"
+        with torch.no_grad(), unseen_by_checkpointing():
+            q = indexer.wq_b(low).unflatten(-1, (indexer.num_heads, indexer.head_dim))
+            q = automodels._apply_rope(q, angles)
+            if self.quantizes:
+                q = automodels.quantize_cache(q, format="mxfp4", block_size=32)
+            weights = indexer.weights_proj(hidden)
+            weights = weights * (indexer.head_dim**-0.5 * indexer.num_heads**-0.5)
+            selected, candidates = self._kernels.select_shared(
+                RotatedIndexQueries(q, weights, state.step.plan(self.kind, hidden.device).local),
+                keys,
+                topk=indexer.topk,
+                blocks=CandidateBlocks(indexer.candidate_topk_blocks, indexer.candidate_block_size)
+                if indexer.is_candidate_source or indexer.uses_candidates
+                else None,
+                candidates_BLM=state.candidates_BLM if indexer.uses_candidates else None,
+            )
+        return [selected] if candidates is None else [selected, candidates]
+
+    def _entries_of(self, state: SharedState, *, like: torch.Tensor) -> torch.Tensor:
+        """Return the entries [B, P, D] that this layer attends to; none if it does not compress."""
+        if not self.compress_ratio:
+            return like[:, :0]
+        # AutoModel's config refuses a compressed layer without a source of its ratio before it.
+        assert state.entries_BPD is not None and state.ratio == self.compress_ratio
+        return state.entries_BPD
+
+
+def document_alignment(config: Any) -> int:
+    """Return what AutoModel aligns the documents of packed rows to: the LCM of the ratios."""
+    return math.lcm(
+        *(ratio for ratio in config.compress_ratios[: config.num_hidden_layers] if ratio)
+    )
+
+
+def _real_tokens(hidden: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return which local tokens are not padding, bool [B, L]."""
+    if attention_mask is None:
+        return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    return attention_mask.bool()
