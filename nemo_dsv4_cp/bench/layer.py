@@ -38,6 +38,7 @@ class Case:
         balance: ``context_parallel.balance`` of a transport.
         overlap: ``context_parallel.overlap`` of a transport.
         documents: Where documents start in packed rows, ascending from 0; none for one document.
+        layer: Index of a layer of V4.1-Flash, whose ratio ``ratio`` is; None for V4-Flash.
     """
 
     path: str
@@ -51,6 +52,16 @@ class Case:
     balance: str = AUTO
     overlap: bool = True
     documents: tuple[int, ...] = ()
+    layer: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The ``context_parallel`` block; AutoModel's own path reads nothing of it."""
+        options: dict[str, Any] = {"workspace_mib": self.workspace_mib}
+        if self.path != AUTOMODEL:
+            options |= {"transport": self.path, "kernels": self.kernels}
+            options |= {"balance": self.balance, "overlap": self.overlap}
+        return options
 
     @property
     def layout(self) -> SequenceLayout:
@@ -63,7 +74,25 @@ class Case:
         return replace(layout, bounds=bounds, starts=starts)
 
 
-Forward = Callable[[], torch.Tensor]
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What a layer's forward returned.
+
+    Attributes:
+        hidden_BLE: Its output.
+        carried: What later layers use, too: the state that V4.1's layers hand on.
+    """
+
+    hidden_BLE: torch.Tensor
+    carried: tuple[torch.Tensor, ...] = ()
+
+    def backward(self) -> None:
+        """Run backward, with memory as it is for gradients."""
+        made = [each for each in (self.hidden_BLE, *self.carried) if each.grad_fn is not None]
+        torch.autograd.backward(made, [torch.empty_like(each) for each in made])
+
+
+Forward = Callable[[], Output]
 
 
 def build(
@@ -75,25 +104,21 @@ def build(
     attn: str = "sdpa",
     **sizes: Any,
 ) -> Forward:
-    """Build the layer and its input, and return its forward, which yields [B, L, E].
+    """Build the layer and its input, and return its forward.
 
     It runs as in AutoModel's model, including the dense mask. The input and all parameters but the
     indexer's take gradients. ``attn`` is AutoModel's attention backend, ``sizes`` the fields of the
     config that differ from V4-Flash.
     """
-    options: dict[str, Any] = {"workspace_mib": case.workspace_mib}
-    if case.path != AUTOMODEL:
-        options |= {"transport": case.path, "kernels": case.kernels}
-        options |= {"balance": case.balance, "overlap": case.overlap}
     config = DeepseekV4ContextParallelConfig(
-        compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=options, **sizes
+        compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=case.options, **sizes
     )
     cls = (
         automodel_layers.DeepseekV4Attention if case.path == AUTOMODEL else ContextParallelAttention
     )
     backend = BackendConfig(attn=attn, linear="torch", rms_norm="torch_fp32")
     # What AutoModel keeps in float32 (sinks, compressor projections) it makes so itself.
-    with _default_dtype(dtype), device:
+    with default_dtype(dtype), device:
         layer = cls(config, 0, backend).train()
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(".indexer." not in name)
@@ -113,7 +138,7 @@ def build(
     if case.path != AUTOMODEL:
         step.plan(layer.kind, device)
 
-    def forward() -> torch.Tensor:
+    def forward() -> Output:
         mask = None
         if case.path == AUTOMODEL:
             from nemo_automodel.components.models.deepseek_v4.cp import (
@@ -128,7 +153,7 @@ def build(
                 cp_group=group,
                 sliding_window=config.sliding_window,
             )
-        out: torch.Tensor = layer(
+        out = layer(
             hidden,
             rope,
             attention_mask=mask,
@@ -136,14 +161,15 @@ def build(
             rotary_compress=rotary,
             position_ids=positions,
             **({STEP_KEY: step} if case.path != AUTOMODEL else {}),
-        )[0]
-        return out
+        )
+        return Output(out[0])
 
     return forward
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new floating-point tensors of a dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

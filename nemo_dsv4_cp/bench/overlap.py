@@ -147,7 +147,7 @@ def _rank(
     for _ in range(repeats + 1):
         for overlap, forward in forwards.items():
             for slowed_by in (0.0, delay):
-                out = timed("forward", overlap, slowed_by, forward)
+                out = timed("forward", overlap, slowed_by, forward).hidden_BLE
                 grad = torch.ones_like(out)
                 timed("backward", overlap, slowed_by, lambda out=out, grad=grad: out.backward(grad))
     return [

@@ -11,24 +11,24 @@ import operator
 import random
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-from nemo_automodel.components.models.deepseek_v4 import layers as automodel_layers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemo_dsv4_cp.automodel import tilelang
 from nemo_dsv4_cp.automodel.torch_api import let_fake_tensors_through_collectives
-from nemo_dsv4_cp.bench.layer import Case, Forward, build
+from nemo_dsv4_cp.bench import layer
+from nemo_dsv4_cp.bench.automodel_shapes import automodels_kernels
+from nemo_dsv4_cp.bench.layer import Case, Forward
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.gpus import ASSUMED
-from nemo_dsv4_cp.kernels.costs import Cost, cost_of, register_cost
+from nemo_dsv4_cp.kernels.costs import Cost, cost_of
 from nemo_dsv4_cp.kernels.reference import workspace
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
@@ -97,6 +97,7 @@ class LayerProfile:
         case: What was profiled.
         peak_bytes: Most bytes alive at a time.
         saved_bytes: Bytes alive between forward and backward.
+        carried_bytes: Bytes of what the layers after it use, too (V4.1).
         received_forward: Bytes that other ranks sent, in forward.
         received_backward: Bytes that other ranks sent, in backward.
         forward: What forward launched.
@@ -107,6 +108,7 @@ class LayerProfile:
     case: Case
     peak_bytes: int
     saved_bytes: int
+    carried_bytes: int
     received_forward: int
     received_backward: int
     forward: Launches
@@ -227,21 +229,32 @@ def _seen(value: Any) -> int:
 
 
 @contextmanager
-def _layer_of_fakes(case: Case) -> Iterator[Forward]:
-    """Yield the forward of a V4-Flash layer on fake tensors, bfloat16, with an H100's memory."""
+def fake_rank(case: Case) -> Iterator[Any]:
+    """Yield the CP group of the case's rank; tensors are fake, and its GPU has an H100's memory."""
     let_fake_tensors_through_collectives()
-    attn = "tilelang" if case.path == AUTOMODEL else "sdpa"
     with (
         process_group("fake", rank=case.rank, size=case.cp_size) as group,
         FakeTensorMode(),
-        _automodel_kernels(),
         mock.patch.object(workspace, "device_memory", lambda _: round(ASSUMED.memory) << 30),
     ):
+        yield group
+
+
+@contextmanager
+def _layer_of_fakes(case: Case) -> Iterator[Forward]:
+    """Yield the forward of a case's layer on fake tensors, bfloat16."""
+    build: Callable[..., Forward] = layer.build
+    if case.layer is not None:
+        from nemo_dsv4_cp.bench import layer_v41  # AutoModel has V4.1 since 0.7
+
+        build = layer_v41.build
+    attn = "tilelang" if case.path == AUTOMODEL else "sdpa"
+    with fake_rank(case) as group, automodels_kernels():
         yield build(case, group, dtype=torch.bfloat16, device=torch.device("cpu"), attn=attn)
 
 
 def profile(case: Case) -> LayerProfile:
-    """Profile forward and backward of a V4-Flash layer.
+    """Profile forward and backward of a layer of V4-Flash, or of V4.1-Flash.
 
     Kernels of the package register what they launch; of AutoModel's TileLang kernels only the
     tensors that they take, save and return exist here.
@@ -249,11 +262,12 @@ def profile(case: Case) -> LayerProfile:
     with _layer_of_fakes(case) as forward, Profiler(case) as profiler:
         out = forward()
         saved, received, launched = profiler.live, profiler.received, profiler.launched
-        out.backward(torch.empty_like(out))
+        out.backward()
         return LayerProfile(
             case,
             profiler.peak,
             saved,
+            _bytes(out.carried),
             received,
             profiler.received - received,
             launched,
@@ -263,7 +277,7 @@ def profile(case: Case) -> LayerProfile:
 
 
 def count_flops(case: Case) -> tuple[int, int]:
-    """Return the floating-point operations of a V4-Flash layer's products, forward and backward.
+    """Return the floating-point operations of a layer's products, forward and backward.
 
     The Triton kernels register theirs: what the causal view hides does not count. The torch path's
     products count as they are computed, what is masked afterwards too.
@@ -272,7 +286,7 @@ def count_flops(case: Case) -> tuple[int, int]:
         with FlopCounterMode(display=False) as counted:
             out = forward()
         with FlopCounterMode(display=False) as counted_back:
-            out.backward(torch.empty_like(out))
+            out.backward()
     return counted.get_total_flops(), counted_back.get_total_flops()
 
 
@@ -282,119 +296,3 @@ def draw_documents(seq_len: int, shortest: int, longest: int, seed: int) -> tupl
     while starts[-1] < seq_len:
         starts.append(starts[-1] + draw.randint(shortest, longest))
     return tuple(starts[:-1])
-
-
-# AutoModel's kernels as operations that are profiled and never run. One launch per kernel: that
-# AutoModel takes 16 heads at a time, and copies them before and after, is not counted.
-_AUTOMODEL = torch.library.Library("dsv4_cp", "FRAGMENT")
-
-
-def _operation(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Define an operation of AutoModel by a function of its arguments' shapes."""
-
-    def define(shapes: Callable[..., Any]) -> Callable[..., Any]:
-        _AUTOMODEL.define(schema)
-        name = schema.partition("(")[0]
-        _AUTOMODEL.impl(name, shapes, "Meta")
-        operation: Callable[..., Any] = getattr(torch.ops.dsv4_cp, name)
-        return operation
-
-    return define
-
-
-@_operation(
-    "automodel_attention(Tensor q, Tensor kv, Tensor sinks, Tensor indices) -> (Tensor, Tensor)"
-)
-def _attention(q: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@register_cost("dsv4_cp::automodel_attention")
-def _(q: torch.Tensor, *keys: torch.Tensor) -> Cost:
-    log_sums = q.numel() // q.shape[-1] * 4
-    return Cost(1, _bytes((q, *keys)), _bytes(q) + log_sums, scratch_bytes=0)
-
-
-@_operation(
-    "automodel_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor sinks, Tensor indices, "
-    "Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)"
-)
-def _attention_backward(grad: torch.Tensor, *saved: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(map(torch.empty_like, saved[:3]))
-
-
-@register_cost("dsv4_cp::automodel_attention_backward")
-def _(grad: torch.Tensor, *saved: torch.Tensor) -> Cost:
-    q, kv, sinks, indices, out, log_sums = saved
-    # Sums of out * grad; the gradients, the keys' in float32; those rounded.
-    summed = kv.numel() * 4
-    return Cost(
-        3,
-        _bytes((out, grad)) + _bytes((q, kv, grad, sinks, indices, log_sums, log_sums)) + summed,
-        _bytes(log_sums) + _bytes((q, sinks)) + summed + _bytes(kv),
-        scratch_bytes=summed + _bytes(log_sums),
-    )
-
-
-@_operation("automodel_index_scores(Tensor q, Tensor keys, Tensor weights) -> Tensor")
-def _index_scores(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return q.new_empty(*q.shape[:2], keys.shape[1], dtype=torch.float32)
-
-
-@register_cost("dsv4_cp::automodel_index_scores")
-def _(q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor) -> Cost:
-    scores = q.shape[0] * q.shape[1] * keys.shape[1] * 4
-    return Cost(1, _bytes((q, keys, weights)), scores, scratch_bytes=0)
-
-
-class _AutoModelAttention(torch.autograd.Function):
-    """AutoModel's sparse attention by its kernels' shapes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, kv: torch.Tensor, sinks: torch.Tensor, indices: torch.Tensor
-    ) -> torch.Tensor:
-        out: torch.Tensor
-        out, log_sums = _attention(q, kv, sinks, indices)
-        ctx.save_for_backward(q, kv, sinks, indices, out, log_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_attention_backward(grad.contiguous(), *ctx.saved_tensors), None
-
-
-def _sparse_attention(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    sinks: torch.Tensor,
-    indices: torch.Tensor,
-    *_: Any,
-    **__: Any,
-) -> torch.Tensor:
-    out: torch.Tensor = _AutoModelAttention.apply(  # type: ignore[no-untyped-call]
-        q.contiguous(), kv.contiguous(), sinks.float(), indices.to(torch.int32)
-    )
-    return out
-
-
-def _indexer_scores(
-    q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, *_: Any, **__: Any
-) -> torch.Tensor:
-    scores: torch.Tensor = _index_scores(q, keys, weights)
-    return scores
-
-
-@contextmanager
-def _automodel_kernels() -> Iterator[None]:
-    with ExitStack() as patched:
-        for user in (automodel_layers, tilelang):
-            patched.enter_context(
-                mock.patch.multiple(
-                    user,
-                    dsv4_sparse_attention=_sparse_attention,
-                    dsv4_indexer_scores=_indexer_scores,
-                )
-            )
-        patched.enter_context(mock.patch.object(tilelang, "HAS_TILELANG", True))
-        yield

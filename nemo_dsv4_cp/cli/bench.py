@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``bench``: one attention layer of one rank, by AutoModel's path and every transport.
 
-``bytes``, ``memory``, ``launches`` and ``work`` profile it with fake tensors, without a GPU;
-``time``, ``overlap`` and ``operations`` measure this machine. ``kernels`` has a file of its own.
+``work`` profiles it with fake tensors, without a GPU; ``time``, ``overlap`` and ``operations``
+measure this machine. ``bytes``, ``memory`` and ``launches``, and ``kernels``, have files of their
+own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,15 +27,11 @@ from nemo_dsv4_cp.cli.output import (
     require_gpu,
     running,
     table,
-    two_plots,
 )
 from nemo_dsv4_cp.options import AUTO
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
 from nemo_dsv4_cp.tools.sizes import GIB, read_model_fields
-
-if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it
-    from nemo_dsv4_cp.bench.profiling import LayerProfile
 
 app = typer.Typer(no_args_is_help=True, help="Measure one attention layer of one rank.")
 
@@ -47,17 +44,16 @@ Workspace = Annotated[
 KernelsName = Annotated[str, typer.Option("--kernels", help="context_parallel.kernels.")]
 Balance = Annotated[str, typer.Option(help="context_parallel.balance: auto, on or off.")]
 Json = Annotated[Path | None, typer.Option("--json", help='Write the figures here; "-" prints.')]
-Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
 
 
-def _paths() -> list[str]:
+def installed_paths() -> list[str]:
     """AutoModel's path, where the installed release has one (since 0.6), and every transport."""
     with quiet():
         has_cp = find_spec("nemo_automodel.components.models.deepseek_v4.cp") is not None
     return [*([AUTOMODEL] if has_cp else []), *plugins.names(plugins.TRANSPORTS)]
 
 
-def _check(seq_len: int, cp_size: int, ratios: Sequence[int], **outputs: Path | None) -> None:
+def check(seq_len: int, cp_size: int, ratios: Sequence[int], **outputs: Path | None) -> None:
     """Refuse ratios that are none of V4's, rows that do not cut evenly, and outputs."""
     for ratio in ratios:
         if ratio not in (0, 4, 128):
@@ -72,130 +68,8 @@ def _check(seq_len: int, cp_size: int, ratios: Sequence[int], **outputs: Path | 
     check_outputs(**outputs)
 
 
-def _profiles(
-    seq_len: int, cp_size: int, ratios: Sequence[int], rank: int, **options: Any
-) -> list[LayerProfile]:
-    """Profile a rank's layer of each ratio by every path."""
-    with running():
-        from nemo_dsv4_cp.bench.layer import Case
-        from nemo_dsv4_cp.bench.profiling import profile
-
-        paths = _paths()
-        cases = [Case(path, r, seq_len, cp_size, rank, **options) for r in ratios for path in paths]
-        return [profile(case) for case in progress(cases, "Profiling")]
-
-
-def _figures(profiles: Sequence[LayerProfile]) -> list[dict[str, Any]]:
-    return [
-        asdict(each)
-        | {
-            f"{step}_bytes_per_token_and_remote_rank": each.per_token(
-                getattr(each, f"received_{step}")
-            )
-            for step in ("forward", "backward")
-        }
-        for each in profiles
-    ]
-
-
-_LAYER = {"ratio": lambda each: each.case.ratio, "path": lambda each: each.case.path}
-_RECEIVED = {
-    **_LAYER,
-    "received fwd": lambda each: f"{each.per_token(each.received_forward):,.1f}",
-    "received bwd": lambda each: f"{each.per_token(each.received_backward):,.1f}",
-    "peak GiB": lambda each: f"{each.peak_bytes / GIB:.2f}",
-    "saved GiB": lambda each: f"{each.saved_bytes / GIB:.2f}",
-}
-_BY_TOKEN = "received: bytes per local token and remote rank"
-
-
 def _title(seq_len: int, cp_size: int, rest: str) -> str:
     return f"V4-Flash, bfloat16, a row of {seq_len:,} tokens on {cp_size} ranks, {rest}"
-
-
-@app.command("bytes")
-def bytes_(
-    seq_len: SeqLen = 131072,
-    cp_size: CpSize = 8,
-    ratio: Ratios = [0, 4, 128],  # noqa: B006
-    balance: Balance = AUTO,
-    json_: Json = None,
-    plot: Plot = None,
-) -> None:
-    """Profile what one layer receives from other ranks, with fake tensors.
-
-    Example: nemo-dsv4-cp bench bytes --seq-len 131072 --cp-size 8
-    """
-    _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
-    # A middle rank has neighbors on both sides: halos arrive, and their gradients return.
-    profiles = _profiles(seq_len, cp_size, ratio, cp_size // 2, balance=balance)
-    title = _title(seq_len, cp_size, f"rank {cp_size // 2}; balance: {balance}; {_BY_TOKEN}")
-    emit(_figures(profiles), json_, table(title, profiles, _RECEIVED))
-    if plot is not None:
-        _plot(seq_len // cp_size, ratio, plot)
-
-
-@app.command()
-def memory(
-    seq_len: SeqLen = 131072,
-    cp_size: CpSize = 8,
-    ratio: Ratios = [0, 4, 128],  # noqa: B006
-    kernels: KernelsName = AUTO,
-    balance: Balance = AUTO,
-    workspace_mib: Workspace = None,
-    json_: Json = None,
-    plot: Plot = None,
-) -> None:
-    """Profile the memory of one layer's forward and backward, and its largest tensors.
-
-    Example: nemo-dsv4-cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
-    """
-    _check(seq_len, cp_size, ratio, json_=json_, plot=plot)
-    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
-    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
-    title = _title(seq_len, cp_size, f"rank {cp_size - 1}; balance: {balance}; {_BY_TOKEN}")
-    tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
-    columns = {
-        "ratio": lambda row: row[0].ratio,
-        "path": lambda row: row[0].path,
-        "GiB": lambda row: f"{row[1].bytes / GIB:.2f}",
-        "dtype": lambda row: row[1].dtype,
-        "shape": lambda row: " x ".join(map(str, row[1].shape)),
-        "made by": lambda row: row[1].operation,
-    }
-    largest = table("The largest tensors at the peak", tensors, columns)
-    emit(_figures(profiles), json_, table(title, profiles, _RECEIVED), largest)
-    if plot is not None:
-        _plot(seq_len // cp_size, ratio, plot)
-
-
-@app.command()
-def launches(
-    seq_len: SeqLen = 131072,
-    cp_size: CpSize = 8,
-    ratio: Ratios = [0, 4, 128],  # noqa: B006
-    kernels: KernelsName = AUTO,
-    balance: Balance = AUTO,
-    workspace_mib: Workspace = None,
-    json_: Json = None,
-) -> None:
-    """Count what one layer launches, and the GB of tensors that it reads and writes.
-
-    Example: nemo-dsv4-cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
-    """
-    _check(seq_len, cp_size, ratio, json_=json_)
-    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
-    profiles = _profiles(seq_len, cp_size, ratio, cp_size - 1, **options)  # it sees the most
-    settings = f"the last rank; kernels: {kernels}; balance: {balance}"
-    title = _title(seq_len, cp_size, f"{settings}; GB of tensors read and written")
-    columns = {
-        **_LAYER,
-        "launches fwd": lambda each: f"{each.forward.count:,}",
-        "GB fwd": lambda each: f"{each.forward.moved_bytes / 1e9:,.1f}",
-        "launches bwd": lambda each: f"{each.backward.count:,}",
-        "GB bwd": lambda each: f"{each.backward.moved_bytes / 1e9:,.1f}",
-    }
-    emit(_figures(profiles), json_, table(title, profiles, columns))
 
 
 @app.command()
@@ -216,7 +90,7 @@ def work(
 
     Example: nemo-dsv4-cp bench work --seq-len 1048576 --cp-size 64 --shortest 1000
     """
-    _check(seq_len, cp_size, ratio, json_=json_)
+    check(seq_len, cp_size, ratio, json_=json_)
     if shortest is not None and shortest > longest:
         raise typer.BadParameter(f"--shortest {shortest} is more than --longest {longest}")
     with running():
@@ -270,7 +144,7 @@ def time_(
 
     Example: nemo-dsv4-cp bench time --seq-len 8192 --cp-size 2 --repeats 5
     """
-    _check(seq_len, cp_size, ratio, json_=json_)
+    check(seq_len, cp_size, ratio, json_=json_)
     gpu = torch.cuda.is_available()
     with running():
         from nemo_dsv4_cp.bench import timing
@@ -278,7 +152,7 @@ def time_(
         measure = timing.time_one_gpu_rank if gpu else timing.time_gloo_ranks
         if gpu and kernels == AUTO:
             kernels = timing.certified_kernels()
-        sizes, paths = (seq_len, cp_size, repeats), _paths()
+        sizes, paths = (seq_len, cp_size, repeats), installed_paths()
         times = [
             each
             for of_layer in progress(ratio, "Timing")
@@ -298,7 +172,8 @@ def time_(
     automodel = dict.fromkeys(ratio, float("nan"))  # AutoModel 0.5 has no path to compare with
     automodel |= {t.case.ratio: t.median for t in times if t.case.path == AUTOMODEL}
     columns = {
-        **_LAYER,
+        "ratio": lambda each: each.case.ratio,
+        "path": lambda each: each.case.path,
         "seconds": lambda each: f"{each.median:.3f}",
         "AutoModel / path": lambda each: f"{automodel[each.case.ratio] / each.median:.2f}x",
         "peak GiB": lambda each: f"{each.peak_bytes / GIB:.2f}" if each.peak_bytes else "-",
@@ -322,7 +197,7 @@ def overlap(
     with quiet():
         from nemo_dsv4_cp.bench.overlap import RANKS, SIZES, measure
         from nemo_dsv4_cp.bench.timing import describe_machine
-    _check(seq_len, RANKS, ratio, json_=json_)
+    check(seq_len, RANKS, ratio, json_=json_)
     if not delay > 0:
         raise typer.BadParameter(f"--delay {delay} slows nothing; use seconds, such as 0.2")
     layers = [
@@ -369,7 +244,7 @@ def operations(
 
     Example: nemo-dsv4-cp bench operations --seq-len 131072 --cp-size 8 --ratio 4
     """
-    _check(seq_len, cp_size, ratio, json_=json_)
+    check(seq_len, cp_size, ratio, json_=json_)
     require_gpu("bench operations", "To model the times without one: nemo-dsv4-cp bench kernels")
     with running():
         from nemo_dsv4_cp.bench.timing import describe_machine
@@ -398,31 +273,3 @@ def operations(
     figures = [asdict(each) | {"tflops": each.tflops} for each in times]
     written = {"machine": machine, "peak_tflops": peak, "operations": figures}
     emit(written, json_, table(title, times, columns))
-
-
-def _plot(shard: int, ratios: Sequence[int], destination: Path) -> None:
-    """Draw memory and bytes against the row's length at one shard length, log-log."""
-    sizes, paths = [2**power for power in range(1, 7)], _paths()
-    profiles = [each for n in sizes for each in _profiles(shard * n, n, ratios, n - 1)]
-    styles = dict(zip(ratios, ("-", "--", ":"), strict=False))
-    with two_plots(
-        destination,
-        "peak of one layer's forward and backward, GB",
-        "received by one rank in one layer's forward, GB",
-        f"tokens in the row ({shard:,} on each rank)",
-    ) as (left, right):
-        for place, path in enumerate(paths):
-            for ratio in ratios:
-                mine = [p for p in profiles if (p.case.path, p.case.ratio) == (path, ratio)]
-                lengths = [each.case.seq_len for each in mine]
-                style = {
-                    "color": f"C{place}",
-                    "ls": styles[ratio],
-                    "label": f"{path}, ratio {ratio}",
-                }
-                left.plot(lengths, [each.peak_bytes / 1e9 for each in mine], **style)
-                right.plot(lengths, [each.received_forward / 1e9 for each in mine], **style)
-        for capacity in (80, 141):  # GB of an H100 and an H200
-            left.axhline(capacity, color="grey", lw=0.8)
-            left.text(shard * 2, capacity * 1.05, f"{capacity} GB", color="grey")
-        right.legend(fontsize=7)

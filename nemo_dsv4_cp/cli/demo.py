@@ -61,22 +61,33 @@ class TrainingFailed(Exception):
 
 
 def train(
-    recipe: Path, *, cp_size: int, directory: Path, on_step: Callable[[int], None]
+    recipe: Path,
+    *,
+    cp_size: int,
+    directory: Path,
+    on_step: Callable[[int], None],
+    processes: int | None = None,
 ) -> Training:
-    """Run a recipe with one process per CP rank, through AutoModel's own command line.
+    """Run a recipe through AutoModel's own command line.
 
     Args:
         recipe: The YAML file.
-        cp_size: Ranks and processes.
+        cp_size: CP ranks.
         directory: Empty; receives `log` and AutoModel's `training.jsonl`.
         on_step: Receives how many steps are done, again and again.
+        processes: As many as CP ranks by default.
 
     Raises:
         TrainingFailed: The run ended with an error.
     """
     log = directory / "log"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={cp_size}", "-m", "nemo_automodel.cli.app", str(recipe)]
+    command += [
+        f"--nproc-per-node={processes or cp_size}",
+        "-m",
+        "nemo_automodel.cli.app",
+        str(recipe),
+    ]
     command += [f"--distributed.cp_size={cp_size}", f"--checkpoint.checkpoint_dir={directory}"]
     # One thread per process for both: no more threads than cores, and the same order of summation.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

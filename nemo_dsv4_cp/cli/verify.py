@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nemo_dsv4_cp.cli.output import check_outputs, emit, running, table, warn
 from nemo_dsv4_cp.tools.recipes import check_context_parallel
-from nemo_dsv4_cp.tools.sizes import complete_fields
+from nemo_dsv4_cp.tools.sizes import complete_fields, is_v41
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import
     from nemo_dsv4_cp.checks.difference import Difference
@@ -55,13 +55,18 @@ def verify(
     """
     check_outputs(json_=json_)
     fields, config, cp_size, packed = _read(recipe)
+    if kernels and is_v41(config):
+        raise typer.BadParameter(
+            f"{recipe}: --kernels compares kernels of DeepSeek-V4 alone; leave it out, or set "
+            "context_parallel.kernels: torch to train V4.1 without kernels of this package"
+        )
     if kernels:
         named = fields["model"].get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
         _verify_kernels(recipe, config, str(named).split(".")[-1], json_)
         return
     if ranks is None:
         ranks = min(cp_size, 4, max(os.cpu_count() or 1, 2))
-    with running(f"{recipe}: ", mistakes=(TypeError, ValueError)):
+    with running(f"{recipe}: ", mistakes=(ImportError, TypeError, ValueError)):
         from nemo_dsv4_cp.tools.verification import verify as run
 
         with Console(stderr=True).status(f"Running on 1 and on {ranks} ranks"):
@@ -165,10 +170,11 @@ def _read(recipe: Path) -> tuple[dict[str, Any], dict[str, Any], int, bool]:
             "nemo-dsv4-cp compose"
         ) from error
     target = str(config.get("_target_", ""))
-    if "DeepseekV4ContextParallelConfig" not in target:
+    if not any(f"Deepseek{v}ContextParallelConfig" in target for v in ("V4", "V41")):
         raise typer.BadParameter(
             f"{recipe}: model.config._target_ is {target!r}; the one changed line is "
-            "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained"
+            "_target_: nemo_dsv4_cp.DeepseekV4ContextParallelConfig.from_pretrained (of V4.1: "
+            "DeepseekV41ContextParallelConfig)"
         )
     with running(f"{recipe}: "):
         config = complete_fields(config, warn)

@@ -13,11 +13,13 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import torch
 
 from nemo_dsv4_cp import plugins
+from nemo_dsv4_cp.automodel import contracts
 from nemo_dsv4_cp.automodel.contracts import TESTED_RELEASES
 from nemo_dsv4_cp.automodel.torch_api import TESTED_TORCH
 from nemo_dsv4_cp.checks import certificate
 
 _ARCHITECTURE = "DeepseekV4ContextParallelForCausalLM"
+_ARCHITECTURE_V41 = "DeepseekV41ContextParallelForCausalLM"
 _NEWEST = TESTED_RELEASES[0]
 _TESTED = {"nemo_automodel": TESTED_RELEASES, "torch": TESTED_TORCH}
 
@@ -70,13 +72,14 @@ def _versions() -> Iterator[Finding]:
 
 
 def _plugins() -> Iterator[Finding]:
-    ours = entry_points(group=plugins.ARCHITECTURES, name=_ARCHITECTURE)
-    yield Finding(
-        f"{plugins.ARCHITECTURES}: {_ARCHITECTURE}",
-        ", ".join(point.value for point in ours) or "not declared",
-        None if ours else "reinstall the package: pip install --force-reinstall nemo-dsv4-cp",
-        fatal=not ours,
-    )
+    for architecture in (_ARCHITECTURE, _ARCHITECTURE_V41):
+        ours = entry_points(group=plugins.ARCHITECTURES, name=architecture)
+        yield Finding(
+            f"{plugins.ARCHITECTURES}: {architecture}",
+            ", ".join(point.value for point in ours) or "not declared",
+            None if ours else "reinstall the package: pip install --force-reinstall nemo-dsv4-cp",
+            fatal=not ours and architecture == _ARCHITECTURE,
+        )
     for group in (plugins.TRANSPORTS, plugins.KERNELS, plugins.BATCH_FNS):
         points = entry_points(group=group)
         for point in points:
@@ -98,7 +101,7 @@ def _automodel_contracts() -> Iterator[Finding]:
     try:
         from nemo_automodel.components.models.deepseek_v4 import model as automodel
 
-        from nemo_dsv4_cp.automodel import contracts, mtp, registration
+        from nemo_dsv4_cp.automodel import mtp, registration
 
         contract = contracts.batch_contract()
         contracts.check()
@@ -106,6 +109,7 @@ def _automodel_contracts() -> Iterator[Finding]:
         yield Finding("AutoModel's V4 model", f"cannot be used: {error}", remedy, fatal=True)
         return
     yield Finding("AutoModel's V4 model", automodel.__name__)
+    yield _automodels_v41()
     yield Finding("contract for batches", contract.NAME)
     inputs = "prepare_mtp_inputs_for_cp" if mtp.ASKS_MODELS else "none"
     yield Finding("contract for MTP under CP", inputs)
@@ -120,6 +124,17 @@ def _automodel_contracts() -> Iterator[Finding]:
         None if found else "another distribution may claim the name; uninstall it",
         fatal=found is None,
     )
+
+
+def _automodels_v41() -> Finding:
+    """Return whether AutoModel has the V4.1 that we build on; V4 trains without it."""
+    subject = "AutoModel's V4.1 model"
+    try:
+        contracts.check_v41()
+    except ImportError as error:
+        note = f"recipes of V4.1 need nemo_automodel {_NEWEST}; those of V4 do not need it"
+        return Finding(subject, f"cannot be used: {error}", note=note)
+    return Finding(subject, "nemo_automodel.components.models.deepseek_v41.model")
 
 
 def _devices() -> Iterator[Finding]:

@@ -90,8 +90,9 @@ def _check_experts(fields: Mapping[str, Any], ranks: int) -> None:
     experts = {}
     for section in ("model", "teacher_model"):
         config = (fields.get(section) or {}).get("config") or {}
-        if type(config.get("n_routed_experts")) is int:
-            experts[f"{section}.config.n_routed_experts"] = config["n_routed_experts"]
+        for path, found in ("", config), (".text_config", config.get("text_config") or {}):
+            if type(found.get("n_routed_experts")) is int:
+                experts[f"{section}.config{path}.n_routed_experts"] = found["n_routed_experts"]
     use = f"use {_divisors(math.gcd(ranks, *experts.values()))}"
     if ranks % size:
         raise ValueError(

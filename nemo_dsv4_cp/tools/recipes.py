@@ -127,8 +127,9 @@ def register_resolvers() -> None:
 
     def of_composed_or_named(source: str | None = None, *, _root_: DictConfig) -> list[int]:
         config = _root_.model.config
-        if source is None and config.get("compress_ratios") is not None:
-            return [int(ratio) for ratio in config.compress_ratios]
+        text = config.get("text_config") or config  # V4.1's fields stand below
+        if source is None and text.get("compress_ratios") is not None:
+            return [int(ratio) for ratio in text.compress_ratios]
         return compress_ratios(source or config.pretrained_model_name_or_path)
 
     OmegaConf.register_new_resolver("dsv4_cp.compress_ratios", of_composed_or_named, replace=True)

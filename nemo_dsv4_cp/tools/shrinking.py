@@ -42,6 +42,19 @@ _SIZES_OF_EXPERTS = {
     "gate_dtype",
 }
 """What of ``model.moe_overrides`` the shrunk model sets by itself; it computes in float32."""
+_SMALL_V41 = {name: size for name, size in _SMALL.items() if name != "num_hash_layers"} | {
+    # Any blocks hold all entries, as any top-k does.
+    "candidate_topk_blocks": 4096,
+    "index_head_dim": 32,
+    # Of byte_tokenizer: 256 tokens, less upper case and all but one kind of space.
+    "engram_compressed_vocab_size": 227,
+    "engram_pad_token_id": 2,
+    "engram_vocab_size": 64,
+    "engram_n_heads": 2,
+    "engram_head_dim": 16,
+    "num_nextn_predict_layers": 0,
+    "dspark_noise_token_id": 0,
+}
 _SECTIONS = {
     "peft": "LoRA",
     "quantization": "quantization",
@@ -64,6 +77,13 @@ _AS_GIVEN = (
     "num_nextn_predict_layers",
     "routed_scaling_factor",
     "output_hidden_states",
+)
+_AS_GIVEN_V41 = (
+    "sliding_window",
+    "hc_mult",
+    "routed_scaling_factor",
+    "candidate_block_size",
+    "engram_max_ngram_size",
 )
 
 
@@ -92,6 +112,68 @@ def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
         "compress_ratios": [*kinds, next((r for r in kinds if r), kinds[0]), *of_predicting],
         "context_parallel": fields.get("context_parallel"),
     }
+
+
+def shrink_v41(text: Any, context_parallel: Any) -> dict[str, Any]:
+    """Return a V4.1 config of a few layers that has every kind of layer of the given one.
+
+    Args:
+        text: A ``DeepseekV41TextConfig``.
+        context_parallel: The options, which the result has too.
+    """
+    kept = _layers_of_every_kind(text)
+    ratios = text.compress_ratios
+    candidates = text.candidate_source_layer_id
+    # Early ones: fewer gradients pass through their gates, which enlarge rounding.
+    engrams = sum(layer < text.num_hidden_layers for layer in text.engram_layer_ids)
+    begin = min(1, len(kept) - 1)
+    engram_layers = list(range(len(kept)))[begin : begin + engrams]
+    given = {key: getattr(text, key) for key in _AS_GIVEN_V41}
+    # Each n-gram's heads hash by primes, the first ones from engram_vocab_size on.
+    rows = 512 * _SMALL_V41["engram_n_heads"] * (text.engram_max_ngram_size - 1)  # type: ignore[operator]
+    small = {
+        **_SMALL_V41,
+        **given,
+        "num_hidden_layers": len(kept),
+        "compress_ratios": [ratios[layer] for layer in kept],
+        "kv_source_layer_ids": _places(kept, text.kv_source_layer_ids),
+        "index_source_layer_ids": _places(kept, text.index_source_layer_ids),
+        "candidate_source_layer_id": kept.index(candidates) if candidates in kept else -1,
+        "engram_layer_ids": engram_layers,
+        "engram_num_embeddings": [rows] * len(engram_layers),
+    }
+    return {
+        "text_config": small,
+        "vision_config": {"num_hidden_layers": 0},
+        "torch_dtype": "float32",
+        "context_parallel": context_parallel,
+    }
+
+
+def _layers_of_every_kind(text: Any) -> list[int]:
+    """Return the first layer of each kind, and for each the source of the entries it attends to.
+
+    A kind is a ratio, what the layer makes or selects by itself, and whether a source of its ratio
+    or the candidates come before it.
+    """
+    kept: dict[Any, set[int]] = {}
+    source, sources_of = None, set()
+    chosen_by = text.candidate_source_layer_id
+    for layer, ratio in enumerate(text.compress_ratios[: text.num_hidden_layers]):
+        makes = layer in text.kv_source_layer_ids
+        selects = layer in text.index_source_layer_ids
+        replaces = makes and ratio in sources_of
+        kind = (ratio, makes, selects, replaces, layer == chosen_by, layer > chosen_by >= 0)
+        if makes:
+            source = layer
+            sources_of.add(ratio)
+        needed = {layer} if source is None or not ratio else {source, layer}
+        kept.setdefault(kind, needed)
+    return sorted(set().union(*kept.values()))
+
+
+def _places(kept: list[int], layers: list[int]) -> list[int]:
+    return [place for place, layer in enumerate(kept) if layer in layers]
 
 
 def model_settings(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,3 +210,9 @@ def left_out(recipe: Mapping[str, Any]) -> list[str]:
         if backend.get(name, run[0]) not in run:
             found.append(f"model.backend.{name}: {backend[name]}")
     return found
+
+
+def left_out_v41(fields: Mapping[str, Any]) -> list[str]:
+    """Name what a V4.1 config has beside its backbone, and ``verify`` does not run, in words."""
+    images = (fields.get("vision_config") or {}).get("num_hidden_layers") != 0
+    return ["quantization of keys", *(["images (model.config.vision_config)"] if images else [])]

@@ -59,8 +59,10 @@ class ModelSizes:
         """Take the sizes out of a config's fields; AutoModel's defaults for those it leaves out.
 
         Raises:
-            ValueError: If there are no compress ratios, or a field is no size.
+            ValueError: If there are no compress ratios, a field is no size, or the config is
+                DeepSeek-V4.1's.
         """
+        _refuse_v41(fields)
         wanted = [field.name for field in dataclasses.fields(cls)]
         if "compress_ratios" in fields and any(name not in fields for name in wanted):
             fields = {**_defaults(), **fields}
@@ -89,6 +91,14 @@ class ModelSizes:
         return cls(compress_ratios=tuple(ratios[:layers]), **sizes)
 
 
+def is_v41(fields: Mapping[str, Any]) -> bool:
+    """Return whether these are the fields of a V4.1 config, whose sizes stand in text_config."""
+    named = (fields.get("_target_"), fields.get("model_type"), *(fields.get("architectures") or ()))
+    return "text_config" in fields or any(
+        "deepseekv41" in str(name).lower().replace("_", "") for name in named
+    )
+
+
 def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     """Read a model's config fields.
 
@@ -99,7 +109,7 @@ def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
         warn: See :data:`Warn`.
 
     Raises:
-        ValueError: If there is no such file or no such fields in it.
+        ValueError: If there is no such file or no such fields in it, or they are DeepSeek-V4.1's.
     """
     if source in MODELS:
         return _packaged(source)
@@ -124,6 +134,8 @@ def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     for step in (None, "model", "config"):
         if step is not None and isinstance(tree, dict) and isinstance(tree.get(step), dict):
             tree = tree[step]
+        if isinstance(tree, dict):
+            _refuse_v41(tree)
         if isinstance(tree, dict) and "compress_ratios" in tree:
             return tree
         if isinstance(tree, dict) and tree.get("pretrained_model_name_or_path"):
@@ -136,6 +148,23 @@ def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     )
 
 
+def _refuse_v41(fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the setting by which a config is DeepSeek-V4.1's."""
+    ratios = fields.get("compress_ratios")
+    settings = [name for name in ("text_config", "kv_source_layer_ids") if name in fields]
+    for name in ("_target_", "model_type", "architectures"):
+        if is_v41({name: fields.get(name)}):
+            settings.append(f"{name}={fields[name]}")
+    if isinstance(ratios, Sequence) and any(ratio in (1, 2) for ratio in ratios):
+        settings.append("compress_ratios with 1 or 2")
+    if settings:
+        raise ValueError(
+            f"{settings[0]} is a setting of DeepSeek-V4.1, and plan and gpu-report cover V4; use "
+            f"{', '.join(MODELS)} or a config of V4. compose and verify take V4.1, and bench "
+            "memory --model v41_flash profiles its layers"
+        )
+
+
 def complete_fields(fields: Mapping[str, Any], warn: Warn | None = None) -> dict[str, Any]:
     """Return a recipe's config fields, with those of the published model that they name beneath.
 
@@ -143,7 +172,8 @@ def complete_fields(fields: Mapping[str, Any], warn: Warn | None = None) -> dict
         ValueError: If the published model's config is not to be had.
     """
     named = fields.get("pretrained_model_name_or_path")
-    if fields.get("compress_ratios") or not named:
+    text = fields.get("text_config") or fields
+    if text.get("compress_ratios") or not named:
         return dict(fields)
     return published_fields(str(named), warn) | dict(fields)
 

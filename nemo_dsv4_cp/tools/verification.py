@@ -12,24 +12,23 @@ without activation checkpointing, with one document per row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nemo_automodel.components.models.common import BackendConfig
-from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.automodel import training_step
 from nemo_dsv4_cp.automodel.training_step import StepResult, TrainingStep
 from nemo_dsv4_cp.checks.difference import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
-from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
-from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
-from nemo_dsv4_cp.options import AUTO
+from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.lengths import NO_DOCUMENT
 from nemo_dsv4_cp.tools import local_ranks, shrinking
+from nemo_dsv4_cp.tools.sizes import is_v41
+from nemo_dsv4_cp.tools.verified_models import config_of, models_of, shrunk, unquantized
 
 # Of the terms of a sum that cancels. Of 1,482 scales (drawn weights, S 33 to 1,031, 2 to 4 ranks)
 # none of ours was further than 5.5 eps from AutoModel's, and none of AutoModel's in float32 further
@@ -81,11 +80,12 @@ def case_of(
     # The model section may hold it as well as the config.
     hidden = (recipe.get("model") or {}).get("output_hidden_states")
     extra = {} if hidden is None else {"output_hidden_states": hidden}
-    small = shrinking.shrink({**config, **extra})
-    options = DeepseekV4ContextParallelConfig(**small).context_parallel
+    small = shrunk({**config, **extra})
+    made = config_of(small)
+    options = ContextParallelOptions.of(made)
     if options.kernels != AUTO:  # refused here rather than by every rank
         plugins.load(plugins.KERNELS, options.kernels)(workspace_bytes=options.workspace_bytes)
-    multiple = options.resolve_pad_multiple(small["compress_ratios"])
+    multiple = options.resolve_pad_multiple(made.get_text_config().compress_ratios)
     documents = documents_for(packed, cp_size, multiple)
     return Case(small, recipe, [documents, [row[::-1] for row in documents[::-1]]], packed)
 
@@ -106,8 +106,27 @@ def verify(
         ValueError: If the config cannot be made, or kernels that it names cannot run here.
     """
     case = case_of(recipe, config, cp_size=cp_size, packed=packed)
+    if is_v41(case.config):
+        _refuse_losses_of_hidden_states(recipe)
     differences, not_run = local_ranks.run(compare, cp_size, case)
+    if is_v41(case.config):
+        not_run = [*shrinking.left_out_v41(config), *not_run]
     return Verification(differences, [*shrinking.left_out(recipe), *not_run])
+
+
+def _refuse_losses_of_hidden_states(recipe: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for a loss that no V4.1 of AutoModel 0.7.0 trains with.
+
+    Its model returns the streams before each block as ``hidden_states``. The recipe passes the last
+    of them to the loss, in place of the normalized output of the last block.
+    """
+    loss = training_step.build_loss(recipe, torch.device("cpu"))
+    if training_step.takes_hidden_states(loss.function):
+        raise ValueError(
+            f"loss_fn: {loss.name} projects hidden states, and AutoModel's DeepSeek-V4.1 returns "
+            "none of its last block; use nemo_automodel.components.loss.masked_ce."
+            "MaskedCrossEntropy"
+        )
 
 
 def gradient_limit(name: str, reference: Mapping[str, torch.nn.Parameter]) -> float:
@@ -135,6 +154,39 @@ def gradient_limit(name: str, reference: Mapping[str, torch.nn.Parameter]) -> fl
     return max(GRADIENT_LIMIT, CANCELLATION_LIMIT * float(cancellation))
 
 
+def rounding_of_gradients(
+    model: torch.nn.Module, backward: Callable[[], object]
+) -> dict[str, float]:
+    """Return how far rounding moves a model's own gradients, of their largest entries.
+
+    Engram's gate is the square root of a product that may be close to 0. There its gradient
+    enlarges rounding without bound, in AutoModel's model as in ours. So all parameters are rounded
+    at random, a few times, in the last place of float32, and the gradients compared.
+
+    Args:
+        model: Float32, with the gradients of ``backward``; it gets its parameters and gradients
+            back.
+        backward: Adds to the gradients what one step makes.
+    """
+    parameters = dict(model.named_parameters())
+    exact = {name: p.detach().clone() for name, p in parameters.items()}
+    gradients = {name: p.grad for name, p in parameters.items()}
+    largest = dict.fromkeys(parameters, 0.0)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                rounding = (torch.rand(parameter.shape, generator=generator) - 0.5) * 2**-22
+                parameter.copy_(exact[name] * (1 + rounding.to(parameter.device)))
+        model.zero_grad()
+        backward()
+        for name, parameter in parameters.items():
+            largest[name] = max(largest[name], _relative(parameter.grad, gradients[name]))
+    for name, parameter in parameters.items():
+        parameter.data, parameter.grad = exact[name], gradients[name]
+    return largest
+
+
 def draw_weights(module: torch.nn.Module, seed: int) -> None:
     """Draw every parameter, those included that AutoModel starts as constants.
 
@@ -145,7 +197,7 @@ def draw_weights(module: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name or name.endswith("scale"):
+            if "norm" in name or name.endswith(("scale", ".q_weight", ".k_weight")):
                 drawn = 1 + 0.1 * noise
             elif name.endswith(("base", "sinks_param.weight", "ape_param.weight")):
                 drawn = 0.5 * noise
@@ -216,19 +268,7 @@ def _document_rows(
 
 def _models(case: Case, device: torch.device) -> tuple[Any, Any]:
     """Return AutoModel's model and ours with the same drawn weights."""
-    config = DeepseekV4ContextParallelConfig(**case.config)
-    backend = BackendConfig(
-        attn="sdpa",
-        linear="torch",
-        rms_norm="torch_fp32",
-        experts="torch",
-        dispatcher="torch",
-        rope_fusion=False,
-        enable_hf_state_dict_adapter=False,
-    )
-    settings = shrinking.model_settings(case.recipe)
-    reference = DeepseekV4ForCausalLM(config, backend=backend, **settings)
-    mine = DeepseekV4ContextParallelForCausalLM(config, backend=backend, **settings)
+    reference, mine = models_of(case.config, shrinking.model_settings(case.recipe))
     for model in (reference, mine):  # AutoModel 0.5 builds norms in bfloat16
         model.initialize_weights(torch.device("cpu"), torch.float32)
     draw_weights(reference, seed=0)
@@ -238,7 +278,7 @@ def _models(case: Case, device: torch.device) -> tuple[Any, Any]:
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
         elif name.endswith("tid2eid"):  # AutoModel 0.5 sends every token to one expert
             slots = torch.arange(buffer.numel()).view(buffer.shape)
-            buffer.copy_(slots % config.n_routed_experts)
+            buffer.copy_(slots % reference.config.n_routed_experts)
     mine.load_state_dict(reference.state_dict())
     for model in (reference, mine):
         model.to(device).train()
@@ -254,7 +294,8 @@ def compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[s
     Returns:
         The differences, and what of the recipe does not run here.
     """
-    with torch.compiler.set_stance("force_eager"):  # shapes change with each microbatch
+    keys = unquantized() if is_v41(case.config) else nullcontext()
+    with keys, torch.compiler.set_stance("force_eager"):  # shapes change with each microbatch
         return _compare(group, rank, case)
 
 
@@ -262,12 +303,13 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
     size = cp_size(group)
     device = local_ranks.device_of(rank, size)
     reference, mine = _models(case, device)
-    spare = mine.mtp_config.num_layers
+    spare = mine.mtp_config.num_layers if hasattr(mine, "mtp_config") else 0
+    vocab = mine.config.get_text_config().vocab_size
 
     batches, rows, sources = [], [], []
     for seed, documents in enumerate(case.documents, start=1):
         seq_len = max(map(sum, documents))
-        batch = packed_batch(documents, seq_len, seed, mine.config.vocab_size)
+        batch = packed_batch(documents, seq_len, seed, vocab)
         batches.append(batch if case.packed else _unpacked(batch))
         of_documents, source = _document_rows(batch, documents, spare)
         rows.append(of_documents)
@@ -291,9 +333,12 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
         differences.append(Difference("logits", max(gaps), OUTPUT_LIMIT))
     else:
         not_run.append("logits (this AutoModel has no functions to gather tokens)")
-    limits = dict(reference.named_parameters())
+    parameters, rounding = dict(reference.named_parameters()), {}
+    if getattr(reference.model, "engram_hash", None) is not None:
+        again = TrainingStep(reference, loss.function, device)
+        rounding = rounding_of_gradients(reference, lambda: again.run(rows))
     for name in expected.gradients.keys() | found.gradients.keys():
-        limit = gradient_limit(name, limits)
+        limit = max(gradient_limit(name, parameters), 3 * rounding.get(name, 0.0))
         value = _relative(found.gradients.get(name), expected.gradients.get(name))
         differences.append(Difference(f"gradient of {name}", value, limit))
     bias_step = reference.model.moe_config.gate_bias_update_factor

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nemo_dsv4_cp.bench import overlap
+from nemo_dsv4_cp.bench.layer import Output
 from nemo_dsv4_cp.bench.overlap import Pass, SlowLink
 from nemo_dsv4_cp.exchange.collectives import InFlight
 
@@ -63,7 +64,7 @@ def test_a_layer_is_measured_in_both_directions(monkeypatch):
     def build(case, group, **sizes):
         assert sizes["hidden_size"] == 64
         weight = torch.ones(3, requires_grad=True)
-        return lambda: weight * 2
+        return lambda: Output(weight * 2)
 
     monkeypatch.setattr(overlap, "build", build)
     found = overlap.measure(4, "on", seq_len=128, delay=0.1, repeats=1)

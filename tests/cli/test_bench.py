@@ -75,6 +75,20 @@ def test_launches_counts_what_kernels_register():
     assert 0 < ours["read_bytes"] + ours["written_bytes"] < theirs["read_bytes"]
 
 
+def test_layers_of_v41_are_profiled_by_number():
+    model = ["--model", "v41_flash", "--layer", "0", "--layer", "24"]
+    done = run("memory", *SMALL[:4], *model, "--kernels", "triton", "--json", "-")
+    assert done.exit_code == 0, done.output
+    figures = json.loads(done.stdout[done.stdout.index("[") :])
+    found = {(figure["case"]["layer"], figure["case"]["path"]): figure for figure in figures}
+    assert [layer for layer, path in found if path == "boundary"] == [0, 24]
+    assert {figure["case"]["ratio"] for figure in figures} == {0, 1}
+    assert found[24, "boundary"]["carried_bytes"] > found[0, "boundary"]["carried_bytes"] == 0
+    shown = run("launches", *SMALL[:4], *model[:4], "--kernels", "triton")
+    assert "V4.1-Flash" in shown.output
+    assert "layer" in shown.output
+
+
 def test_kernels_prints_what_their_binaries_take(tmp_path):
     figures = tmp_path / "figures.json"
     done = run("kernels", "--model", "v4_flash", "--arch", "90", "--json", str(figures))
@@ -128,12 +142,17 @@ def test_what_balance_moves_is_in_the_bytes():
     ("arguments", "message"),
     [
         (["bytes", *SMALL, "--balance", "always"], "none of auto, on and off"),
+        (["bytes", "--model", "v41"], "use v4_flash or v41_flash"),
+        (["memory", *SMALL, "--model", "v41_flash"], "with --model v41_flash use --layer"),
+        (["launches", "--layer", "2"], "--layer is for v41_flash"),
+        (["launches", "--model", "v41_flash", "--layer", "41"], "use 0 to 39"),
+        (["bytes", "--model", "v41_flash", "--seq-len", "9"], "use 16"),
         (["work", "--shortest", "9", "--longest", "8"], "is more than --longest 8"),
         (["overlap", "--delay", "0"], "slows nothing"),
         (["launches", *SMALL, "--kernels", "fastest"], "not installed"),
         (["kernels", "--arch", "70"], "none of 80, 90, 100, 103"),
         (["kernels", "--arch", "89"], "89 has 99 KiB of shared memory per block"),
-        (["operations", *SMALL], "needs a CUDA device"),
+        (["operations", *SMALL], "needs a GPU"),
         (["kernels", "--model", "v3"], "none of v4_flash, v4_pro"),
     ],
 )

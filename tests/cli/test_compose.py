@@ -73,6 +73,10 @@ def test_the_launch_line_starts_a_process_for_each_rank_and_stage(overrides, pro
             "does not divide the 128 ranks; what works is distributed.cp_size: 1, 2, 4, 8, 16",
         ),
         (
+            ["v41_packed", "distributed.ep_size=256"],
+            "text_config.n_routed_experts=384; use 1, 2, 4",
+        ),
+        (
             ["tiny_cpu", "+context_parallel.overlap=false"],
             "nothing reads it there; context_parallel belongs under model.config: use "
             "++model.config.context_parallel.overlap=false",

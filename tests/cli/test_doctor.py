@@ -77,6 +77,18 @@ def test_a_trap_of_the_environment_is_reported(monkeypatch):
     assert "pip install triton==3.7.1" in triton.remedy
 
 
+def test_an_automodel_without_v41_still_trains_v4(monkeypatch):
+    def missing():
+        raise ImportError("there is no deepseek_v41")
+
+    monkeypatch.setattr(diagnosis.contracts, "check_v41", missing)
+    found = {finding.subject: finding for finding in diagnosis._automodel_contracts()}
+    of_v41 = found["AutoModel's V4.1 model"]
+    assert of_v41.found == "cannot be used: there is no deepseek_v41"
+    assert "need nemo_automodel 0.7.0" in of_v41.note
+    assert not any(finding.fatal for finding in found.values())
+
+
 def test_what_needs_kernels_that_are_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(diagnosis.importlib.util, "find_spec", lambda name: None)
     for gpu, where in ((False, "on GPUs "), (True, "")):

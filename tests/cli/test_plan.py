@@ -226,6 +226,28 @@ def test_a_file_that_is_no_model_is_refused(text, message, tmp_path, monkeypatch
     assert message in flat(done.output)
 
 
+V41 = "p.DeepseekV41ContextParallelConfig.from_pretrained"
+
+
+@pytest.mark.parametrize(
+    ("config", "setting"),
+    [
+        ({"text_config": {"compress_ratios": [0, 2, 1]}}, "text_config"),
+        ({"model": {"config": {"text_config": {"hidden_size": 64}}}}, "text_config"),
+        ({"compress_ratios": [0, 0], "kv_source_layer_ids": [1]}, "kv_source_layer_ids"),
+        ({"compress_ratios": [0, 2]}, "compress_ratios with 1 or 2"),
+        ({"config": {"_target_": V41, "pretrained_model_name_or_path": "some/V4.1"}}, V41),
+    ],
+)
+def test_v41_is_refused_by_the_setting_that_shows_it(config, setting, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    done = run(str(path), "--seq-len", "16384")
+    assert done.exit_code == 2
+    shown = flat(done.output)
+    assert f"{setting} is a setting of DeepSeek-V4.1, and plan and gpu-report cover V4" in shown
+
+
 def test_automodels_defaults_stand_for_what_a_recipe_leaves_out():
     recipe = files("nemo_dsv4_cp.configs") / "model" / "tiny.yaml"
     done = run(str(recipe), "--seq-len", "2048", "--ranks", "2", "--json", "-")

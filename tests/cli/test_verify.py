@@ -225,3 +225,10 @@ def test_kernels_that_cannot_run_here_are_refused_before_ranks_start(
     done = CliRunner().invoke(app, ["verify", str(recipe("tiny_cpu", *overrides)), *options])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_kernels_of_v41_are_refused(recipe):
+    done = CliRunner().invoke(app, ["verify", str(recipe("tiny_v41_cpu")), "--kernels"])
+    assert done.exit_code == 2
+    printed = " ".join(done.output.replace("│", " ").split())
+    assert "--kernels compares kernels of DeepSeek-V4 alone" in printed

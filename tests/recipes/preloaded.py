@@ -20,6 +20,8 @@ for name in (
     "nemo_dsv4_cp.exchange.transport",
     "nemo_dsv4_cp.kernels.reference",
     "nemo_dsv4_cp.model",
+    "nemo_dsv4_cp.model_v41",
+    "nemo_dsv4_cp.tools.byte_tokenizer",
     "nemo_dsv4_cp.tools.stdlib_bytes",
     "tests.recipes.recording",
     "torch.distributed.run",

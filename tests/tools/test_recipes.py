@@ -17,6 +17,11 @@ from nemo_dsv4_cp.tools import recipes
 FLASH = [0, 0, 4] + [128, 4] * 20 + [0]
 
 
+def text_of(config):
+    """The fields of a model for text; V4.1's stand below the config."""
+    return config.get("text_config", config)
+
+
 def test_all_recipes_are_there():
     assert set(recipes.names()) == {
         "flash_distillation",
@@ -27,11 +32,17 @@ def test_all_recipes_are_there():
         "flash_sft_1m",
         "pro_sft",
         "tiny_cpu",
+        "tiny_v41_cpu",
+        "v41_flash_sft_1m",
+        "v41_flash_sft_32k",
+        "v41_packed",
     }
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_automodels_loader_accepts_the_recipe(name, tmp_path):
+    if "v41" in name:
+        pytest.importorskip("nemo_automodel.components.models.deepseek_v41")
     recipe = recipes.compose(name)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(recipe, [name], path))
@@ -59,12 +70,13 @@ def test_the_parallel_sizes_multiply_out(name):
     assert data_ranks * distributed["cp_size"] % experts == 0
     for section in ("model", "teacher_model"):
         if section in fields:
-            assert fields[section]["config"]["n_routed_experts"] % experts == 0
-            block = fields[section]["config"]["context_parallel"]
-            assert ContextParallelOptions.from_block(block).pad_multiple == 128
+            config = fields[section]["config"]
+            assert text_of(config)["n_routed_experts"] % experts == 0
+            block = ContextParallelOptions.from_block(config["context_parallel"])
+            assert block.pad_multiple == (2 if "text_config" in config else 128)
     steps = fields["step_scheduler"]
     assert steps["global_batch_size"] % (steps["local_batch_size"] * data_ranks) == 0
-    limit = fields["model"]["config"]["max_position_embeddings"]
+    limit = text_of(fields["model"]["config"])["max_position_embeddings"]
     assert fields["dataset"]["seq_length"] <= limit
 
 
@@ -84,6 +96,15 @@ def test_published_sizes():
     assert pro["compress_ratios"] == [128] + [128, 4] * 30 + [0]
     assert (flash["hidden_size"], pro["hidden_size"]) == (4096, 7168)
     assert (flash["index_topk"], pro["index_topk"]) == (512, 1024)
+
+
+def test_the_sizes_of_v41_are_automodels_defaults():
+    config = pytest.importorskip("nemo_automodel.components.models.deepseek_v41.config")
+    text = recipes.compose("v41_packed").fields["model"]["config"]["text_config"]
+    default = config.DeepseekV41TextConfig()
+    assert {name: getattr(default, name) for name in text if name != "_target_"} == {
+        name: value for name, value in text.items() if name != "_target_"
+    }
 
 
 def test_overrides_and_what_follows_from_them():

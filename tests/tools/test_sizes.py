@@ -84,3 +84,18 @@ def test_another_model_that_is_not_cached_is_refused(warned, tmp_path):
         published_fields("deepseek-ai/V3", warned.append)
     with pytest.raises(ValueError, match=r"cannot be read; use v4_flash or v4_pro, the path"):
         read_model_fields("deepseek-ai/V3", warned.append)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"text_config": {"compress_ratios": [0, 2]}},
+        {"_target_": "nemo_dsv4_cp.DeepseekV41ContextParallelConfig.from_pretrained"},
+        {"model_type": "deepseek_v41", "compress_ratios": [0, 2]},
+    ],
+)
+def test_sizes_of_v41_are_refused(config, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({"model": {"config": config}}))
+    with pytest.raises(ValueError, match=r"is a setting of DeepSeek-V4\.1, and plan"):
+        read_model_fields(str(path))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``verify`` allows for rounding, that it passes right recipes, and which faults it finds."""
 
+from importlib.util import find_spec
 from unittest.mock import patch
 
 import pytest
@@ -18,7 +19,13 @@ from nemo_dsv4_cp.automodel import training_step
 from nemo_dsv4_cp.automodel.torch_api import NO_BACKWARD, backward_id
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.verification import case_of, compare, draw_weights, gradient_limit
+from nemo_dsv4_cp.tools.verification import (
+    case_of,
+    compare,
+    draw_weights,
+    gradient_limit,
+    verify,
+)
 from tests.parity import cpu_backend, tiny_config, worst
 from tests.ranks import fork_ranks
 
@@ -116,6 +123,28 @@ def case(recipe, *, cp_size=2, packed=True):
     return case_of(recipe, config, cp_size=cp_size, packed=packed)
 
 
+def case_v41(recipe, *, packed):
+    """Window, source and reuse of ratio 2, candidates, one selection in them; Engram in two."""
+    text = {
+        "num_hidden_layers": 5,
+        "compress_ratios": [0, 2, 2, 1, 1],
+        "kv_source_layer_ids": [1, 3],
+        "index_source_layer_ids": [1, 3, 4],
+        "candidate_source_layer_id": 3,
+        "engram_layer_ids": [1, 2],
+        "sliding_window": 32,
+        "hc_mult": 2,
+    }
+    return case_of(recipe, {"text_config": text}, cp_size=2, packed=packed)
+
+
+def hash_each_shard_alone(model):
+    def hashes(step, input_ids, real, documents):
+        return model.model.engram_hash(input_ids, token_mask=real, sequence_ids=documents)
+
+    model.model._hashes = hashes
+
+
 def before_each_moe(model, change):
     """Change an MoE and the padding mask that it gets before each of its forwards."""
 
@@ -192,6 +221,9 @@ RIGHT = {
     "full checkpointing, chunked cross entropy": (case(AUXILIARY | FULL | CHUNKED), []),
     "selective checkpointing, no bias update": (case(SELECTIVE | NO_BIAS_UPDATE), []),
 }
+HAS_V41 = find_spec("nemo_automodel.components.models.deepseek_v41") is not None
+if HAS_V41:
+    RIGHT["V4.1, one document per row"] = (case_v41({}, packed=False), [])
 GATE, MTP_GATE = "model.layers.1.mlp.gate", "mtp.layers.0.mlp.gate"
 WRONG = {
     "each shard balanced alone": (
@@ -209,6 +241,19 @@ WRONG = {
     "logits_to_keep hidden": (hide_logits_to_keep, case(CHUNKED), "requires a model supporting"),
     "token ids lost": (forget_ids_on_recomputation, case(FULL), "CheckpointError"),
 }
+if HAS_V41:
+    WRONG["n-grams cut with the row"] = (
+        hash_each_shard_alone,
+        case_v41(FULL, packed=True),
+        ["logits", "gradient of model.layers.1.engram.embed.weight"],
+    )
+
+
+@pytest.mark.skipif(not HAS_V41, reason="this AutoModel has no V4.1")
+def test_a_loss_of_hidden_states_is_refused_with_v41():
+    config = {"text_config": {}}
+    with pytest.raises(ValueError, match="FusedLinearCrossEntropy projects hidden states"):
+        verify(FUSED, config, cp_size=2, packed=False)
 
 
 def outcomes_job(group, rank, cases):

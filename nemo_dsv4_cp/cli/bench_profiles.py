@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``bench bytes``, ``memory`` and ``launches``: layers profiled with fake tensors, without a GPU.
+
+Of V4-Flash a layer of each compress ratio; of V4.1-Flash a layer of each kind, by its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import cycle
+from operator import attrgetter, itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_dsv4_cp.cli.bench import (
+    Balance,
+    CpSize,
+    Json,
+    KernelsName,
+    SeqLen,
+    Workspace,
+    check,
+    installed_paths,
+)
+from nemo_dsv4_cp.cli.output import check_outputs, emit, progress, running, table, two_plots
+from nemo_dsv4_cp.options import AUTO
+from nemo_dsv4_cp.tools.sizes import GIB
+
+if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it
+    from nemo_dsv4_cp.bench.layer import Case
+    from nemo_dsv4_cp.bench.profiling import LayerProfile
+
+_RATIOS = (0, 4, 128)
+_V41 = "v41_flash"
+_V41_LAYERS = (0, 2, 3, 20, 24, 25)
+"""Window; source of ratio 2; reuse; source of ratio 1 and of candidates; selection; reuse."""
+_NAMES = {"v4_flash": "V4-Flash", _V41: "V4.1-Flash"}
+
+Model = Annotated[str, typer.Option(help=f"{' or '.join(_NAMES)}.")]
+Ratios = Annotated[
+    list[int] | None,
+    typer.Option("--ratio", help="Compress ratio, of V4; may be repeated. 0, 4, 128 without it."),
+]
+Layers = Annotated[
+    list[int] | None,
+    typer.Option("--layer", help="Layer, of V4.1; may be repeated. One of a kind without it."),
+]
+Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
+
+
+def _wanted(model: str, ratio: list[int] | None, layer: list[int] | None) -> Sequence[int]:
+    """Return the ratios of V4's layers, or the numbers of V4.1's."""
+    if model not in _NAMES:
+        raise typer.BadParameter(f"--model {model} is unknown; use {' or '.join(_NAMES)}")
+    if model == _V41:
+        if ratio:
+            raise typer.BadParameter(f"--ratio is for v4_flash; with --model {_V41} use --layer")
+        return layer or _V41_LAYERS
+    if layer:
+        raise typer.BadParameter(f"--layer is for {_V41}; with --model {model} use --ratio")
+    return ratio or _RATIOS
+
+
+def _cases(
+    model: str, wanted: Sequence[int], seq_len: int, cp_size: int, rank: int, **options: Any
+) -> list[Case]:
+    paths = installed_paths()
+    if model != _V41:
+        from nemo_dsv4_cp.bench.layer import Case
+
+        check(seq_len, cp_size, wanted)
+        return [
+            Case(path, ratio, seq_len, cp_size, rank, **options)
+            for ratio in wanted
+            for path in paths
+        ]
+    # This import says what to do where AutoModel has no V4.1.
+    from nemo_dsv4_cp import DeepseekV41ContextParallelConfig  # noqa: F401
+    from nemo_dsv4_cp.bench import layer_v41
+
+    return layer_v41.cases(paths, wanted, seq_len, cp_size, rank, **options)
+
+
+def _profiles(*case: Any, **options: Any) -> list[LayerProfile]:
+    """Profile a rank's layers by every path; the arguments are those of :func:`_cases`."""
+    with running(mistakes=(ValueError, ImportError)):
+        from nemo_dsv4_cp.bench.profiling import profile
+
+        return [profile(each) for each in progress(_cases(*case, **options), "Profiling")]
+
+
+def _figures(profiles: Sequence[LayerProfile]) -> list[dict[str, Any]]:
+    return [
+        asdict(each)
+        | {
+            f"{step}_bytes_per_token_and_remote_rank": each.per_token(
+                getattr(each, f"received_{step}")
+            )
+            for step in ("forward", "backward")
+        }
+        for each in profiles
+    ]
+
+
+Columns = dict[str, Callable[[Any], object]]
+
+
+def _layer_columns(model: str, case: Callable[[Any], Case] = attrgetter("case")) -> Columns:
+    """Return the columns that name a row's layer and path, by the row's case."""
+    number: Columns = {"layer": lambda row: case(row).layer} if model == _V41 else {}
+    return {**number, "ratio": lambda row: case(row).ratio, "path": lambda row: case(row).path}
+
+
+def _received_columns(model: str) -> Columns:
+    carried: Columns = {"carried GiB": lambda each: f"{each.carried_bytes / GIB:.2f}"}
+    return {
+        **_layer_columns(model),
+        "received fwd": lambda each: f"{each.per_token(each.received_forward):,.1f}",
+        "received bwd": lambda each: f"{each.per_token(each.received_backward):,.1f}",
+        "peak GiB": lambda each: f"{each.peak_bytes / GIB:.2f}",
+        "saved GiB": lambda each: f"{each.saved_bytes / GIB:.2f}",
+        **(carried if model == _V41 else {}),
+    }
+
+
+_BY_TOKEN = "received: bytes per local token and remote rank"
+
+
+def _title(model: str, seq_len: int, cp_size: int, rest: str) -> str:
+    return f"{_NAMES[model]}, bfloat16, a row of {seq_len:,} tokens on {cp_size} ranks, {rest}"
+
+
+def bytes_(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    model: Model = "v4_flash",
+    ratio: Ratios = None,
+    layer: Layers = None,
+    balance: Balance = AUTO,
+    json_: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Profile what one layer receives from other ranks, with fake tensors.
+
+    Example: nemo-dsv4-cp bench bytes --seq-len 131072 --cp-size 8
+    """
+    wanted = _wanted(model, ratio, layer)
+    check_outputs(json_=json_, plot=plot)
+    # A middle rank has neighbors on both sides: halos arrive, and their gradients return.
+    rank = cp_size // 2
+    profiles = _profiles(model, wanted, seq_len, cp_size, rank, balance=balance)
+    title = _title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
+    emit(_figures(profiles), json_, table(title, profiles, _received_columns(model)))
+    if plot is not None:
+        _plot(model, wanted, seq_len // cp_size, plot)
+
+
+def memory(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    model: Model = "v4_flash",
+    ratio: Ratios = None,
+    layer: Layers = None,
+    kernels: KernelsName = AUTO,
+    balance: Balance = AUTO,
+    workspace_mib: Workspace = None,
+    json_: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Profile the memory of one layer's forward and backward, and its largest tensors.
+
+    Example: nemo-dsv4-cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
+    """
+    wanted = _wanted(model, ratio, layer)
+    check_outputs(json_=json_, plot=plot)
+    rank = cp_size - 1  # it sees the most
+    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
+    profiles = _profiles(model, wanted, seq_len, cp_size, rank, **options)
+    title = _title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
+    tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
+    columns: Columns = {
+        **_layer_columns(model, itemgetter(0)),
+        "GiB": lambda row: f"{row[1].bytes / GIB:.2f}",
+        "dtype": lambda row: row[1].dtype,
+        "shape": lambda row: " x ".join(map(str, row[1].shape)),
+        "made by": lambda row: row[1].operation,
+    }
+    largest = table("The largest tensors at the peak", tensors, columns)
+    emit(_figures(profiles), json_, table(title, profiles, _received_columns(model)), largest)
+    if plot is not None:
+        _plot(model, wanted, seq_len // cp_size, plot)
+
+
+def launches(
+    seq_len: SeqLen = 131072,
+    cp_size: CpSize = 8,
+    model: Model = "v4_flash",
+    ratio: Ratios = None,
+    layer: Layers = None,
+    kernels: KernelsName = AUTO,
+    balance: Balance = AUTO,
+    workspace_mib: Workspace = None,
+    json_: Json = None,
+) -> None:
+    """Count what one layer launches, and the GB of tensors that it reads and writes.
+
+    Example: nemo-dsv4-cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
+    """
+    wanted = _wanted(model, ratio, layer)
+    check_outputs(json_=json_)
+    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
+    profiles = _profiles(model, wanted, seq_len, cp_size, cp_size - 1, **options)
+    settings = f"the last rank; kernels: {kernels}; balance: {balance}"
+    title = _title(model, seq_len, cp_size, f"{settings}; GB of tensors read and written")
+    columns = {
+        **_layer_columns(model),
+        "launches fwd": lambda each: f"{each.forward.count:,}",
+        "GB fwd": lambda each: f"{each.forward.moved_bytes / 1e9:,.1f}",
+        "launches bwd": lambda each: f"{each.backward.count:,}",
+        "GB bwd": lambda each: f"{each.backward.moved_bytes / 1e9:,.1f}",
+    }
+    emit(_figures(profiles), json_, table(title, profiles, columns))
+
+
+def _plot(model: str, wanted: Sequence[int], shard: int, destination: Path) -> None:
+    """Draw memory and bytes against the row's length at one shard length, log-log."""
+    sizes, paths = [2**power for power in range(1, 7)], installed_paths()
+    profiles = [each for n in sizes for each in _profiles(model, wanted, shard * n, n, n - 1)]
+    styles, kind = dict(zip(wanted, cycle(("-", "--", ":", "-.")), strict=False)), "ratio"
+    if model == _V41:
+        kind = "layer"
+    with two_plots(
+        destination,
+        "peak of one layer's forward and backward, GB",
+        "received by one rank in one layer's forward, GB",
+        f"tokens in the row ({shard:,} on each rank)",
+    ) as (left, right):
+        for place, path in enumerate(paths):
+            for each in wanted:
+                mine = [p for p in profiles if (p.case.path, getattr(p.case, kind)) == (path, each)]
+                lengths = [p.case.seq_len for p in mine]
+                style = {
+                    "color": f"C{place}",
+                    "ls": styles[each],
+                    "label": f"{path}, {kind} {each}",
+                }
+                left.plot(lengths, [p.peak_bytes / 1e9 for p in mine], **style)
+                right.plot(lengths, [p.received_forward / 1e9 for p in mine], **style)
+        for capacity in (80, 141):  # GB of an H100 and an H200
+            left.axhline(capacity, color="grey", lw=0.8)
+            left.text(shard * 2, capacity * 1.05, f"{capacity} GB", color="grey")
+        right.legend(fontsize=7)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two models that ``verify`` compares, AutoModel's and ours, shrunk: of V4 or of V4.1."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from nemo_automodel.components.models.common import BackendConfig
+
+from nemo_dsv4_cp.automodel.contracts import check_v41
+from nemo_dsv4_cp.tools import shrinking
+from nemo_dsv4_cp.tools.byte_tokenizer import byte_tokenizer
+from nemo_dsv4_cp.tools.sizes import is_v41
+
+_V41 = "nemo_automodel.components.models.deepseek_v41"
+
+
+def shrunk(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a small config with every kind of layer of the given one.
+
+    Raises:
+        ImportError: If this is a V4.1 config and AutoModel has no V4.1.
+        ValueError: If the config cannot be made.
+    """
+    if not is_v41(fields):
+        return shrinking.shrink(fields)
+    check_v41()
+    text = {k: v for k, v in (fields.get("text_config") or {}).items() if not k.startswith("_")}
+    # AutoModel's defaults stand beneath.
+    complete = importlib.import_module(f"{_V41}.config").DeepseekV41TextConfig(**text)
+    return shrinking.shrink_v41(complete, fields.get("context_parallel"))
+
+
+def config_of(fields: Mapping[str, Any]) -> Any:
+    """Return our config with these fields.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    if is_v41(fields):
+        from nemo_dsv4_cp.config_v41 import DeepseekV41ContextParallelConfig
+
+        return DeepseekV41ContextParallelConfig(**fields)
+    from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
+
+    return DeepseekV4ContextParallelConfig(**fields)
+
+
+def models_of(fields: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return AutoModel's model and ours, in plain torch.
+
+    Args:
+        fields: Of the config.
+        settings: The constructors' other arguments.
+    """
+    config = config_of(fields)
+    backend = BackendConfig(
+        attn="sdpa",
+        linear="torch",
+        rms_norm="torch_fp32",
+        experts="torch",
+        dispatcher="torch",
+        rope_fusion=False,
+        enable_hf_state_dict_adapter=False,
+    )
+    if is_v41(fields):
+        return _v41_models(config, backend, settings)
+    from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4ForCausalLM
+
+    from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
+
+    reference = DeepseekV4ForCausalLM(config, backend=backend, **settings)
+    return reference, DeepseekV4ContextParallelForCausalLM(config, backend=backend, **settings)
+
+
+def _v41_models(config: Any, backend: Any, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    from nemo_automodel.components.models.deepseek_v41.engram import DeepseekV41Engram
+    from nemo_automodel.components.models.deepseek_v41.model import DeepseekV41ForCausalLM
+
+    from nemo_dsv4_cp.model_v41 import DeepseekV41ContextParallelForCausalLM
+
+    def build(cls: Any) -> Any:
+        model = cls(config, backend=backend, tokenizer=byte_tokenizer(), **settings)
+        for layer, block in model.model.layers.items():
+            if block.engram is not None:
+                # Whole: by default a rank holds its part of the table, which expert parallelism
+                # alone distributes.
+                block.engram = DeepseekV41Engram(config.text_config, int(layer), backend)
+        return model
+
+    return build(DeepseekV41ForCausalLM), build(DeepseekV41ContextParallelForCausalLM)
+
+
+@contextmanager
+def unquantized() -> Iterator[None]:
+    """Keep V4.1's keys as they are computed, in AutoModel's models and in ours.
+
+    Rounding to 4 bits turns the last digit of float32 into a step.
+    """
+    from nemo_automodel.components.models.deepseek_v41 import attention as automodels
+
+    from nemo_dsv4_cp.attention.layer_v41 import ContextParallelAttentionV41
+
+    check_v41()  # of functions that are AutoModel's own
+    quantize = automodels.quantize_cache
+    automodels.quantize_cache = lambda values, **_: values
+    ContextParallelAttentionV41.quantizes = False
+    try:
+        yield
+    finally:
+        automodels.quantize_cache = quantize
+        ContextParallelAttentionV41.quantizes = True
