@@ -31,7 +31,7 @@ from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.tilelang import named_but_missing
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.checks.batch_rules import padding_of
-from nemo_dsv4_cp.checks.certificate import Subject, with_measured_rate
+from nemo_dsv4_cp.checks.certificate import Certificate, Subject, with_measured_rate
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.checks.kernel_choice import TORCH, choose_kernels
@@ -52,6 +52,40 @@ if TYPE_CHECKING:
     from nemo_automodel.components.models.common.mtp import MTPContextParallelInputs
 
 _logger = logging.getLogger(__name__)
+
+
+def certified_kernels(model: Any) -> Certificate | None:
+    """Settle which kernels this job trains with, by certificates; all ranks call it together.
+
+    AutoModel's check of a model against the job's mesh does.
+
+    Args:
+        model: One of V4 or V4.1.
+
+    Returns:
+        None where there is nothing to settle: on CPUs, and for ``kernels: torch``.
+
+    Raises:
+        ValueError: If kernels that the recipe names fail on a rank's GPU and ``kernels_check`` is
+            strict.
+    """
+    options = ContextParallelOptions.of(model.config)
+    if not trains_on_gpus() or options.kernels == TORCH or options.kernels_check == "off":
+        if options.kernels == AUTO and named_but_missing(model.backend) and is_first_rank():
+            _logger.info(
+                "TileLang, which model.backend.attn: tilelang names, is not installed: torch"
+            )
+        return None
+    return choose_kernels(
+        None if options.kernels == AUTO else options.kernels,
+        partial(
+            Subject.of,
+            config=model.config.get_text_config(),
+            dtype=str(next(model.parameters()).dtype).split(".")[-1],
+            workspace_bytes=options.workspace_bytes,
+        ),
+        strict=options.kernels_check == "strict",
+    )
 
 
 class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM):
@@ -115,32 +149,10 @@ class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM)
         )
 
     def choose_kernels(self) -> None:
-        """Settle which kernels this job trains with, by certificates; all ranks call it together.
-
-        AutoModel's check of a model against the job's mesh does. On CPUs, and for ``kernels:
-        torch``, there is nothing to settle.
-
-        Raises:
-            ValueError: If kernels that the recipe names fail on a rank's GPU and ``kernels_check``
-                is strict.
-        """
-        options = ContextParallelOptions.of(self.config)
-        if not trains_on_gpus() or options.kernels == TORCH or options.kernels_check == "off":
-            if options.kernels == AUTO and named_but_missing(self.backend) and is_first_rank():
-                _logger.info(
-                    "TileLang, which model.backend.attn: tilelang names, is not installed: torch"
-                )
+        """Compute with the kernels that this job chooses: :func:`certified_kernels`."""
+        chosen = certified_kernels(self)
+        if chosen is None:
             return
-        chosen = choose_kernels(
-            None if options.kernels == AUTO else options.kernels,
-            partial(
-                Subject.of,
-                config=self.config,
-                dtype=str(next(self.parameters()).dtype).split(".")[-1],
-                workspace_bytes=options.workspace_bytes,
-            ),
-            strict=options.kernels_check == "strict",
-        )
         for module in self.modules():
             if isinstance(module, ContextParallelAttention):
                 module.use_kernels(chosen.kernels)

@@ -15,6 +15,9 @@ import torch
 from nemo_dsv4_cp.bench.kernel_model import Estimate, estimate
 from nemo_dsv4_cp.gpus import SHARED_MEMORY
 from nemo_dsv4_cp.kernels.operations import (
+    ALL_ENTRIES,
+    CANDIDATES,
+    INSIDE,
     attend,
     attention_tensors,
     selection,
@@ -35,8 +38,6 @@ REFUSED = tuple(n for n in SHARED_MEMORY if n not in ARCHITECTURES)
 """Those whose blocks have too little shared memory: A40; L40S; RTX PRO 6000."""
 
 FORWARD, BACKWARD, LONG_ROWS = "forward", "backward", "1M tokens"
-ALL_ENTRIES, CANDIDATES, INSIDE = "all entries", "candidates", "inside candidates"
-"""How layers of DeepSeek-V4.1 select; the second chooses candidates, too."""
 _WORKSPACE = ContextParallelOptions().workspace_bytes
 
 

@@ -32,7 +32,7 @@ import torch
 from nemo_dsv4_cp import checks, plugins, sequence
 from nemo_dsv4_cp import kernels as kernels_package
 from nemo_dsv4_cp.checks.difference import Difference
-from nemo_dsv4_cp.checks.kernel_verification import SIZES
+from nemo_dsv4_cp.checks.model_layers import SIZES, SIZES_V41, is_v41
 from nemo_dsv4_cp.gpus import Gpu
 
 _logger = logging.getLogger(__name__)
@@ -74,8 +74,9 @@ class Subject:
     def of(cls, kernels: str, config: Any, *, dtype: str, workspace_bytes: int | None) -> Subject:
         """Return the subject for a model on this process's device.
 
-        ``dtype`` is that of parameters, such as ``"float32"``. Bfloat16 is examined in any case,
-        in which FSDP's mixed precision computes whatever the parameters are.
+        ``config`` is the text config of V4.1, or a config of V4. ``dtype`` is that of parameters,
+        such as ``"float32"``. Bfloat16 is examined in any case, in which FSDP's mixed precision
+        computes whatever the parameters are.
         """
         dtypes = tuple(dict.fromkeys(("bfloat16", dtype)))
         return cls(kernels, _sizes(config), dtypes, workspace_bytes, _environment(kernels))
@@ -189,7 +190,8 @@ def differences(certificate: Certificate) -> list[dict[str, Any]]:
 
 def _sizes(config: Any) -> dict[str, Any]:
     """Return the fields as JSON holds them; a config may have numpy's numbers."""
-    sizes = {name: _plain(getattr(config, name)) for name in SIZES if name != "compress_ratios"}
+    names = SIZES_V41 if is_v41(config) else SIZES
+    sizes = {name: _plain(getattr(config, name)) for name in names if name != "compress_ratios"}
     ratios = config.compress_ratios or [0] * sizes["num_hidden_layers"]  # as AutoModel reads it
     return sizes | {"compress_ratios": [int(ratio) for ratio in ratios]}
 

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import traceback
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.checks.kernel_verification import verify_kernels
+from nemo_dsv4_cp.checks.model_layers import layers_of
 from nemo_dsv4_cp.checks.operation_timing import time_operations
 from nemo_dsv4_cp.kernels.protocol import Kernels
 
@@ -121,15 +121,15 @@ def _time(subject: Mapping[str, Any]) -> dict[str, float]:
     )
     seconds = flops = 0.0
     row = _ROW if torch.cuda.is_available() else _ROW_ON_CPU
-    of_layers = sizes.compress_ratios[: sizes.num_hidden_layers]
-    for ratio, layers in Counter(of_layers).items():
+    of_kind = layers_of(sizes)
+    for (ratio, selects), layers in of_kind.items():
         times = time_operations(
             kernels, sizes, ratio, row, _RANKS,
-            dtype=getattr(torch, subject["dtypes"][0]), repeats=_REPEATS,
+            dtype=getattr(torch, subject["dtypes"][0]), repeats=_REPEATS, selects=selects,
         )  # fmt: skip
         seconds += layers * sum(each.seconds for each in times)
         flops += layers * sum(each.flops for each in times)
-    return {"milliseconds": seconds / len(of_layers) * 1e3, "tflops": flops / seconds / 1e12}
+    return {"milliseconds": seconds / of_kind.total() * 1e3, "tflops": flops / seconds / 1e12}
 
 
 def _write(file: Path, found: Mapping[str, Any]) -> None:

@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from nemo_dsv4_cp.checks.model_layers import is_v41
 from nemo_dsv4_cp.gpus import known_gpu
-from nemo_dsv4_cp.kernels.operations import attend, attention_tensors, selection
-from nemo_dsv4_cp.kernels.protocol import Kernels
+from nemo_dsv4_cp.kernels.operations import (
+    CANDIDATES,
+    INSIDE,
+    Draw,
+    attend,
+    attention_tensors,
+    selection,
+    shared_selection,
+)
+from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
@@ -44,11 +53,12 @@ def peak_tflops() -> float | None:
 
 def time_operations(
     kernels: Kernels, sizes: Any, ratio: int, seq_len: int, cp_size: int, *,
-    dtype: torch.dtype, repeats: int,
+    dtype: torch.dtype, repeats: int, selects: str | None = None,
 ) -> list[OperationTime]:  # fmt: skip
     """Time the operations of the last rank's layer, one row, drawn tensors, after one run each.
 
-    ``sizes`` has the fields of a model config.
+    ``sizes`` has the fields of a model config. ``selects`` is how a layer of V4.1 does, None for
+    one that attends to what another selected, or to none.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = SequenceLayout.of_padded(seq_len, cp_rank=cp_size - 1, cp_size=cp_size)
@@ -57,19 +67,35 @@ def time_operations(
     angles = draw(1, layout.local_len, sizes.qk_rope_head_dim // 2).repeat(1, 1, 2)
     rope = (angles.cos(), angles.sin())
     measure = partial(_measure, ratio, device, repeats)
-    keys = draw(1, layout.local_len, sizes.head_dim)
-    found = [measure("rotary of keys", partial(kernels.rotate, keys, rope))]
-    selected = None
-    if ratio == OVERLAP_RATIO:
-        select = selection(kernels, sizes, plan, rope, draw)
-        selected = select()
+    v41, found = is_v41(sizes), []
+    if not v41:
+        keys = draw(1, layout.local_len, sizes.head_dim)
+        found.append(measure("rotary of keys", partial(kernels.rotate, keys, rope)))
+    select = _selection(kernels, sizes, plan, rope, draw, selects)
+    selected = select() if select else None
+    if select and (selects or not v41):
         found.append(measure("top-k selection", select))
     leaves = [leaf.requires_grad_() for leaf in attention_tensors(sizes, plan, draw)]
-    run = partial(attend, kernels, sizes, plan, rope, selected, *leaves)
+    run = partial(attend, kernels, sizes, plan, rope, selected, *leaves, normed=not v41)
     found.append(measure("attention forward", run))
     out = run()
     backward = partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
     return [*found, measure("attention backward", backward)]
+
+
+def _selection(
+    kernels: Kernels, sizes: Any, plan: AttentionPlan, rope: Rope, draw: Draw, selects: str | None
+) -> Callable[[], torch.Tensor] | None:
+    """Return a layer's top-k selection, None if it attends to all entries or has none."""
+    if not is_v41(sizes):
+        overlaps = plan.ratio == OVERLAP_RATIO
+        return selection(kernels, sizes, plan, rope, draw) if overlaps else None
+    if not plan.ratio:
+        return None
+    made = partial(shared_selection, kernels, sizes, plan, draw)
+    candidates = made(None, chooses=True)()[1] if selects == INSIDE else None
+    select = made(candidates, chooses=selects in (CANDIDATES, INSIDE))
+    return lambda: select()[0]
 
 
 def _measure(

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Certificate
-from nemo_dsv4_cp.checks.kernel_verification import SIZES
+from nemo_dsv4_cp.checks.model_layers import SIZES
 from nemo_dsv4_cp.cli.output import check_outputs, emit, quiet, two_plots, warn
 from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS

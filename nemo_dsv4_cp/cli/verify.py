@@ -90,7 +90,8 @@ def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Pat
     with running(f"{recipe}: ", mistakes=(TypeError, ValueError)):
         from nemo_dsv4_cp.checks import certificate
         from nemo_dsv4_cp.checks.difference import Difference
-        from nemo_dsv4_cp.checks.kernel_verification import SIZES, verify_kernels
+        from nemo_dsv4_cp.checks.kernel_verification import verify_kernels
+        from nemo_dsv4_cp.checks.model_layers import SIZES
         from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
         from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 

@@ -27,6 +27,9 @@ from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 Draw = Callable[..., torch.Tensor]
 """Makes a tensor of a shape."""
 
+ALL_ENTRIES, CANDIDATES, INSIDE = "all entries", "candidates", "inside candidates"
+"""How layers of DeepSeek-V4.1 select; the second chooses candidates, too."""
+
 
 def selection(
     kernels: Kernels, sizes: Any, plan: AttentionPlan, rope: Rope, draw: Draw
@@ -88,11 +91,14 @@ def attend(
     *tensors: torch.Tensor,
     normed: bool = True,
 ) -> torch.Tensor:
-    """Run attention on :func:`attention_tensors`; V4.1 has no norm of queries."""
+    """Run attention on :func:`attention_tensors`; V4.1 has no norm of queries.
+
+    Those are copied, for their memory may be written over.
+    """
     eps = sizes.rms_norm_eps if normed else None
     q, raw, entries, sinks = tensors
     return kernels.attend(
-        AttentionQueries(q, rope, plan, selected),
+        AttentionQueries(q if normed else q.clone(), rope, plan, selected),
         AttentionKeys(raw, entries, sinks),
         AttentionConstants(sizes.head_dim**-0.5, eps, sizes.o_groups),
     )

@@ -26,6 +26,20 @@ SIZES = SimpleNamespace(
     rms_norm_eps=1e-6,
 )
 
+SIZES_V41 = SimpleNamespace(
+    **{name: value for name, value in vars(SIZES).items() if name != "rms_norm_eps"}
+    | {
+        # Window, source, reuse, source that chooses candidates, inside candidates; a draft layer.
+        "compress_ratios": [0, 2, 2, 1, 1, 0],
+        "num_hidden_layers": 5,
+        "index_n_heads": 4,
+        "index_source_layer_ids": [1, 3, 4],
+        "candidate_source_layer_id": 3,
+        "candidate_topk_blocks": 6,
+        "candidate_block_size": 4,
+    }
+)
+
 SOURCE = """
 import errno, os, signal, subprocess, sys, time
 import torch
@@ -41,6 +55,14 @@ class WrongGradient(TorchKernels):
     def attend(self, queries, keys, constants):
         out = super().attend(queries, keys, constants)
         return out + 0.1 * (out - out.detach())
+
+class LeavesCandidates(TorchKernels):
+    def select_shared(self, queries, keys, *, topk, blocks, candidates_BLM):
+        if candidates_BLM is not None:
+            blocks = candidates_BLM = None
+        return super().select_shared(
+            queries, keys, topk=topk, blocks=blocks, candidates_BLM=candidates_BLM
+        )
 
 class Raises(TorchKernels):
     def attend(self, queries, keys, constants):
@@ -85,6 +107,7 @@ class Killed(TorchKernels):
 _NAMES = {
     "right": "Right",
     "wrong_gradient": "WrongGradient",
+    "leaves_candidates": "LeavesCandidates",
     "raises": "Raises",
     "exits": "Exits",
     "crashes": "Crashes",
@@ -133,10 +156,10 @@ def installed(folder: Path):
                 os.environ[name] = value
 
 
-def subject(name: str) -> Subject:
+def subject(name: str, sizes: SimpleNamespace = SIZES) -> Subject:
     """Return what is examined of a backend."""
     dtype = str(torch.float32).split(".")[-1]
-    return Subject.of(name, SIZES, dtype=dtype, workspace_bytes=1 << 26)
+    return Subject.of(name, sizes, dtype=dtype, workspace_bytes=1 << 26)
 
 
 def examinations(folder: Path) -> int:
