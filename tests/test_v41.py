@@ -119,10 +119,9 @@ def test_candidates_of_entries_that_are_replaced_are_refused():
         tiny_config({}, candidate_source_layer_id=1)
 
 
-@pytest.mark.parametrize("option", [{"balance": "on"}, {"kernels": "triton"}])
-def test_options_without_an_implementation_are_refused(option):
-    with pytest.raises(ValueError, match=next(iter(option))):
-        tiny_config(option)
+def test_an_option_without_an_implementation_is_refused():
+    with pytest.raises(ValueError, match="balance=on is not supported"):
+        tiny_config({"balance": "on"})
 
 
 ROWS = torch.full((2, 8), 5)

@@ -141,11 +141,12 @@ class TritonKernels(TorchKernels):
         self, queries: AttentionQueries, keys: AttentionKeys, constants: AttentionConstants
     ) -> torch.Tensor:
         """Attend to the window and to entries, all in range or the selected."""
-        if not _attends(queries):
-            return super().attend(queries, keys, constants)
         q, (cos, sin), plan = queries.q_BLND, queries.rope, queries.plan
         selected = queries.selected_BLK
         batch, _, heads, width = q.shape
+        if width > WIDEST or (selected is not None and heads > MANY_HEADS):
+            _report_torch_attends(heads, width)
+            return super().attend(queries, keys, constants)
         sizes: dict[str, Any] = {
             "batch": batch,
             "heads": heads,
@@ -185,15 +186,6 @@ def _selects(q_BLIF: torch.Tensor) -> bool:
     if padded > INDEX_TILE:
         _report_torch_selects(heads, width)
     return bool(padded <= INDEX_TILE)
-
-
-def _attends(queries: AttentionQueries) -> bool:
-    """Return whether the kernels take queries of their sizes, and log it if not."""
-    heads, width = queries.q_BLND.shape[2:]
-    takes = width <= WIDEST and (queries.selected_BLK is None or heads <= MANY_HEADS)
-    if not takes:
-        _report_torch_attends(heads, width)
-    return takes
 
 
 def _check_device() -> None:
