@@ -22,7 +22,14 @@ torch.compiler.set_stance("force_eager")  # AutoModel compiles anew for every le
 
 LONGEST = [
     f"tests/{name}.py"
-    for name in ("recipes/test_options", "test_recipe", "kernels/triton/test_parity", "test_model")
+    for name in (
+        "recipes/test_options",
+        "test_recipe",
+        "test_recipe_v41",
+        "kernels/triton/test_parity",
+        "test_model",
+        "test_v41",
+    )
 ]
 """Files that start first when several run at a time, so that none is left to run alone."""
 

@@ -99,6 +99,7 @@ def test_without_quantisation_nothing_drifts(launch):
     assert_same(one, other, later=1e-5)
 
 
+@pytest.mark.slow  # tests/test_v41.py has packed rows, test_recipe.py packed rows through the CLI
 def test_packed_rows_train_at_cp_2_as_at_cp_1(launch):
     one, other = (
         launch(f"packed_{size}", steps=2, distributed={"cp_size": size} | CHECKPOINTING, **PACKED)
