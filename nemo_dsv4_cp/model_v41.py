@@ -15,6 +15,7 @@ from nemo_automodel.components.models.deepseek_v41.attention import DeepseekV41A
 from nemo_automodel.components.models.deepseek_v41.model import DeepseekV41ForCausalLM
 
 from nemo_dsv4_cp.attention.layer_v41 import ContextParallelAttentionV41
+from nemo_dsv4_cp.automodel import lora
 from nemo_dsv4_cp.backbone import route_over_whole_rows
 from nemo_dsv4_cp.backbone_v41 import ContextParallelModelV41
 from nemo_dsv4_cp.checks.finite import FiniteCheck
@@ -76,6 +77,8 @@ class DeepseekV41ContextParallelForCausalLM(ShardsBatches, DeepseekV41ForCausalL
         for module in self.modules():
             if isinstance(module, ContextParallelAttentionV41):
                 module.use_kernels(chosen.kernels)
+
+    resolve_lora_targets = lora.resolve_targets
 
     def check_sizes(self, mesh: Any) -> None:
         """Refuse parallel sizes that V4.1 cannot train with, before the model is sharded.

@@ -10,6 +10,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from nemo_automodel.components.distributed.activation_checkpointing import (
+    make_selective_checkpoint_context_fn,
+)
 from nemo_automodel.components.models.deepseek_v41 import attention as automodels
 from nemo_automodel.components.models.deepseek_v41.cp import shard_cp_batch
 from nemo_automodel.components.models.deepseek_v41.engram import _compressed_token_map
@@ -121,13 +124,14 @@ def model_job(
     documents: Rows | list[int],
     options: dict[str, Any],
     seed: int = 0,
-    recompute: bool = False,
+    recompute: bool | str = False,
     quantised: bool = False,
     **changes: Any,
 ) -> list[Difference]:
     """A whole model, CP size = the group's, against AutoModel's own at CP size 1.
 
     Rows are packed if ``documents`` are lists, and hold one document each if they are lengths.
+    Blocks are checkpointed with ``recompute``, by AutoModel's policy if it is "selective".
     """
     if not quantised:
         with unquantized():
@@ -165,8 +169,10 @@ def model_job(
         )
 
     if recompute:
+        selective = recompute == "selective"
+        saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
         for name, block in mine.model.layers.items():
-            mine.model.layers[name].forward = _recomputing(block.forward)
+            mine.model.layers[name].forward = _recomputing(block.forward, saving)
     local, places = dict(batch), None
     if size > 1 or packed:
         sharder = mine.prepare_model_inputs_for_cp(batch)["cp_sharder"]
@@ -267,10 +273,10 @@ def _as_sets(selected: torch.Tensor) -> torch.Tensor:
     return marks
 
 
-def _recomputing(forward: Any) -> Any:
+def _recomputing(forward: Any, saving: dict[str, Any]) -> Any:
     """Wrap a block's forward in activation checkpointing."""
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **saving, **kwargs)
 
     return recomputed

@@ -29,6 +29,11 @@ def test_packed_documents_equal_automodels_at_one_rank(ranks, size, recompute):
     assert_parity(ranks.run(model_job, size, documents, {}, 0, recompute))
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_selective_checkpointing_hands_out_what_it_saved(ranks, size):
+    assert_parity(ranks.run(model_job, size, [[1, 30, 7, 24], [55, 4]], {}, 0, "selective"))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_quantised_keys_and_choices_are_automodels(ranks, size):
     documents = [[1, 30, 7, 24], [55, 4], [64]]
@@ -74,7 +79,7 @@ SOURCES = st.sampled_from(
     engram=st.booleans(),
     transport=st.sampled_from(["boundary", "all_gather"]),
     overlap=st.booleans(),
-    recompute=st.booleans(),
+    recompute=st.sampled_from([False, True, "selective"]),
     keep=st.booleans(),
     window=st.integers(1, 20),
     topk=st.integers(1, 12),
@@ -119,7 +124,7 @@ def test_candidates_of_entries_that_are_replaced_are_refused():
         tiny_config({}, candidate_source_layer_id=1)
 
 
-def test_an_option_without_an_implementation_is_refused():
+def test_balancing_is_refused():
     with pytest.raises(ValueError, match="balance=on is not supported"):
         tiny_config({"balance": "on"})
 

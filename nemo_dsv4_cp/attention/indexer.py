@@ -75,13 +75,21 @@ def unseen_by_checkpointing() -> AbstractContextManager[None]:
     Its policies save results of ``topk`` and matrix products and hand them to the recomputation by
     their number, so a recomputation that skips some would receive those of others.
     """
-    if torch.compiler.is_compiling():
+    if not checkpoints_selectively():
         return nullcontext()
-    for mode in current_modes():
-        if isinstance(mode, SELECTIVE_CHECKPOINTING):
-            hidden: AbstractContextManager[None] = without_modes()
-            return hidden
-    return nullcontext()
+    hidden: AbstractContextManager[None] = without_modes()
+    return hidden
+
+
+def checkpoints_selectively() -> bool:
+    """Return whether selective checkpointing saves results now, or hands them out again.
+
+    They are the tensors themselves: nothing may overwrite one. Under torch.compile the compiler
+    sees to that.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(mode, SELECTIVE_CHECKPOINTING) for mode in current_modes())
 
 
 class KeptIndices:

@@ -25,7 +25,11 @@ from nemo_automodel.components.models.deepseek_v41.attention import (
 )
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.attention.indexer import KeptIndices, unseen_by_checkpointing
+from nemo_dsv4_cp.attention.indexer import (
+    KeptIndices,
+    checkpoints_selectively,
+    unseen_by_checkpointing,
+)
 from nemo_dsv4_cp.attention.step import LayerKind, StepContext
 from nemo_dsv4_cp.automodel.tilelang import kernels_until_chosen
 from nemo_dsv4_cp.exchange.collectives import Group, Pending, all_gather_metadata, cp_rank, cp_size
@@ -205,6 +209,8 @@ class ContextParallelAttentionV41(DeepseekV41Attention):
             gathers = self._start_gathers(hidden_states, position_ids, state)
         low = self.q_norm(self.wq_a(hidden_states))
         q = self.wq_b(low).unflatten(-1, (self.num_heads, self.head_dim))
+        if checkpoints_selectively():
+            q = q.clone()  # kernels may rotate it in place, and this product may be saved
         if gathers is not None:
             index_keys, entries = gathers
             state = replace(state, ratio=self.compress_ratio, index_keys_BPF=index_keys.wait())

@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 from nemo_dsv4_cp.automodel import sharding
 
-TESTED_RELEASES = ("0.7.0", "0.6.0", "0.5.0")
+TESTED_RELEASES: tuple[str, ...] = ("0.7.0", "0.6.0", "0.5.0")
+TESTED_WITH_V41: tuple[str, ...] = ("0.7.0",)
 _V4 = "nemo_automodel.components.models.deepseek_v4"
 _V41 = "nemo_automodel.components.models.deepseek_v41"
 _RECIPE = "nemo_automodel.recipes.base_recipe"
@@ -31,14 +32,20 @@ _PEFT = "nemo_automodel.components._peft"
 class UnsupportedAutoModel(ImportError):
     """The installed AutoModel lacks something that we build on."""
 
-    def __init__(self, lacks: str) -> None:
+    def __init__(self, lacks: str, *, of_v41: bool = False) -> None:
+        self.lacks = lacks
         try:
             installed = f"nemo_automodel {version('nemo_automodel')}"
         except PackageNotFoundError:
             installed = "nemo_automodel"
+        # The older releases, which train V4, would be no help with V4.1.
+        subject, releases = "nemo_dsv4_cp is", TESTED_RELEASES
+        if of_v41:
+            subject, releases = "DeepSeek-V4.1 in nemo_dsv4_cp is", TESTED_WITH_V41
+        install = "it" if len(releases) == 1 else "one of these"
         super().__init__(
-            f"{installed}: {lacks}. nemo_dsv4_cp is tested with nemo_automodel "
-            f"{', '.join(TESTED_RELEASES)}; install one of these"
+            f"{installed}: {lacks}. {subject} tested with nemo_automodel {', '.join(releases)}; "
+            f"install {install}"
         )
 
 
@@ -164,10 +171,13 @@ def check_v4() -> None:
 @functools.cache
 def check_v41() -> None:
     """Raise :class:`UnsupportedAutoModel` for a release without DeepSeek-V4.1, or another's."""
-    for signature in _V41_SIGNATURES:
-        signature.check()
-    for body in RESTATED_V41:
-        body.check()
+    try:
+        for signature in _V41_SIGNATURES:
+            signature.check()
+        for body in RESTATED_V41:
+            body.check()
+    except UnsupportedAutoModel as error:
+        raise UnsupportedAutoModel(error.lacks, of_v41=True) from error
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules LoRA may change in our models.
 
-AutoModel patches every ``nn.Linear`` whose name matches. Two kinds in V4 must stay out of it: the
+AutoModel patches every ``nn.Linear`` whose name matches. Two kinds must stay out of it: the
 grouped output projection ``wo_a``, whose forward a LoRA linear would replace by an ungrouped one,
 and the frozen indexer, whose adapters would never train.
 """
@@ -22,7 +22,7 @@ FUNCTION = "apply_lora_to_linear_modules"
 RESOLVE = "resolve_lora_targets"
 """The method by which a model decides what LoRA may change."""
 
-_INDEXER = ".compressor.indexer"
+_INDEXER = ".indexer"
 _logger = logging.getLogger(__name__)
 
 

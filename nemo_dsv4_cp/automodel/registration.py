@@ -28,7 +28,7 @@ def register(architecture: str, *, attribute_failures: Callable[[], None] | None
 def install_patches(attribute_failures: Callable[[], None] | None = None) -> None:
     """Replace functions of AutoModel and of the process; ``patches.undo()`` restores them all."""
     job.install()  # models learn distributed.cp_size, which AutoModel passes to none of them
-    lora.install()  # LoRA skips V4's frozen indexer and refuses its grouped projection
+    lora.install()  # LoRA skips the frozen indexer and refuses its grouped projection
     resume.install()  # dataloader and random state load at another cp_size
     contracts.batch_contract().install()  # recipes that do not call a model's own sharder
     legacy.let_models_bring_their_cp()  # 0.6 and 0.5 look at the attention backend alone

@@ -195,7 +195,8 @@ class Kernels(Protocol):
         """Attend to the window and to entries, all in range or the selected; differentiable.
 
         Each head of the queries is first RMS-normalized without weight, unless eps is None, and its
-        last r dims are rotated; the output's are rotated back.
+        last r dims are rotated; the output's are rotated back. With eps None, the queries' memory
+        may be reused.
 
         Returns:
             [B, L, G, N / G * D] of the queries' dtype.

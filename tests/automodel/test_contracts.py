@@ -128,6 +128,17 @@ def test_a_release_without_deepseek_v4_is_refused(monkeypatch):
         contracts.check_v4()
 
 
+def test_a_release_without_deepseek_v41_is_not_sent_to_others_without_it(monkeypatch):
+    module = "nemo_automodel.components.models.deepseek_v41.attention"
+    monkeypatch.setitem(sys.modules, module, None)
+    contracts.check_v41.cache_clear()  # it was found good before
+    text = (
+        r"deepseek_v41\.attention.* DeepSeek-V4\.1 .* tested with nemo_automodel 0\.7\.0; install"
+    )
+    with pytest.raises(UnsupportedAutoModel, match=text):
+        contracts.check_v41()
+
+
 # Every name in AutoModel's modules and classes, and the process's excepthook: before a config is
 # made, after, and after a model is. A config is also saved, loaded and printed. Each block has a
 # process of its own, forked when all is imported.
