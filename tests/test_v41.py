@@ -43,6 +43,27 @@ def test_quantised_keys_and_choices_are_automodels(ranks, size):
         assert found["entries"] == found["index keys"] == found["selected"] == 0
 
 
+OF_OTHER_RATIOS = {
+    "compress_ratios": [3, 3, 0, 2, 2, 3, 3, 0],
+    "kv_source_layer_ids": [0, 3, 5],
+    "index_source_layer_ids": [0, 1, 3, 5, 6],
+    "candidate_source_layer_id": -1,
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "changes"),
+    [
+        (4, [8], {}),  # an n-gram of 4 tokens lies on three ranks
+        (5, [[2, 3], [4]], {}),  # ranks of padding alone
+        (2, [[20, 13], [9]], {"num_hidden_layers": 4}),  # its lists name more layers
+        (3, [[30, 9, 5], [7]], OF_OTHER_RATIOS),
+    ],
+)
+def test_unusual_shards_and_layers_equal_automodels(ranks, size, rows, changes):
+    assert_parity(ranks.run(changed_job, size, rows, {}, 0, True, changes))
+
+
 SOURCES = st.sampled_from(
     [
         # Ratios, sources of entries, layers that select, the one that chooses candidates.
