@@ -75,10 +75,13 @@ def unseen_by_checkpointing() -> AbstractContextManager[None]:
     Its policies save results of ``topk`` and matrix products and hand them to the recomputation by
     their number, so a recomputation that skips some would receive those of others.
     """
-    if not checkpoints_selectively():
+    if torch.compiler.is_compiling():
         return nullcontext()
-    hidden: AbstractContextManager[None] = without_modes()
-    return hidden
+    for mode in current_modes():
+        if isinstance(mode, SELECTIVE_CHECKPOINTING):
+            hidden: AbstractContextManager[None] = without_modes()
+            return hidden
+    return nullcontext()
 
 
 def checkpoints_selectively() -> bool:
@@ -87,9 +90,7 @@ def checkpoints_selectively() -> bool:
     They are the tensors themselves: nothing may overwrite one. Under torch.compile the compiler
     sees to that.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return any(isinstance(mode, SELECTIVE_CHECKPOINTING) for mode in current_modes())
+    return not isinstance(unseen_by_checkpointing(), nullcontext)
 
 
 class KeptIndices:
