@@ -19,6 +19,7 @@ from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4ForCausalLM,
 )
 
+from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY
 from nemo_dsv4_cp.automodel import lora, router_replay
@@ -54,16 +55,17 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-def certified_kernels(model: Any) -> Certificate | None:
-    """Settle which kernels this job trains with, by certificates; all ranks call it together.
+def use_certified_kernels(model: Any) -> Certificate | None:
+    """Train with the kernels that certificates settle for this job; all ranks call it together.
 
     AutoModel's check of a model against the job's mesh does.
 
     Args:
-        model: One of V4 or V4.1.
+        model: One of V4 or V4.1; its layers compute with these kernels from now on.
 
     Returns:
-        None where there is nothing to settle: on CPUs, and for ``kernels: torch``.
+        Their certificate; None where there is nothing to settle: on CPUs, and for ``kernels:
+        torch``.
 
     Raises:
         ValueError: If kernels that the recipe names fail on a rank's GPU and ``kernels_check`` is
@@ -76,7 +78,7 @@ def certified_kernels(model: Any) -> Certificate | None:
                 "TileLang, which model.backend.attn: tilelang names, is not installed: torch"
             )
         return None
-    return choose_kernels(
+    chosen = choose_kernels(
         None if options.kernels == AUTO else options.kernels,
         partial(
             Subject.of,
@@ -86,6 +88,10 @@ def certified_kernels(model: Any) -> Certificate | None:
         ),
         strict=options.kernels_check == "strict",
     )
+    for module in model.modules():
+        if isinstance(module, UsesKernels):
+            module.use_kernels(chosen.kernels)
+    return chosen
 
 
 class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM):
@@ -149,14 +155,10 @@ class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM)
         )
 
     def choose_kernels(self) -> None:
-        """Compute with the kernels that this job chooses: :func:`certified_kernels`."""
-        chosen = certified_kernels(self)
-        if chosen is None:
-            return
-        for module in self.modules():
-            if isinstance(module, ContextParallelAttention):
-                module.use_kernels(chosen.kernels)
-        self.model.gpu = with_measured_rate(gpu_here(), chosen)
+        """Compute with the kernels that this job chooses: :func:`use_certified_kernels`."""
+        chosen = use_certified_kernels(self)
+        if chosen is not None:
+            self.model.gpu = with_measured_rate(gpu_here(), chosen)
 
     resolve_lora_targets = lora.resolve_targets
 

@@ -20,7 +20,7 @@ from nemo_dsv4_cp.backbone import route_over_whole_rows
 from nemo_dsv4_cp.backbone_v41 import ContextParallelModelV41
 from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_size
-from nemo_dsv4_cp.model import certified_kernels
+from nemo_dsv4_cp.model import use_certified_kernels
 from nemo_dsv4_cp.model_batches import ShardsBatches
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.startup import log_first_step
@@ -70,13 +70,8 @@ class DeepseekV41ContextParallelForCausalLM(ShardsBatches, DeepseekV41ForCausalL
         self._finite = FiniteCheck(self) if options.check_finite else None
 
     def choose_kernels(self) -> None:
-        """Compute with the kernels that this job chooses: :func:`certified_kernels`."""
-        chosen = certified_kernels(self)
-        if chosen is None:
-            return
-        for module in self.modules():
-            if isinstance(module, ContextParallelAttentionV41):
-                module.use_kernels(chosen.kernels)
+        """Compute with the kernels that this job chooses: :func:`use_certified_kernels`."""
+        use_certified_kernels(self)
 
     resolve_lora_targets = lora.resolve_targets
 

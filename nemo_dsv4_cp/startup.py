@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import StepContext
 from nemo_dsv4_cp.automodel import patches
@@ -46,7 +47,7 @@ def log_first_step(
         return
     options = ContextParallelOptions.of(model.config)
     rows, length = tokens.shape[:2]
-    kernels = {m.kernels_name for m in model.modules() if hasattr(m, "kernels_name")}
+    kernels = {m.kernels_name for m in model.modules() if isinstance(m, UsesKernels)}
     overlap = "overlapped with compute" if options.overlap else "waited for"
     exchange = f"{options.transport}, collectives {overlap}" if cp_size > 1 else "none"
     patched = patches.replaced_names()

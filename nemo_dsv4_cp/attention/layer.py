@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 
-from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
 from nemo_dsv4_cp.attention.indexer import (
     KeptIndices,
@@ -23,9 +22,9 @@ from nemo_dsv4_cp.attention.indexer import (
     pool_index_keys,
     unseen_by_checkpointing,
 )
+from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import make_norms_uniform
-from nemo_dsv4_cp.automodel.tilelang import kernels_until_chosen
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, Pending, cp_enabled
 from nemo_dsv4_cp.exchange.transport import Transport
 from nemo_dsv4_cp.kernels.protocol import (
@@ -36,7 +35,7 @@ from nemo_dsv4_cp.kernels.protocol import (
     Kernels,
     Rope,
 )
-from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.sequence.row_plan import take
 from nemo_dsv4_cp.sequence.windows import Windows
@@ -64,7 +63,7 @@ class _Queries:
     weights_BCI: torch.Tensor | None
 
 
-class ContextParallelAttention(DeepseekV4Attention):
+class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
     """AutoModel's ``DeepseekV4Attention``: same constructor, parameters and call, any cp_size.
 
     It goes by positions and never reads ``attention_mask``, which AutoModel strips at cp_size > 1
@@ -88,29 +87,11 @@ class ContextParallelAttention(DeepseekV4Attention):
         return adopted
 
     def _adopted(self) -> None:
-        if self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout={self.attention_dropout} is not supported with context "
-                "parallelism; set attention_dropout: 0.0"
-            )
+        self._take_options(ContextParallelOptions.of(self.config))
         make_norms_uniform(self)
-        self._options = ContextParallelOptions.of(self.config)
         self.kind = LayerKind.of(self.config, self.compress_ratio)
-        named = self._options.kernels
-        self.use_kernels(kernels_until_chosen(self.backend) if named == AUTO else named)
         keeps = self.kind.has_indexer and self._options.keep_index_choice
         self._indices = KeptIndices() if keeps else None
-
-    def use_kernels(self, name: str) -> None:
-        """Compute with another backend from now on.
-
-        Raises:
-            ValueError: If it cannot run here.
-        """
-        self.kernels_name = name
-        self._kernels: Kernels = plugins.load(plugins.KERNELS, name)(
-            workspace_bytes=self._options.workspace_bytes
-        )
 
     def forward(
         self,

@@ -24,25 +24,23 @@ from nemo_automodel.components.models.deepseek_v41.attention import (
     DeepseekV41AttentionOutput,
 )
 
-from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.attention.indexer import (
     KeptIndices,
     checkpoints_selectively,
     unseen_by_checkpointing,
 )
+from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.step import LayerKind, StepContext
-from nemo_dsv4_cp.automodel.tilelang import kernels_until_chosen
 from nemo_dsv4_cp.exchange.collectives import Group, Pending, all_gather_metadata, cp_rank, cp_size
 from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
     AttentionKeys,
     AttentionQueries,
     CandidateBlocks,
-    Kernels,
     RotatedIndexQueries,
 )
 from nemo_dsv4_cp.kernels.reference.cache_formats import MXFP4, NVFP4, CacheCodec, CacheFormat
-from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.lengths import aligned_starts
 from nemo_dsv4_cp.sequence.schedule import QueryCost
@@ -55,8 +53,8 @@ class SharedState:
     Attributes:
         step: The forward's context.
         ratio: Compress ratio of the entries, 0 before the first source.
-        entries_BPD: Compressed entries of all ranks, rotated and quantised.
-        index_keys_BPF: Their index keys, rotated and quantised; no gradient.
+        entries_BPD: Compressed entries of all ranks, rotated and quantized.
+        index_keys_BPF: Their index keys, rotated and quantized; no gradient.
         selected_BLK: Entries that each local query attends to, int32.
         candidates_BLM: Blocks of entries within which later layers select, int32; None before the
             layer that chooses them.
@@ -102,11 +100,11 @@ class SharedState:
         return cls(StepContext(layout, group, options))
 
 
-class ContextParallelAttentionV41(DeepseekV41Attention):
+class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
     """AutoModel's ``DeepseekV41Attention``: same constructor, parameters and call, any cp_size."""
 
     quantizes = True
-    """Whether keys are quantised, as AutoModel does always; tests of gradients switch it off."""
+    """Whether keys are quantized, as AutoModel does always; tests of gradients switch it off."""
 
     def __init__(self, config: Any, layer_idx: int, backend: Any) -> None:
         super().__init__(config, layer_idx, backend)
@@ -129,12 +127,8 @@ class ContextParallelAttentionV41(DeepseekV41Attention):
         return adopted
 
     def _adopted(self, config: Any, options: ContextParallelOptions) -> None:
-        if self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout={self.attention_dropout} is not supported with context "
-                "parallelism; set attention_dropout: 0.0"
-            )
-        self._options, ratio = options, self.compress_ratio
+        self._take_options(options)
+        ratio = self.compress_ratio
         self.kind = LayerKind(
             ratio=ratio,
             overlaps=False,
@@ -143,21 +137,8 @@ class ContextParallelAttentionV41(DeepseekV41Attention):
             cost=QueryCost.of(config, ratio),
         )
         self._alignment = document_alignment(config)
-        named = options.kernels
-        self.use_kernels(kernels_until_chosen(self.backend) if named == AUTO else named)
         keeps = self.indexer is not None and options.keep_index_choice
         self._selections = KeptIndices() if keeps else None
-
-    def use_kernels(self, name: str) -> None:
-        """Compute with another backend from now on.
-
-        Raises:
-            ValueError: If it cannot run here.
-        """
-        self.kernels_name = name
-        self._kernels: Kernels = plugins.load(plugins.KERNELS, name)(
-            workspace_bytes=self._options.workspace_bytes
-        )
 
     def forward(
         self,
