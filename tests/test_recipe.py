@@ -6,8 +6,6 @@ What a release of AutoModel cannot do, or we cannot do there, is held to its err
 
 import inspect
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import cpu_backend, worst
 from tests.recipes import options
-from tests.recipes.launching import Failed
+from tests.recipes.launching import Failed, Training
 
 REQUESTS_MTP = mtp.ASKS_MODELS
 # Before 0.7 the recipe moves every value of a batch to the device; packed rows hold a string.
@@ -52,29 +50,11 @@ LORA = {
 STAGES = options.STAGES["distributed"]
 
 
-class Training(NamedTuple):
-    """Losses and gradient norms, one a step, and where the rest was written."""
-
-    losses: list[float]
-    norms: list[float]
-    directory: Path
-
-
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, launcher):
     def run(name: str, processes: int, **changes) -> Training:
         """Train the tiny recipe with sections changed."""
-        directory = tmp_path_factory.mktemp(name)
-        recipe = tiny()
-        for section, values in changes.items():
-            known = recipe.get(section)
-            recipe[section] = (known or {}) | values if isinstance(values, dict) else values
-        recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        launcher.launch(directory, recipe, processes)
-        steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
-        return Training(
-            [step["loss"] for step in steps], [step["grad_norm"] for step in steps], directory
-        )
+        return launcher.train(tmp_path_factory.mktemp(name), tiny(), processes, changes)
 
     return run
 

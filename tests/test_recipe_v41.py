@@ -6,8 +6,6 @@ cut in two, or one on either data-parallel rank.
 """
 
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ import torch
 from nemo_dsv4_cp.tools.recipes import compose
 from tests.parity import GroupMesh, cpu_backend
 from tests.recipes import options
-from tests.recipes.launching import Failed
+from tests.recipes.launching import Failed, Training
 
 pytest.importorskip("nemo_automodel.components.models.deepseek_v41")
 
@@ -25,30 +23,13 @@ PACKED = options.PACKED | {"packed_sequence": {"packed_sequence_size": 400}}
 UNQUANTISED = {"recipe": "tests.unquantised.UnquantisedRecipe"}
 
 
-class Training(NamedTuple):
-    """Losses and gradient norms, one a step, and where the rest was written."""
-
-    losses: list[float]
-    norms: list[float]
-    directory: Path
-
-
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, launcher):
     def run(name: str, *, steps: int = 3, processes: int = 2, **changes) -> Training:
         """Train the tiny recipe with sections changed."""
-        directory = tmp_path_factory.mktemp(name)
         recipe = compose("tiny_v41_cpu", [f"step_scheduler.max_steps={steps}"]).fields
         recipe["dataset"]["seq_length"] = 301
-        for section, values in changes.items():
-            known = recipe.get(section)
-            recipe[section] = (known or {}) | values if isinstance(values, dict) else values
-        recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
-        launcher.launch(directory, recipe, processes)
-        logged = [json.loads(step) for step in (directory / "training.jsonl").open()]
-        return Training(
-            [step["loss"] for step in logged], [step["grad_norm"] for step in logged], directory
-        )
+        return launcher.train(tmp_path_factory.mktemp(name), recipe, processes, changes)
 
     return run
 

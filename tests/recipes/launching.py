@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,14 @@ class Failed(AssertionError):
         """Tell also whether ranks had come to the first optimizer step."""
         super().__init__(message)
         self.trained = trained
+
+
+class Training(NamedTuple):
+    """Losses and gradient norms, one a step, and where the rest was written."""
+
+    losses: list[float]
+    norms: list[float]
+    directory: Path
 
 
 class Launcher:
@@ -97,6 +105,20 @@ class Launcher:
             end = log.read_text(errors="replace")[-6000:]
             message = errors[0].read_text() if errors else f"exit {statuses} after:\n{end}"
             raise Failed(message, trained=(directory / STARTED).exists())
+
+    def train(
+        self, directory: Path, recipe: dict[str, Any], processes: int, changes: dict[str, Any]
+    ) -> Training:
+        """Train a recipe with sections changed: mappings are merged, other values replace."""
+        for section, values in changes.items():
+            known = recipe.get(section)
+            recipe[section] = (known or {}) | values if isinstance(values, dict) else values
+        recipe["dist_env"]["timeout_minutes"] = 15  # of one rank for another, on a busy machine
+        self.launch(directory, recipe, processes)
+        steps = [json.loads(step) for step in (directory / "training.jsonl").open()]
+        return Training(
+            [step["loss"] for step in steps], [step["grad_norm"] for step in steps], directory
+        )
 
     def _answer(self, log: Path, still_seconds: float) -> list[int]:
         """Return the server's next line: nothing, process ids of ranks, or their exit statuses."""
