@@ -16,6 +16,7 @@ from nemo_dsv4_cp.attention.step import StepContext
 from nemo_dsv4_cp.automodel.backbone_v41 import run_blocks
 from nemo_dsv4_cp.checks.batch import check_rows
 from nemo_dsv4_cp.exchange.collectives import Group, cp_enabled
+from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.options import ContextParallelOptions
 
 
@@ -23,6 +24,8 @@ class ContextParallelModelV41(DeepseekV41Model):
     """AutoModel's V4.1 backbone on one rank's shard; at CP size 1 it is AutoModel's own."""
 
     options = ContextParallelOptions()
+    gpu: Gpu | None = None
+    """By whose rates ``balance: auto`` decides; None for the table's."""
 
     def forward(
         self,
@@ -73,13 +76,7 @@ class ContextParallelModelV41(DeepseekV41Model):
             )
             return own  # type: ignore[no-any-return]
         assert not any(each is not None for each in images.values()), "images passed checks"
-        state = SharedState.start(
-            input_ids.shape[1],
-            self.options,
-            group=cp_group,
-            documents_BL=packed_seq_ids,
-            alignment=document_alignment(self.config),
-        )
+        state = self.state_of(input_ids, cp_group, packed_seq_ids)
         step = state.step
         if position_ids is None:
             position_ids = step.layout.document_positions(input_ids.device)
@@ -100,6 +97,19 @@ class ContextParallelModelV41(DeepseekV41Model):
             attention_mask=real,
             cp_group=cp_group,
             packed_seq_ids=packed_seq_ids,
+        )
+
+    def state_of(
+        self, input_ids: torch.Tensor, cp_group: Group | None, documents: torch.Tensor | None
+    ) -> SharedState:
+        """Return the state before the first layer of a shard [B, L]; all ranks call this."""
+        return SharedState.start(
+            input_ids.shape[1],
+            self.options,
+            group=cp_group,
+            documents_BL=documents,
+            alignment=document_alignment(self.config),
+            gpu=self.gpu,
         )
 
     def _hashes(

@@ -16,7 +16,7 @@ class DeepseekV41ContextParallelConfig(ContextParallelConfig, DeepseekV41Config)
     """V4.1's config whose model trains with context parallelism.
 
     Everything is AutoModel's ``DeepseekV41Config`` but for ``context_parallel``, whose options are
-    those of V4 except for what :meth:`check` refuses.
+    those of V4.
 
     Args:
         context_parallel: The options, as a mapping or :class:`ContextParallelOptions`.
@@ -37,7 +37,7 @@ class DeepseekV41ContextParallelConfig(ContextParallelConfig, DeepseekV41Config)
         super().__init__(context_parallel=context_parallel, **kwargs)
 
     def check(self, options: ContextParallelOptions) -> None:
-        """Check the lengths that compress ratios need, and refuse options of V4 alone."""
+        """Check the lengths that compress ratios need, and which layers have candidates."""
         text = self.text_config
         options.resolve_pad_multiple(text.compress_ratios[: text.num_hidden_layers])
         if not options.enabled:
@@ -50,9 +50,4 @@ class DeepseekV41ContextParallelConfig(ContextParallelConfig, DeepseekV41Config)
                 f"candidate_source_layer_id={chosen_by} is followed by layer {later[0]} of "
                 "kv_source_layer_ids, whose entries the candidates do not count; use "
                 f"{text.kv_source_layer_ids[-1]}, or -1 for none"
-            )
-        if options.balance == "on":
-            raise ValueError(
-                "context_parallel.balance=on is not supported with DeepSeek-V4.1, whose queries "
-                "stay on the rank that owns them; use auto or off"
             )

@@ -32,7 +32,7 @@ from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.automodel.tilelang import named_but_missing
 from nemo_dsv4_cp.backbone import ContextParallelModel, route_over_whole_rows, step_of
 from nemo_dsv4_cp.checks.batch_rules import padding_of
-from nemo_dsv4_cp.checks.certificate import Certificate, Subject, with_measured_rate
+from nemo_dsv4_cp.checks.certificate import Subject, with_measured_rate
 from nemo_dsv4_cp.checks.consistency import compare_settings, settings_of
 from nemo_dsv4_cp.checks.finite import FiniteCheck
 from nemo_dsv4_cp.checks.kernel_choice import TORCH, choose_kernels
@@ -55,17 +55,15 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-def use_certified_kernels(model: Any) -> Certificate | None:
+def use_certified_kernels(model: Any) -> None:
     """Train with the kernels that certificates settle for this job; all ranks call it together.
 
-    AutoModel's check of a model against the job's mesh does.
+    AutoModel's check of a model against the job's mesh does. On CPUs and for ``kernels: torch``
+    there is nothing to settle.
 
     Args:
-        model: One of V4 or V4.1; its layers compute with these kernels from now on.
-
-    Returns:
-        Their certificate; None where there is nothing to settle: on CPUs, and for ``kernels:
-        torch``.
+        model: One of V4 or V4.1; its layers compute with these kernels from now on, and
+            ``balance: auto`` decides by their rate.
 
     Raises:
         ValueError: If kernels that the recipe names fail on a rank's GPU and ``kernels_check`` is
@@ -77,7 +75,7 @@ def use_certified_kernels(model: Any) -> Certificate | None:
             _logger.info(
                 "TileLang, which model.backend.attn: tilelang names, is not installed: torch"
             )
-        return None
+        return
     chosen = choose_kernels(
         None if options.kernels == AUTO else options.kernels,
         partial(
@@ -91,7 +89,7 @@ def use_certified_kernels(model: Any) -> Certificate | None:
     for module in model.modules():
         if isinstance(module, UsesKernels):
             module.use_kernels(chosen.kernels)
-    return chosen
+    model.model.gpu = with_measured_rate(gpu_here(), chosen)
 
 
 class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM):
@@ -156,9 +154,7 @@ class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM)
 
     def choose_kernels(self) -> None:
         """Compute with the kernels that this job chooses: :func:`use_certified_kernels`."""
-        chosen = use_certified_kernels(self)
-        if chosen is not None:
-            self.model.gpu = with_measured_rate(gpu_here(), chosen)
+        use_certified_kernels(self)
 
     resolve_lora_targets = lora.resolve_targets
 

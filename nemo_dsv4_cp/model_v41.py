@@ -19,7 +19,7 @@ from nemo_dsv4_cp.automodel import lora
 from nemo_dsv4_cp.backbone import route_over_whole_rows
 from nemo_dsv4_cp.backbone_v41 import ContextParallelModelV41
 from nemo_dsv4_cp.checks.finite import FiniteCheck
-from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_size
+from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, cp_enabled, cp_size
 from nemo_dsv4_cp.model import use_certified_kernels
 from nemo_dsv4_cp.model_batches import ShardsBatches
 from nemo_dsv4_cp.options import ContextParallelOptions
@@ -97,6 +97,20 @@ class DeepseekV41ContextParallelForCausalLM(ShardsBatches, DeepseekV41ForCausalL
                 "with expert parallelism alone; use an ep_size of 2 or more that divides the ranks"
             )
 
+    def _balancing(
+        self, input_ids: torch.Tensor, cp_group: Group | None, documents: torch.Tensor | None
+    ) -> str:
+        """Return which layers select for queries of other ranks, in words."""
+        if not cp_enabled(cp_group):
+            return "none"
+        step = self.model.state_of(input_ids, cp_group, documents).step
+        moving = [
+            layer
+            for layer, block in self.model.layers.items()
+            if step.schedule(block.attn.selection_kind).moves
+        ]
+        return f"top-k selection of layers {', '.join(moving)}" if moving else "none"
+
     def _shard_batch(self, cp_mesh: Any, tp_mesh: Any, batch: dict[str, Any], **kwargs: Any) -> Any:
         if cp_mesh is None or cp_mesh.size() == 1:
             own = DeepseekV41ForCausalLM.prepare_model_inputs_for_cp(self, batch)["cp_sharder"]
@@ -165,7 +179,7 @@ class DeepseekV41ContextParallelForCausalLM(ShardsBatches, DeepseekV41ForCausalL
                 input_ids,
                 cp_size=cp_size(cp_group),
                 packed=packed_seq_ids is not None or seq_lens is not None,
-                balancing="none, every query stays on its rank",
+                balancing=self._balancing(input_ids, cp_group, packed_seq_ids),
                 all_logits=isinstance(logits_to_keep, int) and logits_to_keep == 0,
                 padding=self._padding,
             )

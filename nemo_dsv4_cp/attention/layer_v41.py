@@ -6,14 +6,18 @@ V4's is in :mod:`nemo_dsv4_cp.attention.layer`. Here few layers compress: those 
 the next source. Those of ``index_source_layer_ids`` select; the layers after them reuse what they
 selected. All of that travels from layer to layer in a :class:`SharedState`.
 
+Attention costs the same at every position. Selecting among all visible entries does not, and some
+of it moves to other ranks: they receive index queries, and return what they select.
+
 # B batch rows   L local tokens   E hidden   A query rank (q_lora_rank)   N heads   D head_dim
 # P compressed entries of all ranks   I index heads   F index width   K selected entries
-# M candidate blocks
+# M candidate blocks   C remote queries
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +36,7 @@ from nemo_dsv4_cp.attention.indexer import (
 from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.step import LayerKind, StepContext
 from nemo_dsv4_cp.exchange.collectives import Group, Pending, all_gather_metadata, cp_rank, cp_size
+from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
     AttentionKeys,
@@ -43,7 +48,9 @@ from nemo_dsv4_cp.kernels.reference.cache_formats import MXFP4, NVFP4, CacheCode
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.lengths import aligned_starts
-from nemo_dsv4_cp.sequence.schedule import QueryCost
+from nemo_dsv4_cp.sequence.plan import AttentionPlan
+from nemo_dsv4_cp.sequence.row_plan import take
+from nemo_dsv4_cp.sequence.schedule import SelectionCost
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,28 +83,41 @@ class SharedState:
         group: Group | None,
         documents_BL: torch.Tensor | None,
         alignment: int,
+        gpu: Gpu | None = None,
     ) -> SharedState:
         """Return the state before the first layer.
 
         Args:
             length: L.
-            options: The model's. Queries stay on the rank that owns them.
+            options: The model's.
             group: CP group, None without CP.
             documents_BL: Number of each local token's document, 0 for padding; None if each row
                 is one document. The ranks gather them: 4 bytes per token.
             alignment: What the documents' starts are multiples of.
+            gpu: By whose rates ``balance: auto`` decides; by default those of the table.
         """
-        options = replace(options, balance="off")
+        rank, ranks = cp_rank(group), cp_size(group)
         if documents_BL is None:
-            return cls(StepContext.of_rows(length, group, options))
-        numbers = all_gather_metadata(documents_BL.int(), dim=1, cp_group=group)
-        layout = SequenceLayout.of_documents(
-            aligned_starts(numbers, alignment),
-            length,
-            cp_rank=cp_rank(group),
-            cp_size=cp_size(group),
-        )
-        return cls(StepContext(layout, group, options))
+            layout = SequenceLayout(length, rank, ranks)
+        else:
+            numbers = all_gather_metadata(documents_BL.int(), dim=1, cp_group=group)
+            layout = SequenceLayout.of_documents(
+                aligned_starts(numbers, alignment), length, cp_rank=rank, cp_size=ranks
+            )
+        return cls(StepContext(layout, group, options, gpu))
+
+
+@dataclass(frozen=True, eq=False)
+class _IndexQueries:
+    """The queries that one rank selects for.
+
+    Attributes:
+        local: Of its own tokens.
+        remote: Of other ranks' tokens, on their way; None where each rank selects for its own.
+    """
+
+    local: RotatedIndexQueries
+    remote: Pending[RotatedIndexQueries] | None
 
 
 class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
@@ -134,8 +154,9 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
             overlaps=False,
             has_indexer=False,  # not pooled with the entries, as V4's index keys are
             window=self.window_size,
-            cost=QueryCost.of(config, ratio),
+            cost=None,  # attention stays
         )
+        self.selection_kind = replace(self.kind, cost=_selection_cost(config, self.indexer))
         self._alignment = document_alignment(config)
         keeps = self.indexer is not None and options.keep_index_choice
         self._selections = KeptIndices() if keeps else None
@@ -153,8 +174,9 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
         """Attend within the documents of a row, cut into equal contiguous shards.
 
         Overlap, in order: the exchange of halos overlaps the low-rank query projection and a
-        source's compression, the all-gather of index keys the query projection, that of entries
-        top-k selection.
+        source's compression, the all-gather of index keys and the exchange of remote index queries
+        the query projection, the all-gather of entries top-k selection, and the return of what was
+        selected for remote queries the selection for local ones.
 
         Args:
             hidden_states: This rank's [B, L, E].
@@ -189,14 +211,24 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
         if self.compressor is not None:
             gathers = self._start_gathers(hidden_states, position_ids, state)
         low = self.q_norm(self.wq_a(hidden_states))
+        kept = self._selections.recall(position_ids) if self._selections else None
+        queries = None
+        if self.indexer is not None and kept is None:
+            queries = self._index_queries(hidden_states, low, angles, step)
         q = self.wq_b(low).unflatten(-1, (self.num_heads, self.head_dim))
         if checkpoints_selectively():
             q = q.clone()  # kernels may rotate it in place, and this product may be saved
         if gathers is not None:
             index_keys, entries = gathers
             state = replace(state, ratio=self.compress_ratio, index_keys_BPF=index_keys.wait())
-        if self.indexer is not None:
-            state = self._select(hidden_states, low, angles, state, position_ids)
+        if queries is not None:
+            kept = self._select(queries, state)
+            if self._selections:
+                self._selections.keep(position_ids, kept)
+        if kept is not None:
+            selected, *made = kept
+            candidates = made[0] if made else state.candidates_BLM
+            state = replace(state, selected_BLK=selected, candidates_BLM=candidates)
         if gathers is not None:
             state = replace(state, entries_BPD=entries.wait())
         every = self._entries_of(state, like=keys)
@@ -225,52 +257,63 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
     def _codec(self, format: CacheFormat, values: torch.Tensor) -> CacheCodec | None:
         return CacheCodec(format, values.shape[-1], values.dtype) if self.quantizes else None
 
-    def _select(
-        self,
-        hidden: torch.Tensor,
-        low: torch.Tensor,
-        angles: torch.Tensor,
-        state: SharedState,
-        forward_key: torch.Tensor,
-    ) -> SharedState:
-        """Select entries for the local queries, and candidates if this layer chooses them."""
-        kept = self._selections.recall(forward_key) if self._selections else None
-        if kept is None:
-            kept = self._selection(hidden, low, angles, state)
-            if self._selections:
-                self._selections.keep(forward_key, kept)
-        selected, *candidates = kept
-        return replace(
-            state,
-            selected_BLK=selected,
-            candidates_BLM=candidates[0] if candidates else state.candidates_BLM,
-        )
-
-    def _selection(
-        self, hidden: torch.Tensor, low: torch.Tensor, angles: torch.Tensor, state: SharedState
-    ) -> list[torch.Tensor]:
-        """Return the top-k indices [B, L, K], and the candidate blocks [B, L, M] of their layer.
+    def _index_queries(
+        self, hidden: torch.Tensor, low: torch.Tensor, angles: torch.Tensor, step: StepContext
+    ) -> _IndexQueries:
+        """Project index queries, and start to move those that another rank selects for.
 
         The weights' formula is that of AutoModel's ``_Indexer.forward``.
         """
-        indexer, keys = self.indexer, state.index_keys_BPF
-        assert keys is not None, "a layer that selects comes before any that compresses"
+        indexer = self.indexer
         with torch.no_grad(), unseen_by_checkpointing():
+            plan = step.plan(self.selection_kind, hidden.device)
             q = indexer.wq_b(low).unflatten(-1, (indexer.num_heads, indexer.head_dim))
             q = automodels._apply_rope(q, angles)
-            if self.quantizes:
-                q = automodels.quantize_cache(q, format="mxfp4", block_size=32)
             weights = indexer.weights_proj(hidden)
             weights = weights * (indexer.head_dim**-0.5 * indexer.num_heads**-0.5)
-            selected, candidates = self._kernels.select_shared(
-                RotatedIndexQueries(q, weights, state.step.plan(self.kind, hidden.device).local),
-                keys,
-                topk=indexer.topk,
-                blocks=CandidateBlocks(indexer.candidate_topk_blocks, indexer.candidate_block_size)
-                if indexer.is_candidate_source or indexer.uses_candidates
-                else None,
-                candidates_BLM=state.candidates_BLM if indexer.uses_candidates else None,
-            )
+            remote = plan.remote
+            if remote is None:
+                if self.quantizes:
+                    q = automodels.quantize_cache(q, format="mxfp4", block_size=32)
+                return _IndexQueries(RotatedIndexQueries(q, weights, plan.local), None)
+            codec = self._codec(MXFP4, q)
+            sent = {"remote_index": codec.encode(q) if codec else q, "remote_weights": weights}
+            fetched = step.transport.fetch(sent, plan.moves)
+            own = {name: take(rows, plan.local_rows) for name, rows in sent.items()}
+
+            def ready(rows: Mapping[str, torch.Tensor], of: AttentionPlan) -> RotatedIndexQueries:
+                codes = rows["remote_index"]
+                q = codec.decode(codes) if codec else codes
+                return RotatedIndexQueries(q, rows["remote_weights"], of)
+
+            arriving = Pending(lambda: ready(fetched.wait(), remote))
+            return _IndexQueries(ready(own, plan.local), arriving)
+
+    def _select(self, queries: _IndexQueries, state: SharedState) -> list[torch.Tensor]:
+        """Return top-k indices [B, L, K], and candidates [B, L, M] if this layer chooses them."""
+        with torch.no_grad(), unseen_by_checkpointing():
+            if queries.remote is None:
+                return self._select_for(queries.local, state)
+            plan = state.step.plan(self.selection_kind, queries.local.q_BLIF.device)
+            of_remote = self._select_for(queries.remote.wait(), state)
+            send_back = state.step.transport.send_back
+            returned = [send_back(each_BCx, plan.returned) for each_BCx in of_remote]
+            of_local = self._select_for(queries.local, state)
+            return [finish(each) for finish, each in zip(returned, of_local, strict=True)]
+
+    def _select_for(self, queries: RotatedIndexQueries, state: SharedState) -> list[torch.Tensor]:
+        """Return what :meth:`_select` does, for queries that are here."""
+        indexer, keys = self.indexer, state.index_keys_BPF
+        assert keys is not None, "a layer that selects comes before any that compresses"
+        selected, candidates = self._kernels.select_shared(
+            queries,
+            keys,
+            topk=indexer.topk,
+            blocks=CandidateBlocks(indexer.candidate_topk_blocks, indexer.candidate_block_size)
+            if indexer.is_candidate_source or indexer.uses_candidates
+            else None,
+            candidates_BLM=state.candidates_BLM if indexer.uses_candidates else None,
+        )
         return [selected] if candidates is None else [selected, candidates]
 
     def _entries_of(self, state: SharedState, *, like: torch.Tensor) -> torch.Tensor:
@@ -280,6 +323,17 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
         # AutoModel's config refuses a compressed layer without a source of its ratio before it.
         assert state.entries_BPD is not None and state.ratio == self.compress_ratio
         return state.entries_BPD
+
+
+def _selection_cost(config: Any, indexer: Any) -> SelectionCost | None:
+    """Return what selecting for a query costs; None where it does not grow with the position."""
+    if indexer is None or indexer.uses_candidates:
+        return None
+    return SelectionCost.of(
+        config,
+        head_bytes=MXFP4.bytes_of(config.index_head_dim),
+        chooses_candidates=indexer.is_candidate_source,
+    )
 
 
 def document_alignment(config: Any) -> int:

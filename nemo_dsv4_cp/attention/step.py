@@ -25,7 +25,7 @@ from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.sequence.plan import AttentionPlan, raw_tokens
 from nemo_dsv4_cp.sequence.queries import Queries, Runs
 from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
-from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedule, Schedules
+from nemo_dsv4_cp.sequence.schedule import Cost, QueryCost, Schedule, Schedules
 from nemo_dsv4_cp.sequence.windows import Windows, straddling
 
 STEP_KEY = "cp_step"
@@ -41,14 +41,14 @@ class LayerKind:
         overlaps: Whether windows also pool the window before (CSA).
         has_indexer: Whether queries see only the entries that an indexer selects (CSA).
         window: W, sliding window in tokens.
-        cost: What a query costs, which load balancing depends on.
+        cost: What a query costs, which load balancing depends on; None where queries stay.
     """
 
     ratio: int
     overlaps: bool
     has_indexer: bool
     window: int
-    cost: QueryCost
+    cost: Cost | None
 
     @classmethod
     def of(cls, config: Any, ratio: int) -> LayerKind:
@@ -67,8 +67,8 @@ class LayerPlan:
         remote: Queries of other shards that it computes; None where no rank computes any.
         moves: The row plan of each tensor that a layer can fetch, by name: ``keys``, the raw keys
             of remote and then of local queries; ``features`` and ``overlap`` of windows, and with
-            ``index_`` before them the indexer's; ``remote_low``, ``remote_cos``, ``remote_sin`` and
-            ``remote_weights`` of remote queries.
+            ``index_`` before them the indexer's; ``remote_low``, ``remote_cos``, ``remote_sin``,
+            ``remote_weights`` and ``remote_index`` (V4.1) of remote queries.
         n_keys: How many raw keys are for remote queries, and how many for local ones.
         returned: The row plan of a layer's output for all tokens of its own shard: it computes the
             rows of local queries, and receives the others from the ranks that compute them.
@@ -238,8 +238,9 @@ class StepContext:
         remote = None
         if schedule.moves:
             remote = Queries(layout, schedule.remote[rank])
-            of_queries = ("remote_low", "remote_cos", "remote_sin", "remote_weights")
-            moves |= dict.fromkeys(of_queries, self._fetched(schedule.remote, device))
+            of_queries = ("low", "cos", "sin", "weights", "index")
+            names = [f"remote_{name}" for name in of_queries]
+            moves |= dict.fromkeys(names, self._fetched(schedule.remote, device))
         own = schedule.local[rank]
         self._parts[key] = _Part(
             local=Queries(layout, own),

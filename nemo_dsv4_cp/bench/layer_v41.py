@@ -91,7 +91,8 @@ def build(
     else:
         ContextParallelAttentionV41.adopt(layer, text, options)
         state = _shared_state(case, text, options, group, dtype, device)
-        state.step.plan(layer.kind, device)
+        for kind in (layer.kind, layer.selection_kind):
+            state.step.plan(kind, device)
 
     def forward() -> Output:
         with mock.patch.object(automodels, "torch", _TorchWithoutValues()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank computes which queries of a compressed layer.
+"""Which rank computes which queries of a compressed layer, or selects for which (V4.1).
 
 A query sees the entries of all tokens before it, so with contiguous shards the last rank computes
 the most. Tokens stay with their shard; inside the layer queries move, so that every rank computes
@@ -48,9 +48,25 @@ ATTENTION_PRODUCTS = (2, 5)
 """Products of queries and keys in forward and in backward: the scores are computed again there."""
 
 
+class Cost(Protocol):
+    """What one query costs: the work that balancing evens out, and bytes where it moves."""
+
+    @property
+    def flops_per_entry(self) -> int:
+        """Floating-point operations per visible entry, forward and backward."""
+
+    @property
+    def sent_forward(self) -> int:
+        """Bytes that cross in forward for a query computed elsewhere, there and back."""
+
+    @property
+    def sent_backward(self) -> int:
+        """Bytes of their gradients."""
+
+
 @dataclass(frozen=True)
 class QueryCost:
-    """What one query of a layer costs; bytes cross where another rank computes it.
+    """What one query of a V4 layer costs; bytes cross where another rank computes it.
 
     Attributes:
         flops_per_entry: Floating-point operations per visible entry, forward and backward.
@@ -96,6 +112,55 @@ class QueryCost:
     def sent_backward(self) -> int:
         """Bytes of their gradients."""
         return self.low_rank + self.key + self.output
+
+
+@dataclass(frozen=True)
+class SelectionCost:
+    """What selecting for one query of a V4.1 layer costs; bytes cross where another rank does it.
+
+    Only layers that score all visible entries balance their selection. Attention stays: it reads
+    ``index_topk`` entries for nearly every query.
+
+    Attributes:
+        flops_per_entry: Floating-point operations of scores per visible entry, in forward only.
+        queries: Bytes of its index queries, quantized.
+        index_weights: Of its index heads' weights, in bfloat16 as all activations.
+        selected: Of the top-k indices that return, int32; fewer where a row has fewer entries.
+        candidates: Of the candidate blocks that return, int32; 0 in layers that choose none.
+    """
+
+    flops_per_entry: int
+    queries: int
+    index_weights: int
+    selected: int
+    candidates: int
+
+    @classmethod
+    def of(cls, sizes: Any, *, head_bytes: int, chooses_candidates: bool) -> SelectionCost:
+        """Return the cost in a layer of a model.
+
+        Args:
+            sizes: Fields of V4.1's text config.
+            head_bytes: Of the index query of one head, as it is sent.
+            chooses_candidates: Whether the layer is the one of ``candidate_source_layer_id``.
+        """
+        return cls(
+            flops_per_entry=2 * sizes.index_n_heads * sizes.index_head_dim,
+            queries=sizes.index_n_heads * head_bytes,
+            index_weights=2 * sizes.index_n_heads,
+            selected=4 * sizes.index_topk,
+            candidates=4 * sizes.candidate_topk_blocks if chooses_candidates else 0,
+        )
+
+    @property
+    def sent_forward(self) -> int:
+        """Bytes that cross for a query that another rank selects for, both ways."""
+        return self.queries + self.index_weights + self.selected + self.candidates
+
+    @property
+    def sent_backward(self) -> int:
+        """None: integers take no gradient."""
+        return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,14 +217,19 @@ class Schedules:
         if balance != "off" and layout.cp_size > 1 and layout.local_len > 1:
             self._move = balanced(layout)
 
-    def of(self, ratio: int, cost: QueryCost) -> Schedule:
-        """Return the schedule of layers of a compress ratio, whose queries cost so much."""
-        if not ratio or self._move is None:
+    def of(self, ratio: int, cost: Cost | None) -> Schedule:
+        """Return the schedule of layers of a compress ratio.
+
+        Args:
+            ratio: Compress ratio; without compression, queries stay.
+            cost: What a query costs; None where queries stay.
+        """
+        if not ratio or cost is None or self._move is None:
             return self._stay
         pays = self._balance == "on" or self._pays(self._move, ratio, cost)
         return self._move if pays else self._stay
 
-    def _pays(self, move: Schedule, ratio: int, cost: QueryCost) -> bool:
+    def _pays(self, move: Schedule, ratio: int, cost: Cost) -> bool:
         layout, rates = self._layout, self._rates
         stays, moves = (max(entries_seen(layout, s, ratio)) for s in (self._stay, move))
         moved = max(sum(map(len, runs)) for runs in move.remote) * layout.rows
