@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -33,6 +33,24 @@ Rows = list[list[int]]
 """Lengths of the documents of each row."""
 
 VOCABULARY = 97
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """One rank's part of a step.
+
+    Attributes:
+        logits: Of its tokens.
+        gradients: Its part of them, by parameter.
+        chosen: Top-k indices and candidates of its tokens, layer by layer as they were selected.
+        scored: By compress ratio, how many entries it scored where all visible ones are.
+    """
+
+    logits: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+    chosen: list[torch.Tensor]
+    scored: dict[int, int]
+
 
 SIZES: dict[str, Any] = dict(
     vocab_size=VOCABULARY,
@@ -168,11 +186,7 @@ def model_job(
             reference, lambda: loss_of(reference(**whole).logits, labels).backward()
         )
 
-    if recompute:
-        selective = recompute == "selective"
-        saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
-        for name, block in mine.model.layers.items():
-            mine.model.layers[name].forward = _recomputing(block.forward, saving)
+    _checkpoint(mine, recompute)
     local, places = dict(batch), None
     if size > 1 or packed:
         sharder = mine.prepare_model_inputs_for_cp(batch)["cp_sharder"]
@@ -203,8 +217,68 @@ def model_job(
     ]
 
 
+def balance_job(
+    group: dist.ProcessGroup,
+    rank: int,
+    documents: Rows | list[int],
+    options: dict[str, Any],
+    recompute: bool | str = False,
+) -> list[Trained]:
+    """Train a quantised model for a step, with ``balance: off`` and then with ``on``."""
+    return [
+        _trained(group, documents, options | {"balance": balance}, recompute)
+        for balance in ("off", "on")
+    ]
+
+
+def _trained(
+    group: dist.ProcessGroup,
+    documents: Rows | list[int],
+    options: dict[str, Any],
+    recompute: bool | str,
+) -> Trained:
+    config = tiny_config(options, engram_layer_ids=[], engram_num_embeddings=[])
+    model = DeepseekV41ContextParallelForCausalLM(config, backend=cpu_backend())
+    randomise(model, 0)
+    _checkpoint(model.train(), recompute)
+    batch = (packed_rows if isinstance(documents[0], list) else unpacked_rows)(documents, 1)
+    sharder = model.prepare_model_inputs_for_cp(batch)["cp_sharder"]
+    _, local, _ = sharder.shard_batch(GroupMesh(group), None, batch)
+    targets = local.pop("labels")
+    chosen: list[torch.Tensor] = []
+    scored: dict[int, int] = {}
+    layer = ContextParallelAttentionV41
+    select, select_for = layer._select, layer._select_for
+
+    def noting(attention: Any, *args: Any) -> list[torch.Tensor]:
+        made = select(attention, *args)
+        chosen.extend(made)
+        return made
+
+    def counting(attention: Any, queries: Any, state: Any) -> list[torch.Tensor]:
+        plan, (rows, count) = queries.plan, queries.q_BLIF.shape[:2]
+        seen = plan.entries_seen(slice(0, count), batch=rows)
+        if not attention.indexer.uses_candidates:
+            scored[plan.ratio] = scored.get(plan.ratio, 0) + seen
+        return select_for(attention, queries, state)
+
+    with patch.object(layer, "_select", noting), patch.object(layer, "_select_for", counting):
+        logits = model(**local).logits
+        cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    gradients = {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+    return Trained(logits.detach(), gradients, chosen, scored)
+
+
 def attention_chain_job(
-    group: dist.ProcessGroup, rank: int, documents: Rows, seed: int = 0
+    group: dist.ProcessGroup,
+    rank: int,
+    documents: Rows,
+    options: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Every attention layer on hidden states of its own, keys quantised, against AutoModel's.
 
@@ -212,7 +286,8 @@ def attention_chain_job(
         The largest difference of outputs, and the share that differs of entries and index keys
         (bit by bit) and of the entries that queries select.
     """
-    config, size = tiny_config({}).text_config, dist.get_world_size(group)
+    whole_config, size = tiny_config(options or {}), dist.get_world_size(group)
+    config = whole_config.text_config
     torch.manual_seed(seed)
     batch = packed_rows(documents, seed)
     sharder = partial(shard_cp_batch, pad_multiple=2, packed_alignment=2)
@@ -230,9 +305,10 @@ def attention_chain_job(
 
     for layer in range(config.num_hidden_layers):
         reference = automodels.DeepseekV41Attention(config, layer, cpu_backend())
-        ours = ContextParallelAttentionV41(config, layer, cpu_backend())
+        ours = automodels.DeepseekV41Attention(config, layer, cpu_backend())
         randomise(reference, seed + layer)
         ours.load_state_dict(reference.state_dict())
+        ContextParallelAttentionV41.adopt(ours, config, whole_config.context_parallel)
         hidden = pad(torch.randn(*whole["input_ids"].shape, config.hidden_size), (0, 0, 0, padding))
         expected = reference(
             hidden[:, : hidden.shape[1] - padding],
@@ -271,6 +347,16 @@ def _as_sets(selected: torch.Tensor) -> torch.Tensor:
     marks.scatter_(-1, selected.long().masked_fill(selected < 0, 256), True)
     marks[..., 256] = False
     return marks
+
+
+def _checkpoint(model: Any, recompute: bool | str) -> None:
+    """Checkpoint a model's blocks, by AutoModel's policy if ``recompute`` is "selective"."""
+    if not recompute:
+        return
+    selective = recompute == "selective"
+    saving = {"context_fn": make_selective_checkpoint_context_fn()} if selective else {}
+    for name, block in model.model.layers.items():
+        model.model.layers[name].forward = _recomputing(block.forward, saving)
 
 
 def _recomputing(forward: Any, saving: dict[str, Any]) -> Any:

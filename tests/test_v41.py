@@ -11,7 +11,8 @@ from tests.parity import assert_parity, cpu_backend, randomise
 
 pytest.importorskip("nemo_automodel.components.models.deepseek_v41")
 from nemo_dsv4_cp.model_v41 import DeepseekV41ContextParallelForCausalLM
-from tests.parity_v41 import attention_chain_job, model_job, tiny_config
+from tests.exchange.late import late_job
+from tests.parity_v41 import attention_chain_job, balance_job, model_job, tiny_config
 
 SLOW = pytest.mark.slow
 
@@ -49,13 +50,64 @@ def test_selective_checkpointing_hands_out_what_it_saved(ranks, size):
     assert_parity(ranks.run(model_job, size, [[1, 30, 7, 24], [55, 4]], {}, 0, "selective"))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_quantised_keys_and_choices_are_automodels(ranks, size):
+@pytest.mark.parametrize(("size", "balance"), [(1, "off"), (2, "on"), (3, "off"), (3, "on")])
+def test_quantised_keys_and_choices_are_automodels(ranks, size, balance):
     documents = [[1, 30, 7, 24], [55, 4], [64]]
-    for found in ranks.run(attention_chain_job, size, documents):
+    for found in ranks.run(attention_chain_job, size, documents, {"balance": balance}):
         assert found["outputs"] < 1e-5
         # Bit by bit: the matrix products of a token are the same whatever rows surround it.
         assert found["entries"] == found["index keys"] == found["selected"] == 0
+
+
+ONE_DOCUMENT, DOCUMENTS = [64, 61], [[1, 30, 7, 90], [9, 119]]
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "options", "recompute"),
+    [
+        (2, ONE_DOCUMENT, {"transport": "all_gather"}, False),
+        (3, ONE_DOCUMENT, {}, True),
+        (3, DOCUMENTS, {"keep_index_choice": False}, True),
+        (4, DOCUMENTS, {"overlap": False}, "selective"),
+    ],
+)
+def test_a_step_is_the_same_bit_by_bit_whoever_selects(ranks, size, rows, options, recompute):
+    for off, on in ranks.run(balance_job, size, rows, options, recompute):
+        assert torch.equal(on.logits, off.logits)
+        assert len(on.chosen) == len(off.chosen)
+        assert all(map(torch.equal, on.chosen, off.chosen))
+        assert on.gradients.keys() == off.gradients.keys()
+        for name, gradient in off.gradients.items():
+            assert torch.equal(on.gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_moved_is_kept_for_the_recomputation(ranks, keep):
+    sources = 5 + 1  # one returns candidates, too
+    for trained in ranks.run(balance_job, 2, [40], {"keep_index_choice": keep}, True):
+        assert {len(each.chosen) for each in trained} == {sources * (1 if keep else 2)}
+
+
+@pytest.mark.parametrize(("rows", "at_most"), [([256, 250], 1.01), ([[100, 7, 149], [256]], 1.06)])
+def test_ranks_score_about_as_many_entries(ranks, rows, at_most):
+    def largest_over_mean(trained, ratio):
+        scored = [each.scored[ratio] for each in trained]
+        return max(scored) * len(scored) / sum(scored)
+
+    off, on = zip(*ranks.run(balance_job, 4, rows, {}), strict=True)
+    for ratio in (1, 2):
+        assert largest_over_mean(off, ratio) > 1.25
+        assert largest_over_mean(on, ratio) < at_most
+        assert sum(each.scored[ratio] for each in on) == sum(each.scored[ratio] for each in off)
+
+
+@pytest.mark.parametrize("transport", ["all_gather", "boundary"])
+def test_layers_that_select_for_others_read_nothing_that_may_not_be_there(ranks, transport):
+    options = {"balance": "on", "transport": transport}
+    documents = [[1, 30, 7, 24], [55, 4]]
+    for found in ranks.run(late_job, 3, attention_chain_job, "wait", documents, options):
+        assert found["outputs"] < 1e-5
+        assert found["selected"] == 0
 
 
 OF_OTHER_RATIOS = {
@@ -114,6 +166,7 @@ SOURCES = st.sampled_from(
     ),
     engram=st.booleans(),
     transport=st.sampled_from(["boundary", "all_gather"]),
+    balance=st.sampled_from(["on", "on", "off"]),
     overlap=st.booleans(),
     recompute=st.sampled_from([False, True, "selective"]),
     keep=st.booleans(),
@@ -124,11 +177,12 @@ SOURCES = st.sampled_from(
     seed=st.integers(0, 99),
 )
 def test_any_model_equals_automodels(
-    ranks, size, sources, documents, engram, transport, overlap, recompute, keep, window, topk,
-    blocks, block, seed,
+    ranks, size, sources, documents, engram, transport, balance, overlap, recompute, keep, window,
+    topk, blocks, block, seed,
 ):  # fmt: skip
     ratios, kv_sources, index_sources, candidates = sources
     options = {"transport": transport, "overlap": overlap, "keep_index_choice": keep}
+    options |= {"balance": balance}
     changes = {
         "compress_ratios": ratios,
         "num_hidden_layers": len(ratios),
@@ -158,11 +212,6 @@ def changed_job(group, rank, documents, options, seed, recompute, changes):
 def test_candidates_of_entries_that_are_replaced_are_refused():
     with pytest.raises(ValueError, match="candidate_source_layer_id=1 is followed by layer 3"):
         tiny_config({}, candidate_source_layer_id=1)
-
-
-def test_balancing_is_refused():
-    with pytest.raises(ValueError, match="balance=on is not supported"):
-        tiny_config({"balance": "on"})
 
 
 ROWS = torch.full((2, 8), 5)

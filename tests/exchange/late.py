@@ -73,3 +73,12 @@ def late_collectives(reads: str) -> Iterator[list[Late]]:
         ),
     ):
         yield started
+
+
+def late_job(group, rank, job, reads, *arguments):
+    """Run a job over late collectives, each of which must be waited for once."""
+    with late_collectives(reads) as started:
+        found = job(group, rank, *arguments)
+    assert started
+    assert [work.waits for work in started] == [1] * len(started)
+    return found

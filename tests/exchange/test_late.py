@@ -4,21 +4,12 @@
 import pytest
 import torch
 
-from tests.exchange.late import late_collectives
+from tests.exchange.late import late_job
 from tests.exchange.test_collectives import gather_job
 from tests.packed_parity import packed_attention_job
 from tests.parity import assert_parity, attention_job
 
 DOCUMENTS = [[1, 300, 3, 130, 4, 129], [513, 54]]
-
-
-def late_job(group, rank, job, reads, *arguments):
-    """Run a job over late collectives, each of which must be waited for once."""
-    with late_collectives(reads) as started:
-        found = job(group, rank, *arguments)
-    assert started
-    assert [work.waits for work in started] == [1] * len(started)
-    return found
 
 
 LAYERS = [

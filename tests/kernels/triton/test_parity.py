@@ -39,7 +39,7 @@ def test_a_model_of_deepseek_v41_equals_automodels_at_one_rank(ranks, documents)
     pytest.importorskip("nemo_automodel.components.models.deepseek_v41")
     from tests.parity_v41 import model_job as v41_job
 
-    assert_parity(ranks.run(v41_job, 2, documents, {"kernels": "triton"}))
+    assert_parity(ranks.run(v41_job, 2, documents, OPTIONS))
 
 
 def test_verification_passes_them(tmp_path):
