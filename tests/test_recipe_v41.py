@@ -28,7 +28,8 @@ def launch(tmp_path_factory, launcher):
     def run(name: str, *, steps: int = 3, processes: int = 2, **changes) -> Training:
         """Train the tiny recipe with sections changed."""
         recipe = compose("tiny_v41_cpu", [f"step_scheduler.max_steps={steps}"]).fields
-        recipe["dataset"]["seq_length"] = 301
+        recipe["dataset"]["seq_length"] = 301  # too short for `auto` to balance
+        recipe["model"]["config"]["context_parallel"]["balance"] = "on"
         return launcher.train(tmp_path_factory.mktemp(name), recipe, processes, changes)
 
     return run
@@ -143,6 +144,7 @@ def test_sizes_that_v41_cannot_train_with_are_refused(launch, sizes, processes, 
 def test_the_first_step_logs_what_the_plugin_does_once(cut):
     (block,) = (cut.directory / "log").read_text().split("Context parallelism (nemo-dsv4-cp")[1:]
     assert "- cp_size: 2" in block
+    assert "- load balancing (on): top-k selection of layers 1, 3" in block
     assert "rows of 301 padded to 304 tokens (shards: multiple of 2)" in block
 
 

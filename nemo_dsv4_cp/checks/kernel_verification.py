@@ -50,9 +50,9 @@ def verify_kernels(
     documents of odd lengths, some without a single entry, then two runs of these rows' queries, as
     load balancing makes them. Ratio 0 is always verified, because MTP layers may have it.
 
-    Of V4.1, attention and each way in which its layers select are compared: it moves no queries,
-    and rotates keys without kernels. Its rows are longer if candidates would otherwise hold more
-    than half of the entries.
+    Of V4.1, attention and each way in which its layers select are compared, and for two runs the
+    latter alone: it rotates keys without kernels, and moves no queries of attention. Its rows are
+    longer if candidates would otherwise hold more than half of the entries.
 
     Differences are relative to the largest entry; of top-k selection, the share of indices that
     differ. In float32 they may be what the package allows everywhere; in a shorter type, twice what
@@ -94,12 +94,11 @@ def verify_kernels(
     )
     for ratio in ratios:
         yield from compared.layer(f"packed, ratio {ratio}: ", Queries.own(packed), ratio)
-    if v41:
-        return
     half = shard // 2
     runs = (range(row // 2, row // 2 + half), range(row - half, row))
+    compare = compared.shared_selections if v41 else compared.layer
     for ratio in filter(None, ratios):
-        yield from compared.layer(f"two runs, ratio {ratio}: ", Queries(packed, runs), ratio)
+        yield from compare(f"two runs, ratio {ratio}: ", Queries(packed, runs), ratio)
 
 
 def _row(sizes: Any) -> int:
@@ -134,7 +133,7 @@ class _Compared:
         plan = AttentionPlan(queries, sizes.sliding_window, ratio)
         selected = None
         if v41:
-            selected = yield from self._shared_selections(prefix, plan)
+            selected = yield from self.shared_selections(prefix, queries, ratio)
         elif ratio == OVERLAP_RATIO:
             selected = yield from self._selection(prefix, plan)
 
@@ -161,11 +160,12 @@ class _Compared:
         yield Difference(f"{prefix}top-k selection", _share(mine, selected), 0.0)
         return selected
 
-    def _shared_selections(
-        self, prefix: str, plan: AttentionPlan
+    def shared_selections(
+        self, prefix: str, queries: Queries, ratio: int
     ) -> Generator[Difference, None, torch.Tensor | None]:
         """Compare the ways in which V4.1's layers of a ratio select; return what one selected."""
-        kinds = {how for ratio, how in layers_of(self.sizes) if ratio == plan.ratio}
+        plan = AttentionPlan(queries, self.sizes.sliding_window, ratio)
+        kinds = {how for of_layer, how in layers_of(self.sizes) if of_layer == ratio}
         both = (self.reference, self.kernels)
         selected: torch.Tensor | None = None
         candidates: list[torch.Tensor | None] = [None, None]

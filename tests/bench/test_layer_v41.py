@@ -6,11 +6,14 @@ from functools import cache
 import pytest
 import torch
 
+from nemo_dsv4_cp import DeepseekV41ContextParallelConfig
 from nemo_dsv4_cp.attention.layer_v41 import SharedState
 from nemo_dsv4_cp.bench.layer_v41 import cases
-from nemo_dsv4_cp.bench.profiling import Profiler, fake_rank, profile
+from nemo_dsv4_cp.bench.profiling import Profiler, count_flops, fake_rank, profile
 from nemo_dsv4_cp.exchange.collectives import all_gather_metadata
+from nemo_dsv4_cp.kernels.reference.cache_formats import MXFP4
 from nemo_dsv4_cp.options import ContextParallelOptions
+from nemo_dsv4_cp.sequence.schedule import SelectionCost
 
 GIB = 1 << 30
 AT_1M = (1 << 20, 64, 63)
@@ -24,9 +27,12 @@ KINDS = {  # layer: how many of the 40 are alike
 }
 
 
+SELECT_AMONG_ALL = {2, 20}
+
+
 @cache
-def profiled(layer, path="boundary", at=AT_1M, kernels="triton"):
-    (case,) = cases([path], [layer], *at, kernels=kernels)
+def profiled(layer, path="boundary", at=AT_1M, kernels="triton", balance="off"):
+    (case,) = cases([path], [layer], *at, kernels=kernels, balance=balance)
     return profile(case)
 
 
@@ -47,6 +53,8 @@ def received_by_batch():
 @pytest.mark.parametrize("layer", KINDS)
 def test_no_layer_at_a_million_tokens_takes_more_than_11_gib(layer):
     assert profiled(layer).peak_bytes <= 11 * GIB
+    if layer in SELECT_AMONG_ALL:
+        assert profiled(layer, balance="auto").peak_bytes <= 11 * GIB
 
 
 @pytest.mark.slow  # scores of a source take thousands of chunks
@@ -72,6 +80,37 @@ def test_a_step_receives_no_more_than_1000_bytes_per_token_and_remote_rank():
     halos = 40 * 127 * 1024 / 16384 / 63
     assert per_token == pytest.approx(quantized + halos + 4, abs=0.1)  # and document numbers
     assert per_token <= 1000
+
+
+@pytest.mark.parametrize("layer", KINDS)
+def test_balance_moves_what_its_cost_says(layer):
+    config = DeepseekV41ContextParallelConfig().text_config
+    cost = SelectionCost.of(
+        config,
+        head_bytes=MXFP4.bytes_of(config.index_head_dim),
+        chooses_candidates=layer == config.candidate_source_layer_id,
+    )
+    off, on = profiled(layer), profiled(layer, balance="on")
+    moved = 8192 if layer in SELECT_AMONG_ALL else 0
+    assert on.received_forward - off.received_forward == moved * cost.sent_forward
+    assert on.received_backward - off.received_backward == moved * cost.sent_backward == 0
+    if moved:
+        assert profiled(layer, balance="auto").received_forward == on.received_forward
+
+
+@pytest.mark.parametrize("layer", sorted(SELECT_AMONG_ALL))
+def test_balanced_ranks_compute_about_as_much(layer):
+    def computed(rank, balance):
+        options = {"kernels": "triton", "balance": balance}
+        (case,) = cases(["boundary"], [layer], 131072, 8, rank, **options)
+        forward, _ = count_flops(case)
+        return forward
+
+    first, last = (computed(rank, "off") for rank in (0, 7))
+    assert last > 1.5 * first
+    balanced = [computed(rank, "on") for rank in (0, 3, 7)]
+    assert max(balanced) < 1.001 * min(balanced)
+    assert balanced[0] == pytest.approx((first + last) / 2, rel=0.001)
 
 
 @pytest.mark.parametrize(("layer", "received"), [(0, 1025), (2, 1665.5), (20, 2306), (24, 1025)])

@@ -4,6 +4,7 @@
 import random
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import (
     QueryCost,
     Schedules,
+    SelectionCost,
     balanced,
     contiguous,
     entries_seen,
@@ -52,7 +54,7 @@ def test_every_query_is_computed_once_and_every_rank_computes_as_many(data):
     assert sorted(computed) == list(range(layout.seq_len))
 
 
-@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("ratio", [1, 2, 4, 128])
 @pytest.mark.parametrize("cp_size", [8, 64, 5])
 def test_halves_balance_rows_of_one_document(ratio, cp_size):
     layout = SequenceLayout(16384, 0, cp_size)
@@ -74,7 +76,7 @@ def test_packs_of_short_and_long_documents_are_balanced(seed, rows):
         starts.append(row[:-1])
     longest = max(map(len, starts))
     layout = packed([row + [seq_len] * (longest - len(row)) for row in starts], seq_len // 64, 64)
-    for ratio in (4, 128):
+    for ratio in (1, 2, 4, 128):
         assert largest_over_mean(layout, contiguous(layout), ratio) > 1.5
         assert largest_over_mean(layout, balanced(layout), ratio) <= 1.06
     assert max(len(runs) for runs in balanced(layout).remote) <= 16
@@ -106,6 +108,26 @@ def test_auto_decides_by_the_rates_of_the_gpu():
     fast = replace(GPUS["h100"], tflops=GPUS["h100"].tflops * 100)
     assert Schedules(layout, "auto", slow).of(4, cost).moves
     assert not Schedules(layout, "auto", fast).of(4, cost).moves
+
+
+V41_FLASH = SimpleNamespace(
+    index_n_heads=32, index_head_dim=128, index_topk=512, candidate_topk_blocks=2048
+)
+
+
+@pytest.mark.parametrize("chooses", [False, True])
+def test_selecting_for_a_query_costs_what_crosses_both_ways(chooses):
+    cost = SelectionCost.of(V41_FLASH, head_bytes=68, chooses_candidates=chooses)
+    # Index queries and their weights; top-k indices, back to the owner, and candidates.
+    assert cost.sent_forward == 32 * 68 + 32 * 2 + 512 * 4 + (2048 * 4 if chooses else 0)
+    assert (cost.sent_backward, cost.flops_per_entry) == (0, 2 * 32 * 128)
+    short, long = SequenceLayout(512, 0, 8), SequenceLayout(16384, 0, 8)
+    for ratio in (1, 2):
+        moves = [
+            Schedules(each, "auto", GPUS["h100"]).of(ratio, cost).moves for each in (short, long)
+        ]
+        assert moves == [False, True]
+        assert not Schedules(long, "on", GPUS["h100"]).of(ratio, None).moves
 
 
 def test_a_query_costs_what_crosses_for_it():
