@@ -61,9 +61,10 @@ class ContextParallelOptions:
             results there: ``"strict"`` raises, ``"warn"`` logs and trains with them. ``"off"`` runs
             nothing, and ``kernels: auto`` is then TileLang where ``backend.attn`` names it and
             it is installed, and otherwise torch.
-        balance: Load-balance the queries of compressed layers across CP ranks: ``"on"``,
-            ``"off"``, or ``"auto"``, which does so where the time saved exceeds the cost of the
-            transfer. YAML parses on and off as true and false, which mean the same.
+        balance: Load-balance the queries of compressed layers across CP ranks, of V4.1 their top-k
+            selection: ``"on"``, ``"off"``, or ``"auto"``, which does so where the time saved
+            exceeds the cost of the transfer. YAML parses on and off as true and false, which mean
+            the same.
         overlap: Overlap collectives with compute; False waits for each collective at once.
         pad_multiple: Of unpacked rows, a shard's length is padded to a multiple of this: ``"auto"``
             for the LCM that the compress ratios need, or a multiple of that LCM.

@@ -59,36 +59,30 @@ def test_quantised_keys_and_choices_are_automodels(ranks, size, balance):
         assert found["entries"] == found["index keys"] == found["selected"] == 0
 
 
-ONE_DOCUMENT, DOCUMENTS = [64, 61], [[1, 30, 7, 90], [9, 119]]
-
-
 @pytest.mark.parametrize(
     ("size", "rows", "options", "recompute"),
     [
-        (2, ONE_DOCUMENT, {"transport": "all_gather"}, False),
-        (3, ONE_DOCUMENT, {}, True),
-        (3, DOCUMENTS, {"keep_index_choice": False}, True),
-        (4, DOCUMENTS, {"overlap": False}, "selective"),
+        (2, [40], {"transport": "all_gather"}, True),
+        (3, [[1, 30, 7, 40]], {"keep_index_choice": False}, True),
+        (4, [[25, 4, 35], [64]], {"overlap": False}, "selective"),
     ],
 )
 def test_a_step_is_the_same_bit_by_bit_whoever_selects(ranks, size, rows, options, recompute):
+    made = 5 + 1  # by five layers, one of which chooses candidates, too
     for off, on in ranks.run(balance_job, size, rows, options, recompute):
         assert torch.equal(on.logits, off.logits)
-        assert len(on.chosen) == len(off.chosen)
+        assert (
+            len(on.chosen)
+            == len(off.chosen)
+            == made * (1 if options.get("keep_index_choice", True) else 2)
+        )
         assert all(map(torch.equal, on.chosen, off.chosen))
         assert on.gradients.keys() == off.gradients.keys()
         for name, gradient in off.gradients.items():
             assert torch.equal(on.gradients[name], gradient), name
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_what_moved_is_kept_for_the_recomputation(ranks, keep):
-    sources = 5 + 1  # one returns candidates, too
-    for trained in ranks.run(balance_job, 2, [40], {"keep_index_choice": keep}, True):
-        assert {len(each.chosen) for each in trained} == {sources * (1 if keep else 2)}
-
-
-@pytest.mark.parametrize(("rows", "at_most"), [([256, 250], 1.01), ([[100, 7, 149], [256]], 1.06)])
+@pytest.mark.parametrize(("rows", "at_most"), [([128], 1.01), ([[100, 28]], 1.1)])
 def test_ranks_score_about_as_many_entries(ranks, rows, at_most):
     def largest_over_mean(trained, ratio):
         scored = [each.scored[ratio] for each in trained]
@@ -96,7 +90,7 @@ def test_ranks_score_about_as_many_entries(ranks, rows, at_most):
 
     off, on = zip(*ranks.run(balance_job, 4, rows, {}), strict=True)
     for ratio in (1, 2):
-        assert largest_over_mean(off, ratio) > 1.25
+        assert largest_over_mean(off, ratio) > 1.4
         assert largest_over_mean(on, ratio) < at_most
         assert sum(each.scored[ratio] for each in on) == sum(each.scored[ratio] for each in off)
 

@@ -223,6 +223,7 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
             state = replace(state, ratio=self.compress_ratio, index_keys_BPF=index_keys.wait())
         if queries is not None:
             kept = self._select(queries, state)
+            del queries  # not there too while attention runs
             if self._selections:
                 self._selections.keep(position_ids, kept)
         if kept is not None:

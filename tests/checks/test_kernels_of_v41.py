@@ -13,6 +13,7 @@ from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.automodel import job, patches
 from nemo_dsv4_cp.checks import certificate, kernel_choice
 from nemo_dsv4_cp.checks.certificate import Certificate
+from nemo_dsv4_cp.checks.consistency import settings_of
 from nemo_dsv4_cp.checks.kernel_verification import verify_kernels
 from nemo_dsv4_cp.checks.model_layers import layers_of
 from nemo_dsv4_cp.checks.operation_timing import time_operations
@@ -153,3 +154,4 @@ def test_on_gpus_every_layer_takes_the_kernels_that_the_job_chose(monkeypatch):
     assert sizes["head_dim"] == config.text_config.head_dim
     layers = [m for m in model.modules() if isinstance(m, ContextParallelAttentionV41)]
     assert layers and {layer.kernels_name for layer in layers} == {"another"}
+    assert "321 TFLOP/s" in settings_of(model)["context_parallel.balance"]

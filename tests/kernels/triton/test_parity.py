@@ -2,6 +2,7 @@
 """A whole model through the Triton kernels against AutoModel's own at one rank."""
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -40,6 +41,16 @@ def test_a_model_of_deepseek_v41_equals_automodels_at_one_rank(ranks, documents)
     from tests.parity_v41 import model_job as v41_job
 
     assert_parity(ranks.run(v41_job, 2, documents, OPTIONS))
+
+
+@pytest.mark.slow
+def test_balanced_selection_of_deepseek_v41_selects_the_same(ranks):
+    pytest.importorskip("nemo_automodel.components.models.deepseek_v41")
+    from tests.parity_v41 import balance_job
+
+    for off, on in ranks.run(balance_job, 2, [[1, 30, 7, 24]], {"kernels": "triton"}):
+        assert all(map(torch.equal, on.chosen, off.chosen))
+        torch.testing.assert_close(on.logits, off.logits, rtol=0, atol=0)
 
 
 def test_verification_passes_them(tmp_path):
