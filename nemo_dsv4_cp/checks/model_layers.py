@@ -45,10 +45,11 @@ def layers_of(sizes: Any) -> Counter[tuple[int, str | None]]:
     that do not select, and for V4, whose ratio decides it.
     """
     ratios = sizes.compress_ratios[: sizes.num_hidden_layers]
-    return Counter((ratio, _selects(sizes, layer)) for layer, ratio in enumerate(ratios))
+    return Counter((ratio, selects(sizes, layer)) for layer, ratio in enumerate(ratios))
 
 
-def _selects(sizes: Any, layer: int) -> str | None:
+def selects(sizes: Any, layer: int) -> str | None:
+    """Return how a layer of V4.1 selects, as :func:`layers_of` names it."""
     if not is_v41(sizes) or layer not in sizes.index_source_layer_ids:
         return None
     chooser = sizes.candidate_source_layer_id  # -1 without

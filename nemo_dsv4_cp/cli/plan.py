@@ -20,12 +20,12 @@ from rich.table import Table
 
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Certificate
-from nemo_dsv4_cp.checks.model_layers import SIZES
+from nemo_dsv4_cp.checks.model_layers import SIZES, SIZES_V41
 from nemo_dsv4_cp.cli.output import check_outputs, emit, quiet, two_plots, warn
 from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Plan, Request, Row
-from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
+from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, ModelSizesV41, is_v41, read_model_fields
 from nemo_dsv4_cp.tools.step_time import Time
 
 _IN_HEADERS = {"boundary": "boun-\ndary", "all_gather": "all_\ngather", "automodel": "auto-\nmodel"}
@@ -41,7 +41,9 @@ _GPU_OPTIONS = {
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="v4_flash, v4_pro, a config.json, a recipe or a model of the hub."),
+        typer.Argument(
+            help="v4_flash, v4_pro, v41_flash, a config.json, a recipe or a model of the hub."
+        ),
     ],
     seq_len: Annotated[int, typer.Option(help="Tokens in a row, before padding.", min=1)],
     ranks: Annotated[int, typer.Option(help="Number of GPUs.", min=1)] = 8,
@@ -108,7 +110,7 @@ def plan(
         )
     check_outputs(json_=json_, plot=plot)
     try:
-        fields = read_model_fields(model, warn)
+        fields = read_model_fields(model, warn, v41=True)
     except ValueError as error:  # names the model
         raise typer.BadParameter(str(error)) from error
     try:
@@ -151,9 +153,10 @@ def _gpu(name: str, **given: float | None) -> Gpu:
 
 def _certificate_here(gpu: str, fields: Mapping[str, Any]) -> Certificate | None:
     """Return what kernels were certified for the model, if this machine has the planned GPU."""
-    if known_gpu() is not GPUS[gpu] or any(fields.get(name) is None for name in SIZES):
+    of_text, names = fields.get("text_config") or fields, SIZES_V41 if is_v41(fields) else SIZES
+    if known_gpu() is not GPUS[gpu] or any(of_text.get(name) is None for name in names):
         return None
-    return certificate.fastest_on_disk(SimpleNamespace(**fields))
+    return certificate.fastest_on_disk(SimpleNamespace(**of_text))
 
 
 def _print(model: str, made: Plan, measured: Certificate | None) -> None:
@@ -170,9 +173,11 @@ def _print(model: str, made: Plan, measured: Certificate | None) -> None:
         "GiB of one rank"
     )
     console.print(_memory(made))
+    v41 = isinstance(request.sizes, ModelSizesV41)
+    carried = ", and what other layers hand on" if v41 else ""
     legend(
         "recv: received in a step, all layers, forward and backward. attn: peak of the worst "
-        f"layer's attention. need: attn, one checkpointed input per layer, and --reserved "
+        f"layer's attention{carried}. need: attn, one checkpointed input per layer, and --reserved "
         f"{request.reserved:g}."
     )
     console.print(_time(made))
@@ -183,6 +188,8 @@ def _print(model: str, made: Plan, measured: Certificate | None) -> None:
     )
     detailed = next((row for row in made.rows if row.cp_size == made.fastest), made.rows[-1])
     console.print(_layers(detailed))
+    if v41:
+        legend(_of_v41(detailed))
     legend(_assumed(request.gpu))
     if measured is not None:
         legend(f"The rate of attention and index scores was measured here, of {measured.kernels}.")
@@ -248,15 +255,31 @@ def _time(made: Plan) -> Table:
 
 
 def _layers(row: Row) -> Table:
-    headers = [f"cp_size {row.cp_size}\nratio", "layers"]
+    named = any(each.name != str(each.ratio) for each in row.staying.step.layers)
+    headers = [f"cp_size {row.cp_size}\n{'kind' if named else 'ratio'}", "layers"]
     for sharing in (row.staying, row.moving):
         headers += [f"balance {sharing.balance}\ncomputes", "waits", "without\noverlap"]
     table = _table(headers)
     steps = (row.staying.step, row.moving.step)
     for each in zip(*(step.layers for step in steps), strict=True):
-        table.add_row(str(each[0].ratio), str(each[0].layers), *_milliseconds(each, digits=1))
+        table.add_row(each[0].name, str(each[0].layers), *_milliseconds(each, digits=1))
     table.add_row("step", "", *_milliseconds(steps, digits=0))
     return table
+
+
+def _of_v41(row: Row) -> str:
+    """Return what the kinds of layers are, and what balancing does."""
+    moved = ", ".join(map(str, row.moving.moved_layers))
+    does = "moves nothing"
+    if moved:
+        does = (
+            f"lets other ranks select the entries for half of each rank's queries in layers {moved}"
+        )
+    return (
+        "kind: the compress ratio; source: makes entries and selects, select: selects, inside: "
+        "selects inside candidates, reuse: attends to what was selected. step: with the head and "
+        f"the Engram layers. balance {row.moving.balance} {does}; attention stays."
+    )
 
 
 def _milliseconds(times: Sequence[Time], *, digits: int) -> list[str]:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one layer of a rank computes, receives and holds: its products, collectives and tensors.
+"""What one layer of a rank computes and receives: its products and its collectives.
 
 ``plan`` adds these up, and tests compare them with what ``bench`` profiles. Products count the
-keys that a query sees, and padding at the end of a row. Rows hold one document. Left out, since
+keys that a query sees, and padding at the end of a row; in V4.1, a layer that selects inside
+candidates scores these alone, as the Triton kernels do. Rows hold one document. Left out, since
 they are small or bound by memory: norms, rotary, pooling, top-k, hyper-connections and the router.
 """
 
-# B batch rows   S global tokens, padded   L local tokens (S / R)   R CP ranks   W sliding window
-# N attention heads   D head_dim   E hidden size   r compress ratio   C queries of a chunk
-# P compressed entries (S / r)   K selected entries   T raw keys that a rank addresses
-# A query rank (q_lora_rank)   G output groups times their rank   I index heads   F index width
+# B batch rows   S global tokens, padded   L local tokens (S / R)   R CP ranks   D head_dim
 
 from __future__ import annotations
 
@@ -18,12 +16,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from nemo_dsv4_cp.kernels.reference.workspace import AttentionScratch, chunk_rows
-from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout, entries_seen
+from nemo_dsv4_cp.kernels.operations import CANDIDATES, INSIDE
+from nemo_dsv4_cp.kernels.reference.cache_formats import MXFP4, NVFP4
+from nemo_dsv4_cp.sequence.layout import SequenceLayout, entries_seen
 from nemo_dsv4_cp.sequence.plan import halo
 from nemo_dsv4_cp.sequence.queries import Runs
-from nemo_dsv4_cp.sequence.schedule import ATTENTION_PRODUCTS, QueryCost, Schedule
-from nemo_dsv4_cp.tools.sizes import ModelSizes
+from nemo_dsv4_cp.sequence.schedule import (
+    ATTENTION_PRODUCTS,
+    Cost,
+    QueryCost,
+    Schedule,
+    SelectionCost,
+)
+from nemo_dsv4_cp.tools.layers import Layer
+from nemo_dsv4_cp.tools.sizes import ModelSizes, ModelSizesV41
 
 AUTOMODEL = "automodel"
 """Name of AutoModel's own path, beside those of transports."""
@@ -39,7 +45,9 @@ PASSES: tuple[Pass, ...] = ("forward", "repeated", "backward")
 Stage = Literal["shard", "index_queries", "project", "select", "attend"]
 """What computes a product: the shard's tokens, or for some queries a function of the layer."""
 
-_BF16, _FP32, _INT32 = 2, 4, 4
+Rate = Literal["products", "float32", "kernels"]
+
+BF16, FP32, INT32, INT64 = 2, 4, 4, 8
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Operation:
 
     name: str
     stage: Stage
-    rate: Literal["products", "float32", "kernels"]
+    rate: Rate
     forward: int
     backward: int = 0
 
@@ -76,31 +84,33 @@ def _linear(
     name: str,
     stage: Stage,
     multiply_adds: int,
-    rate: Literal["products", "float32"] = "products",
+    rate: Rate = "products",
 ) -> Operation:
     """A product with weights: gradients of its input and of its weights in backward."""
     return Operation(name, stage, rate, multiply_adds, 2 * multiply_adds)
 
 
-def _at_most(end: int, ratio: int, limit: int) -> int:
+def _at_most(end: int, ratio: int, limit: int | None) -> int:
     """Return the entries that queries 0 .. end-1 see, at most ``limit`` each."""
+    if limit is None:
+        return entries_seen(range(end), ratio)
     reached = min(end, max(limit * ratio - 1, 0))
     return entries_seen(range(reached), ratio) + (end - reached) * limit
 
 
-def _seen(runs: Runs, ratio: int, limit: int) -> int:
+def _seen(runs: Runs, ratio: int, limit: int | None) -> int:
     """Return the entries that the queries in ``runs`` see, at most ``limit`` each."""
+    if not ratio:
+        return 0
     return sum(_at_most(run.stop, ratio, limit) - _at_most(run.start, ratio, limit) for run in runs)
 
 
-def query_operations(sizes: ModelSizes, ratio: int, runs: Runs) -> Operations:
+def query_operations(sizes: ModelSizes, layer: Layer, runs: Runs) -> Operations:
     """Return what the queries at the positions in ``runs`` take, wherever they are computed."""
     s, queries = sizes, sum(map(len, runs))
-    per_head, index_width = s.num_attention_heads * s.head_dim, s.index_n_heads * s.index_head_dim
-    visible = sum(entries_seen(run, ratio) for run in runs) if ratio else 0
-    selects = ratio == OVERLAP_RATIO
-    attended = _seen(runs, ratio, s.index_topk) if selects else visible
-    keys = (_seen(runs, 1, s.sliding_window) + attended) * per_head
+    per_head = s.num_attention_heads * s.head_dim
+    limit = s.index_topk if layer.attends_to_selected else None
+    keys = (_seen(runs, 1, s.sliding_window) + _seen(runs, layer.ratio, limit)) * per_head
     forward, backward = ATTENTION_PRODUCTS
     operations = (
         _linear("wq_b", "project", queries * s.q_lora_rank * per_head),
@@ -111,22 +121,54 @@ def query_operations(sizes: ModelSizes, ratio: int, runs: Runs) -> Operations:
             queries * s.o_lora_rank * (per_head + s.o_groups * s.hidden_size),
         ),
     )
-    if not selects:
+    if not layer.selects:
         return operations
-    projected = queries * s.q_lora_rank * index_width
+    projected = queries * s.q_lora_rank * s.index_n_heads * s.index_head_dim
     return (
         *operations,
         Operation("indexer.wq_b", "index_queries", "products", projected),
-        Operation("index scores", "select", "kernels", visible * index_width),
+        _scores(sizes, layer, runs),
     )
 
 
-def _features(ratio: int) -> int:
+def _scores(sizes: ModelSizes, layer: Layer, runs: Runs) -> Operation:
+    """Return the scores of the entries among which a layer selects for the queries in ``runs``."""
+    limit = None
+    if isinstance(sizes, ModelSizesV41) and layer.selects == INSIDE:
+        limit = sizes.candidate_topk_blocks * sizes.candidate_block_size
+    scored = _seen(runs, layer.ratio, limit) * sizes.index_n_heads * sizes.index_head_dim
+    return Operation("index scores", "select", "kernels", scored)
+
+
+def operations_of_queries(
+    sizes: ModelSizes, layer: Layer, schedule: Schedule, shape: Shape, rank: int
+) -> dict[str, Operations]:
+    """Return what a rank computes for ``"local"`` and for ``"remote"`` queries."""
+    local, remote = schedule.local[rank], schedule.remote[rank]
+    if not layer.shares:
+        return {
+            "local": query_operations(sizes, layer, local),
+            "remote": query_operations(sizes, layer, remote),
+        }
+    # V4.1 moves nothing but top-k selection.
+    own = query_operations(sizes, layer, (shape.layout.shard(rank),))
+    if not schedule.moves:
+        return {"local": own, "remote": ()}
+    stays = (each for each in own if each.stage != "select")
+    return {
+        "local": (*stays, _scores(sizes, layer, local)),
+        "remote": (_scores(sizes, layer, remote),),
+    }
+
+
+def features_of(layer: Layer) -> int:
     """Return the features [D] of a token: values and gates, of two windows where they overlap."""
-    return 0 if not ratio else 4 if ratio == OVERLAP_RATIO else 2
+    if not layer.makes_entries or layer.ratio == 1:  # of one token there is nothing to weigh
+        return int(layer.makes_entries)
+    return 4 if layer.overlaps else 2
 
 
-def shard_operations(sizes: ModelSizes, ratio: int, tokens: int) -> Operations:
+def shard_operations(sizes: ModelSizes, layer: Layer, tokens: int) -> Operations:
     """Return what the ``tokens`` of a shard take, which no other rank computes."""
     s, hidden = sizes, tokens * sizes.hidden_size
     experts = (s.num_experts_per_tok + s.n_shared_experts) * 3 * s.moe_intermediate_size
@@ -134,15 +176,19 @@ def shard_operations(sizes: ModelSizes, ratio: int, tokens: int) -> Operations:
         _linear("wq_a and wkv", "shard", hidden * (s.q_lora_rank + s.head_dim)),
         _linear("experts", "shard", hidden * experts),
     ]
-    if ratio:
-        pooled = hidden * _features(ratio) * s.head_dim
-        operations.append(_linear("compressor", "shard", pooled, "float32"))
-    if ratio == OVERLAP_RATIO:
-        pooled = hidden * _features(ratio) * s.index_head_dim
-        operations += [
-            Operation("indexer.compressor", "shard", "float32", pooled),
-            Operation("indexer.weights_proj", "shard", "products", hidden * s.index_n_heads),
-        ]
+    if layer.makes_entries:
+        pooled = hidden * features_of(layer) * s.head_dim
+        rate: Rate = "products" if layer.ratio == 1 else "float32"
+        operations.append(_linear("compressor", "shard", pooled, rate))
+    if layer.overlaps:
+        pooled = hidden * features_of(layer) * s.index_head_dim
+        operations.append(Operation("indexer.compressor", "shard", "float32", pooled))
+    elif layer.makes_entries and layer.selects:
+        keys = tokens // layer.ratio * s.head_dim * s.index_head_dim
+        operations.append(Operation("indexer.wk", "shard", "products", keys))
+    if layer.selects:
+        weights = hidden * s.index_n_heads
+        operations.append(Operation("indexer.weights_proj", "shard", "products", weights))
     return tuple(operations)
 
 
@@ -151,22 +197,38 @@ def head_operation(sizes: ModelSizes, tokens: int) -> Operation:
     return _linear("lm_head", "shard", tokens * sizes.hidden_size * sizes.vocab_size)
 
 
-def work_of_ranks(sizes: ModelSizes, schedules: Mapping[int, Schedule], tokens: int) -> list[int]:
+def engram_operation(sizes: ModelSizes, tokens: int) -> Operation:
+    """Return the products of V4.1's Engram layers, all together, for a shard of ``tokens``.
+
+    One projects what the n-grams of a token look up to a key per stream and a value.
+    """
+    products = 0
+    if isinstance(sizes, ModelSizesV41):
+        found = (sizes.engram_max_ngram_size - 1) * sizes.engram_n_heads * sizes.engram_head_dim
+        made = sizes.hidden_size * (sizes.hc_mult + 1)
+        products = len(sizes.engrams) * tokens * found * made
+    return _linear("engram", "shard", products)
+
+
+def work_of_ranks(
+    sizes: ModelSizes, schedules: Mapping[Layer, Schedule], shape: Shape
+) -> list[int]:
     """Return the multiply-adds of each rank's forward and backward of one row, all layers.
 
-    ``schedules`` are those of each compress ratio, ``tokens`` L.
+    ``schedules`` are those of each kind of layer.
     """
 
     def total(operations: Operations) -> int:
         return sum(operation.total for operation in operations)
 
-    ranks = len(next(iter(schedules.values())).local)
-    works = [head_operation(sizes, tokens).total] * ranks
-    for ratio, layers in Counter(sizes.compress_ratios).items():
-        shard, schedule = total(shard_operations(sizes, ratio, tokens)), schedules[ratio]
-        for rank, runs in enumerate(zip(schedule.local, schedule.remote, strict=True)):
-            queries = sum(total(query_operations(sizes, ratio, each)) for each in runs)
-            works[rank] += layers * (shard + queries)
+    tokens = shape.layout.local_len
+    beside = total((head_operation(sizes, tokens), engram_operation(sizes, tokens)))
+    works = [beside] * shape.ranks
+    for layer, layers in Counter(sizes.layers).items():
+        shard = total(shard_operations(sizes, layer, tokens))
+        for rank in range(shape.ranks):
+            queries = operations_of_queries(sizes, layer, schedules[layer], shape, rank)
+            works[rank] += layers * (shard + sum(map(total, queries.values())))
     return works
 
 
@@ -197,6 +259,15 @@ class Shape:
         """B S, tokens of all ranks."""
         return self.batch * self.layout.seq_len
 
+    @property
+    def remote_tokens(self) -> int:
+        """Tokens of the other ranks."""
+        return self.row_tokens - self.tokens
+
+    def entries(self, ratio: int) -> int:
+        """Return P, the compressed entries of one row."""
+        return self.layout.seq_len // ratio if ratio else 0
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -204,8 +275,8 @@ class Collective:
 
     Attributes:
         name: ``"fetch"``: raw keys, features before the shard, and what remote queries need;
-            ``"index_keys"``; ``"entries"``; ``"returned"``: the output of queries that another rank
-            computed.
+            ``"index_keys"``; ``"entries"``; ``"index_queries"`` that V4.1 selects for elsewhere;
+            ``"returned"``: the output of queries that another rank computed, or what it selected.
         forward: In forward.
         backward: Of their gradients, in backward.
         repeated: In the recomputation.
@@ -222,43 +293,58 @@ class Collective:
     reduced: int = 0
 
 
+def query_cost(sizes: ModelSizes, layer: Layer) -> Cost | None:
+    """Return what a query costs that balance may move; None where V4.1 moves none."""
+    if not layer.shares:
+        return QueryCost.of(sizes, layer.ratio)
+    if not layer.moves:
+        return None
+    return SelectionCost.of(
+        sizes,
+        head_bytes=MXFP4.bytes_of(sizes.index_head_dim),
+        chooses_candidates=layer.selects == CANDIDATES,
+    )
+
+
 def crossings(
-    sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, balanced: bool = False
+    sizes: ModelSizes, shape: Shape, layer: Layer, path: str, *, balanced: bool = False
 ) -> tuple[Collective, ...]:
     """Return what other ranks send to one layer of a rank with neighbors on both sides.
 
     Args:
-        sizes: The model's sizes; activations are bfloat16, compressor features float32.
+        sizes: The model's sizes; activations are bfloat16, V4's compressor features float32.
         shape: The batch and how it is cut.
-        ratio: The layer's compress ratio.
+        layer: The kind of layer.
         path: One of :data:`PATHS`.
-        balanced: Whether half of the layer's queries are computed by another rank.
+        balanced: Whether half of the layer's queries are computed by another rank; in V4.1,
+            whether another rank selects for them.
 
     Returns:
         The collectives in the order of forward. Nothing of the indexer crosses in backward, since
-        it takes no gradient, nor in a recomputation, which keeps the top-k indices.
+        it takes no gradient. A recomputation keeps the top-k indices; index keys cross there only
+        in V4.1.
     """
     if shape.ranks == 1:
         return ()
-    remote = shape.row_tokens - shape.tokens
-    overlaps, cost = ratio == OVERLAP_RATIO, QueryCost.of(sizes, ratio)
+    if layer.shares:
+        return _crossings_v41(sizes, shape, layer, path, balanced=balanced)
+    remote, ratio = shape.remote_tokens, layer.ratio
+    cost = QueryCost.of(sizes, ratio)
     if path == BOUNDARY:
-        keys = shape.batch * min(halo(sizes.sliding_window), shape.layout.start)
         # A window's predecessor: values and gates of its half.
         before, features = shape.batch * ratio, 2
     else:
-        keys = remote
         # The values and gates of every token: the overlapping half with all_gather, both halves on
         # AutoModel's path.
         before, features = remote, 2 if path == ALL_GATHER else 4
-    forward = backward = keys * cost.key
+    forward = backward = _raw_keys(sizes, shape, path) * cost.key
     index = reduced = 0
-    if overlaps:
-        reduced = before * features * sizes.head_dim * _FP32
+    if layer.overlaps:
+        reduced = before * features * sizes.head_dim * FP32
         forward = backward = forward + reduced
-        index = before * features * sizes.index_head_dim * _FP32
+        index = before * features * sizes.index_head_dim * FP32
     returned = []
-    if balanced and ratio and path != AUTOMODEL:
+    if balanced and layer.moves and path != AUTOMODEL:
         moved = shape.batch * (shape.layout.local_len // 2)
         rows, key, before = remote, 0, 0  # every rank has the keys
         if path == BOUNDARY:  # the keys before the remote half come with it
@@ -272,128 +358,75 @@ def crossings(
     fetch = Collective("fetch", forward + index, backward, forward, path != BOUNDARY, reduced)
     if not ratio:
         return (fetch,)
-    entries = remote // ratio * sizes.head_dim * _BF16
-    index_keys = remote // ratio * sizes.index_head_dim * _BF16
+    entries = remote // ratio * sizes.head_dim * BF16
+    index_keys = remote // ratio * sizes.index_head_dim * BF16
     return (
         fetch,
-        *([Collective("index_keys", index_keys)] if overlaps else ()),
+        *([Collective("index_keys", index_keys)] if layer.overlaps else ()),
         Collective("entries", entries, entries, entries),
         *returned,
     )
 
 
+def _raw_keys(sizes: ModelSizes, shape: Shape, path: str) -> int:
+    """Return how many raw keys a rank receives: those before its shard, or all."""
+    if path == BOUNDARY:
+        return shape.batch * min(halo(sizes.sliding_window), shape.layout.start)
+    return shape.remote_tokens
+
+
+def _crossings_v41(
+    sizes: ModelSizes, shape: Shape, layer: Layer, path: str, *, balanced: bool
+) -> tuple[Collective, ...]:
+    """Return :func:`crossings` of a layer of V4.1: entries cross only where they are made."""
+    remote, whole = shape.remote_tokens, path == AUTOMODEL
+    keys = _raw_keys(sizes, shape, path) * sizes.head_dim * BF16
+    # AutoModel gathers a byte with each key and each entry: whether it is padding.
+    gathered = keys + (remote if whole else 0)
+    found = [Collective("fetch", gathered, keys, gathered, path != BOUNDARY)]
+    if layer.makes_entries:
+        count, gradient = remote // layer.ratio, sizes.head_dim * BF16
+        if whole:
+            entry, index_key = gradient + 1, sizes.index_head_dim * BF16
+        else:
+            entry, index_key = NVFP4.bytes_of(sizes.head_dim), MXFP4.bytes_of(sizes.index_head_dim)
+        found += [
+            Collective("index_keys", count * index_key, 0, count * index_key),
+            Collective("entries", count * entry, count * gradient, count * entry),
+        ]
+    cost = query_cost(sizes, layer)
+    if balanced and not whole and isinstance(cost, SelectionCost):
+        moved, entries = shape.batch * (shape.layout.local_len // 2), shape.entries(layer.ratio)
+        sent = (moved if path == BOUNDARY else remote) * (cost.queries + cost.index_weights)
+        returned = min(cost.selected, entries * INT32)
+        if cost.candidates:
+            returned += candidate_blocks(sizes, entries) * INT32
+        found += [
+            Collective("index_queries", sent, from_all=path != BOUNDARY),
+            Collective("returned", moved * returned, from_all=False),
+        ]
+    return tuple(found)
+
+
+def candidate_blocks(sizes: ModelSizes, entries: int) -> int:
+    """Return how many candidate blocks V4.1 keeps for a query of a row of ``entries``."""
+    assert isinstance(sizes, ModelSizesV41)
+    return min(sizes.candidate_topk_blocks, -(-entries // sizes.candidate_block_size))
+
+
+def engram_bytes(sizes: ModelSizes, shape: Shape, path: str) -> int:
+    """Return what a step receives for V4.1's n-grams: token ids, and which of them are real."""
+    if shape.ranks == 1 or not isinstance(sizes, ModelSizesV41) or not sizes.engrams:
+        return 0
+    if path != BOUNDARY:
+        return shape.remote_tokens * (INT64 + 1)
+    before = min(sizes.engram_max_ngram_size - 1, shape.layout.start)
+    return shape.batch * before * 2 * INT64  # rows of several tensors are aligned
+
+
 def received_bytes(
-    sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, balanced: bool = False
+    sizes: ModelSizes, shape: Shape, layer: Layer, path: str, *, balanced: bool = False
 ) -> tuple[int, int]:
     """Return the bytes of all :func:`crossings` together, in forward and in backward."""
-    collectives = crossings(sizes, shape, ratio, path, balanced=balanced)
+    collectives = crossings(sizes, shape, layer, path, balanced=balanced)
     return sum(each.forward for each in collectives), sum(each.backward for each in collectives)
-
-
-def attention_bytes(
-    sizes: ModelSizes, shape: Shape, ratio: int, path: str, *, workspace_bytes: int
-) -> int:
-    """Return the peak memory of one attention layer's forward and backward on the last rank.
-
-    It is the sum of the live tensors at each moment where the peak may lie, without load balancing:
-    attention in two parts takes less. Parameters and input count where an operation keeps a view of
-    them, as in ``bench memory``. AutoModel's is that of its TileLang kernels, ours that of the
-    torch path with ``workspace_bytes`` of scratch. The others are those of :func:`crossings`.
-    """
-    s, tokens, rows = sizes, shape.tokens, shape.batch
-    overlaps = ratio == OVERLAP_RATIO
-    out_width = s.o_groups * s.o_lora_rank
-
-    per_head = tokens * s.num_attention_heads * s.head_dim * _BF16  # [L, N, D]
-    hidden = tokens * s.hidden_size * _BF16  # [L, E]
-    low_rank = tokens * s.q_lora_rank * _BF16  # [L, A]
-    key = tokens * s.head_dim * _BF16  # [L, D]
-    lse = tokens * s.num_attention_heads * _FP32  # [L, N]
-    grouped = tokens * out_width * _BF16  # [L, G], the output between its two projections
-
-    wq_b = s.q_lora_rank * s.num_attention_heads * s.head_dim * _BF16
-    outward = s.num_attention_heads * s.head_dim * s.o_lora_rank * _BF16  # wo_a
-    outward += out_width * s.hidden_size * _BF16  # wo_b
-    inward = s.hidden_size * (s.q_lora_rank + s.head_dim) * _BF16  # wq_a, wkv
-    weights = wq_b + outward + inward
-
-    feature_width = _features(ratio) * s.head_dim
-    compressor = feature_width * s.hidden_size * _FP32  # wkv, wgate
-    entries = shape.row_tokens // ratio * s.head_dim if ratio else 0  # [P, D]
-    selected = min(s.index_topk, shape.layout.seq_len // ratio) if overlaps else 0
-
-    if path == AUTOMODEL:
-        # The mask before it is one: int64 positions' difference and two bools, [L, S] each. (At
-        # R = 1 AutoModel builds it from [S, S] tensors of the same order.)
-        elements = tokens * shape.layout.seq_len
-        mask = elements * (8 + 1 + 1)
-        # Backward through the per-head norm: six float32 [N, L, D]; then what the layer holds.
-        held = 3 * hidden + 2 * low_rank + key + weights + outward
-        norm = 6 * per_head * _FP32 // _BF16 + held + compressor * 2 + (hidden if ratio else 0)
-        if not overlaps:
-            return max(mask, norm)
-        # Forward at ratio 4: masks [L, S], [L, P] and both joined; four [L, N, D], one in float32.
-        masks = 2 * (elements + elements // ratio) * _BF16
-        features = tokens * (s.hidden_size + 2 * feature_width) * _FP32
-        return max(mask, norm, masks + 6 * per_head + held + features)
-
-    raw = (tokens + rows * halo(s.sliding_window)) * s.head_dim
-
-    # Between forward and backward: queries before their norm and after it, and the output.
-    saved = 3 * per_head + grouped + 2 * hidden + 2 * low_rank + 2 * key + lse
-    saved += weights + raw * _BF16
-    if ratio:
-        saved += compressor + tokens * s.hidden_size * _FP32  # the hidden states, in float32
-        # What pooling multiplies, values and softmax: [n, 2 r, D] each with overlap, else the
-        # features [L, 2 D] and [n, r, D].
-        saved += (4 if overlaps else 3) * tokens * s.head_dim * _FP32
-        saved += entries * _BF16 + tokens * selected * _INT32
-
-    # 1. Backward through the output's projections: its gradient beside it.
-    leaving = saved + per_head + hidden + outward
-
-    # 2. Backward of the attention: the output is gone; its gradient turned back, the queries'
-    # gradient and the keys' in float32, then either a chunk's scores or the keys' in bfloat16.
-    chunk = _chunk_bytes(sizes, shape, ratio, selected, workspace_bytes)
-    grads = (raw + entries) * _FP32 + max(chunk, (raw + entries) * _BF16)
-    attending = saved - grouped + per_head + hidden + outward + grads
-
-    # 3. Backward through the queries' norm: they and two gradients, four float32 chunks of rows;
-    # the compressor has been through, its weights' gradients are there.
-    norm_rows = min(per_head * _FP32 // _BF16, workspace_bytes // 4)
-    held = 4 * hidden + 2 * low_rank + lse + weights + outward + inward + compressor * 2
-    peak = max(leaving, attending, 3 * per_head + 4 * norm_rows + held)
-
-    # 4. Whole rows: raw keys [S, D] bfloat16 and the overlapping half's features [S, 2 D] float32,
-    # in forward with the index features, in backward their gradients.
-    if path == ALL_GATHER and shape.ranks > 1:
-        gathered, index = shape.row_tokens * s.head_dim * _BF16, 0
-        if overlaps:
-            gathered += shape.row_tokens * 2 * s.head_dim * _FP32
-            index = shape.row_tokens * 2 * s.index_head_dim * _FP32
-        local = tokens * (s.hidden_size + feature_width) * _FP32 + hidden + low_rank + key
-        held = 3 * hidden + 2 * low_rank + lse + weights + outward + wq_b + compressor
-        peak = max(peak, gathered + index + local, gathered + local + held)
-    return peak
-
-
-def _chunk_bytes(
-    sizes: ModelSizes, shape: Shape, ratio: int, selected: int, workspace_bytes: int
-) -> int:
-    """Return what backward of the attention holds for one chunk of queries."""
-    window = sizes.sliding_window
-    scratch = AttentionScratch(
-        heads=shape.batch * sizes.num_attention_heads,
-        width=sizes.head_dim,
-        raw=window + halo(window),
-        entries=selected or (shape.layout.seq_len // ratio if ratio else 0),
-        copied=shape.batch * selected,
-        itemsize=_BF16,
-    )
-    rows = chunk_rows(scratch.backward, window, workspace_bytes, on_gpu=True)
-    return min(rows, shape.layout.local_len) * scratch.backward
-
-
-def stream_bytes(sizes: ModelSizes, shape: Shape) -> int:
-    """Return the checkpointed inputs of all layers, [L, hc_mult, E] bfloat16 each."""
-    return shape.tokens * sizes.hc_mult * sizes.hidden_size * _BF16 * sizes.num_hidden_layers

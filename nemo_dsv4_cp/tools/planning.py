@@ -6,25 +6,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.kernels.reference.workspace import workspace_of
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
-from nemo_dsv4_cp.sequence.schedule import QueryCost, Schedules
+from nemo_dsv4_cp.sequence.schedule import Schedules
+from nemo_dsv4_cp.tools import memory, memory_v41
 from nemo_dsv4_cp.tools.inventory import (
     AUTOMODEL,
     BOUNDARY,
     PATHS,
     Shape,
-    attention_bytes,
+    engram_bytes,
+    query_cost,
     received_bytes,
-    stream_bytes,
     work_of_ranks,
 )
-from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes
+from nemo_dsv4_cp.tools.layers import Layer
+from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, ModelSizesV41
 from nemo_dsv4_cp.tools.step_time import StepTime, step_time
 
 
@@ -35,11 +37,13 @@ class PathCost:
     Attributes:
         received_bytes: What other ranks send it in a step, all layers, forward and backward.
         attention_bytes: Peak of the worst layer's attention, forward and backward.
+        carried_bytes: The part of it that V4.1's other layers handed on.
     """
 
     path: str
     received_bytes: int
     attention_bytes: int
+    carried_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Sharing:
     """How a setting of ``context_parallel.balance`` distributes the queries, and what follows.
 
     Attributes:
-        moved_ratios: Compress ratios of the layers whose queries other ranks compute.
+        moved_layers: The layers whose queries other ranks compute; of V4.1 those where other ranks
+            select for them.
+        moved_ratios: Their compress ratios.
         last_over_first: Multiply-adds of the last rank, forward and backward of all layers, as a
             multiple of the first's.
         largest_over_mean: Of the busiest rank, as a multiple of the mean.
@@ -55,6 +61,7 @@ class Sharing:
     """
 
     balance: str
+    moved_layers: tuple[int, ...]
     moved_ratios: tuple[int, ...]
     last_over_first: float
     largest_over_mean: float
@@ -172,18 +179,12 @@ def row(request: Request, cp_size: int) -> Row:
     moving = _sharing(request, shape, "auto" if request.balance == "off" else request.balance)
     requested = staying if request.balance == "off" else moving
     workspace = workspace_of(round(request.gpu.memory * GIB))
-    costs = tuple(
-        PathCost(
-            path,
-            _received_bytes(sizes, shape, path, requested.moved_ratios),
-            max(
-                attention_bytes(sizes, shape, ratio, path, workspace_bytes=workspace)
-                for ratio in set(sizes.compress_ratios)
-            ),
-        )
-        for path in PATHS
-    )
-    stream = stream_bytes(sizes, shape)
+    moved = {sizes.layers[number] for number in requested.moved_layers}
+    costs = []
+    for path in PATHS:
+        received = _received_bytes(sizes, shape, path, moved)
+        costs.append(PathCost(path, received, *_attention_bytes(sizes, shape, path, workspace)))
+    stream = memory.stream_bytes(sizes, shape)
     attention = next(cost for cost in costs if cost.path == request.transport).attention_bytes
     needed = attention + stream + round(request.reserved * GIB)
     seconds = requested.step.seconds(overlap=request.overlap)
@@ -192,7 +193,7 @@ def row(request: Request, cp_size: int) -> Row:
         shard_len=length,
         padding=(padded - request.seq_len) / padded,
         idle_ranks=cp_size - -(-request.seq_len // length),
-        costs=costs,
+        costs=tuple(costs),
         stream_bytes=stream,
         staying=staying,
         moving=moving,
@@ -203,37 +204,56 @@ def row(request: Request, cp_size: int) -> Row:
     )
 
 
+def _attention_bytes(sizes: ModelSizes, shape: Shape, path: str, workspace: int) -> tuple[int, int]:
+    """Return the peak of the worst layer's attention, and what of it other layers handed on."""
+    if not isinstance(sizes, ModelSizesV41):
+        of = partial(memory.attention_bytes, sizes, shape, path=path, workspace_bytes=workspace)
+        return max(of(layer=layer) for layer in set(sizes.layers)), 0
+    peaks = {
+        layer: memory_v41.attention_bytes(sizes, shape, layer, path, workspace_bytes=workspace)
+        for layer in set(sizes.layers)
+    }
+    carried = partial(memory_v41.carried_bytes, sizes, shape, path)
+    return max(
+        (peaks[layer] + carried(number), carried(number))
+        for number, layer in enumerate(sizes.layers)
+    )
+
+
 def _sharing(request: Request, shape: Shape, balance: str) -> Sharing:
     sizes, layout = request.sizes, shape.layout
     of_layers = Schedules(layout, balance, request.gpu)
     schedules = {
-        ratio: of_layers.of(ratio, QueryCost.of(sizes, ratio)) for ratio in sizes.compress_ratios
+        layer: of_layers.of(layer.ratio, query_cost(sizes, layer)) for layer in set(sizes.layers)
     }
-    moved = tuple(sorted(ratio for ratio, schedule in schedules.items() if schedule.moves))
-    works = work_of_ranks(sizes, schedules, layout.local_len)
+    moved = frozenset(layer for layer, schedule in schedules.items() if schedule.moves)
+    works = work_of_ranks(sizes, schedules, shape)
     received = partial(_received_bytes, sizes, shape, request.transport)
     return Sharing(
         balance=balance,
-        moved_ratios=moved,
+        moved_layers=tuple(n for n, layer in enumerate(sizes.layers) if layer in moved),
+        moved_ratios=tuple(sorted({layer.ratio for layer in moved})),
         last_over_first=works[-1] / works[0],
         largest_over_mean=max(works) * len(works) / sum(works),
-        moved_bytes=received(moved) - received(()),
+        moved_bytes=received(moved) - received(frozenset()),
         step=step_time(sizes, shape, schedules, request.gpu, request.transport),
     )
 
 
-def _received_bytes(sizes: ModelSizes, shape: Shape, path: str, moved: Sequence[int]) -> int:
-    """Return what a rank receives in a step where the queries of some ratios' layers move."""
-    return sum(
-        layers * sum(received_bytes(sizes, shape, ratio, path, balanced=ratio in moved))
-        for ratio, layers in Counter(sizes.compress_ratios).items()
+def _received_bytes(sizes: ModelSizes, shape: Shape, path: str, moved: Collection[Layer]) -> int:
+    """Return what a rank receives in a step where the queries of some kinds of layers move."""
+    return engram_bytes(sizes, shape, path) + sum(
+        layers * sum(received_bytes(sizes, shape, layer, path, balanced=layer in moved))
+        for layer, layers in Counter(sizes.layers).items()
     )
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
     request, rows = plan.request, plan.rows
-    sizes, memory, balance = request.sizes, request.gpu.memory, request.balance
+    sizes, capacity, balance = request.sizes, request.gpu.memory, request.balance
     multiple = local_seq_multiple(sizes.compress_ratios)
+
+    dense = "its scores are" if isinstance(sizes, ModelSizesV41) else "its mask is"
 
     def longer(row: Row) -> float:
         """A step's seconds as a multiple of those without balance."""
@@ -293,9 +313,9 @@ def _warnings(plan: Plan) -> Iterator[str]:
             f"--cp-size {plan.cp_size} is larger than the memory needs: {plan.smallest} fits, and "
             "the other ranks could work on other rows"
         )
-    if masked := [each for each in rows if automodel(each) > memory]:
+    if masked := [each for each in rows if automodel(each) > capacity]:
         yield (
             f"{having(masked)}: AutoModel's own path needs up to "
-            f"{max(map(automodel, masked)):,.0f} GiB for attention (its mask is "
-            f"dense), more than the {memory:g} GiB of one {request.gpu.name}"
+            f"{max(map(automodel, masked)):,.0f} GiB for attention ({dense} "
+            f"dense), more than the {capacity:g} GiB of one {request.gpu.name}"
         )

@@ -6,19 +6,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from nemo_dsv4_cp.checks.model_layers import selects
+from nemo_dsv4_cp.tools.layers import Layer
+
 GIB = 1 << 30
 MODELS = ("v4_flash", "v4_pro")
-"""Models whose sizes the package holds."""
+"""Models of V4 whose sizes the package holds."""
+V41_FLASH = "v41_flash"
 _PUBLISHED = {
     "deepseek-ai/DeepSeek-V4-Flash": "v4_flash",
     "deepseek-ai/DeepSeek-V4-Pro": "v4_pro",
+    "deepseek-ai/DeepSeek-V4.1-Flash": V41_FLASH,
 }
 
 
@@ -58,60 +65,132 @@ class ModelSizes:
     def of_fields(cls, fields: Mapping[str, Any]) -> ModelSizes:
         """Take the sizes out of a config's fields; AutoModel's defaults for those it leaves out.
 
+        Returns:
+            :class:`ModelSizesV41` for a config of V4.1.
+
         Raises:
-            ValueError: If there are no compress ratios, a field is no size, or the config is
-                DeepSeek-V4.1's.
+            ValueError: If there are no compress ratios, or a field is no size.
         """
-        _refuse_v41(fields)
+        if is_v41(fields):
+            return ModelSizesV41._of_fields(fields.get("text_config") or fields)
+        return cls._of_fields(fields)
+
+    @classmethod
+    def _of_fields(cls, fields: Mapping[str, Any]) -> ModelSizes:
         wanted = [field.name for field in dataclasses.fields(cls)]
         if "compress_ratios" in fields and any(name not in fields for name in wanted):
-            fields = {**_defaults(), **fields}
+            fields = {**_defaults(cls is ModelSizesV41), **fields}
         missing = [name for name in wanted if fields.get(name) is None]
         if missing:
             raise ValueError(
                 f"the model's fields lack {', '.join(missing)}; give a complete DeepSeek-V4 "
-                f"config, or one of {', '.join(MODELS)}"
+                f"config, or one of {', '.join((*MODELS, V41_FLASH))}"
             )
-        for name in wanted[1:]:
-            value = fields[name]
-            if type(value) is not int or value < (0 if name == "n_shared_experts" else 1):
-                raise ValueError(f"{name}={value!r} is not a size; use an integer of 1 or more")
-        ratios, layers = fields["compress_ratios"], fields["num_hidden_layers"]
-        if not isinstance(ratios, Sequence) or isinstance(ratios, str):
-            raise ValueError(f"compress_ratios={ratios!r} is not a list; use one ratio per layer")
-        for ratio in ratios:
-            if type(ratio) is not int or ratio < 0:
-                raise ValueError(f"compress_ratios holds {ratio!r}; use 0, 4 or 128 for each layer")
+        sizes = {name: _size(name, fields[name]) for name in wanted}
+        ratios, layers = sizes["compress_ratios"], sizes["num_hidden_layers"]
+        if cls is ModelSizes and any(ratio in (1, 2) for ratio in ratios):
+            raise ValueError(
+                "compress_ratios holds 1 or 2, ratios of DeepSeek-V4.1, without "
+                "kv_source_layer_ids; give the whole text_config of a V4.1 config"
+            )
         if len(ratios) < layers:
             raise ValueError(
                 f"compress_ratios holds {len(ratios)} ratios for num_hidden_layers={layers}; give "
                 "one per layer"
             )
-        sizes = {name: fields[name] for name in wanted[1:]}
-        return cls(compress_ratios=tuple(ratios[:layers]), **sizes)
+        return cls(**sizes | {"compress_ratios": ratios[:layers]})
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The kind of each layer."""
+        return tuple(map(Layer.v4, self.compress_ratios))
+
+
+@dataclass(frozen=True)
+class ModelSizesV41(ModelSizes):
+    """The fields of a ``DeepseekV41TextConfig`` that costs depend on, under its names."""
+
+    kv_source_layer_ids: tuple[int, ...]
+    index_source_layer_ids: tuple[int, ...]
+    candidate_source_layer_id: int
+    candidate_topk_blocks: int
+    candidate_block_size: int
+    engram_layer_ids: tuple[int, ...]
+    engram_n_heads: int
+    engram_head_dim: int
+    engram_max_ngram_size: int
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The kind of each layer."""
+        return tuple(
+            Layer(ratio, layer in self.kv_source_layer_ids, selects(self, layer) or "", shares=True)
+            for layer, ratio in enumerate(self.compress_ratios)
+        )
+
+    @property
+    def engrams(self) -> list[int]:
+        """The layers that look up n-grams."""
+        return [layer for layer in self.engram_layer_ids if layer < self.num_hidden_layers]
+
+
+_OF_LAYERS = {
+    "compress_ratios": "0, 4 or 128 for each layer (V4.1: 0, 1 or 2)",
+    "kv_source_layer_ids": "numbers of layers",
+    "index_source_layer_ids": "numbers of layers",
+    "engram_layer_ids": "numbers of layers",
+}
+"""Fields that are lists, and what they hold."""
+_LEAST = {"n_shared_experts": 0, "candidate_source_layer_id": -1, "candidate_topk_blocks": 0}
+
+
+def _size(name: str, value: Any) -> Any:
+    """Return a field's value if it is of its kind, lists as tuples."""
+    if name not in _OF_LAYERS:
+        if type(value) is not int or value < _LEAST.get(name, 1):
+            raise ValueError(f"{name}={value!r} is not a size; use an integer of 1 or more")
+        return value
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name}={value!r} is not a list; use {_OF_LAYERS[name]}")
+    for each in value:
+        if type(each) is not int or each < 0:
+            raise ValueError(f"{name} holds {each!r}; use {_OF_LAYERS[name]}")
+    return tuple(value)
 
 
 def is_v41(fields: Mapping[str, Any]) -> bool:
-    """Return whether these are the fields of a V4.1 config, whose sizes stand in text_config."""
+    """Return whether these are the fields of a V4.1 config, or of its text_config."""
     named = (fields.get("_target_"), fields.get("model_type"), *(fields.get("architectures") or ()))
-    return "text_config" in fields or any(
+    return any(name in fields for name in ("text_config", "kv_source_layer_ids")) or any(
         "deepseekv41" in str(name).lower().replace("_", "") for name in named
     )
 
 
-def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
+def read_model_fields(
+    source: str, warn: Warn | None = None, *, v41: bool = False
+) -> dict[str, Any]:
     """Read a model's config fields.
 
     Args:
-        source: One of :data:`MODELS`; the path of a config.json or YAML file whose fields, or the
-            published model they name, stand at the top, under ``config``, ``model`` or
-            ``model.config``; or a published model itself, as :func:`published_fields` takes it.
+        source: One of :data:`MODELS` or :data:`V41_FLASH`; the path of a config.json or YAML file
+            whose fields, or the published model they name, stand at the top, under ``config``,
+            ``model`` or ``model.config``; or a published model itself, as :func:`published_fields`
+            takes it.
         warn: See :data:`Warn`.
+        v41: Whether the model may be DeepSeek-V4.1.
 
     Raises:
-        ValueError: If there is no such file or no such fields in it, or they are DeepSeek-V4.1's.
+        ValueError: If there is no such file or no such fields in it, or they are DeepSeek-V4.1's
+            and may not be.
     """
-    if source in MODELS:
+    fields = _read(source, warn)
+    if not v41:
+        _refuse_v41(fields)
+    return fields
+
+
+def _read(source: str, warn: Warn | None) -> dict[str, Any]:
+    if source in (*MODELS, V41_FLASH):
         return _packaged(source)
     if source in _PUBLISHED or Path(source).is_dir():
         return published_fields(source, warn)
@@ -121,8 +200,8 @@ def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
         if _cached(source):
             return published_fields(source, warn)
         raise ValueError(
-            f"model {source!r} cannot be read; use {' or '.join(MODELS)}, the path of a "
-            "config.json or YAML file, or a model of the hub whose config is cached"
+            f"model {source!r} cannot be read; use {', '.join((*MODELS, V41_FLASH))}, the path of "
+            "a config.json or YAML file, or a model of the hub whose config is cached"
         ) from error
     try:
         # YAML's own reading of JSON would take 1e-06 for text.
@@ -134,9 +213,7 @@ def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     for step in (None, "model", "config"):
         if step is not None and isinstance(tree, dict) and isinstance(tree.get(step), dict):
             tree = tree[step]
-        if isinstance(tree, dict):
-            _refuse_v41(tree)
-        if isinstance(tree, dict) and "compress_ratios" in tree:
+        if isinstance(tree, dict) and "compress_ratios" in (tree.get("text_config") or tree):
             return tree
         if isinstance(tree, dict) and tree.get("pretrained_model_name_or_path"):
             naming = tree
@@ -159,8 +236,8 @@ def _refuse_v41(fields: Mapping[str, Any]) -> None:
         settings.append("compress_ratios with 1 or 2")
     if settings:
         raise ValueError(
-            f"{settings[0]} is a setting of DeepSeek-V4.1, and plan and gpu-report cover V4; use "
-            f"{', '.join(MODELS)} or a config of V4. compose and verify take V4.1, and bench "
+            f"{settings[0]} is a setting of DeepSeek-V4.1, and gpu-report covers V4; use "
+            f"{', '.join(MODELS)} or a config of V4. compose, verify and plan take V4.1, and bench "
             "memory --model v41_flash profiles its layers"
         )
 
@@ -172,10 +249,13 @@ def complete_fields(fields: Mapping[str, Any], warn: Warn | None = None) -> dict
         ValueError: If the published model's config is not to be had.
     """
     named = fields.get("pretrained_model_name_or_path")
-    text = fields.get("text_config") or fields
-    if text.get("compress_ratios") or not named:
+    text = fields.get("text_config") or {}
+    if (text or fields).get("compress_ratios") or not named:
         return dict(fields)
-    return published_fields(str(named), warn) | dict(fields)
+    published = published_fields(str(named), warn)
+    if "text_config" in published:
+        return {**published, **fields, "text_config": {**published["text_config"], **text}}
+    return published | dict(fields)
 
 
 def published_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
@@ -209,23 +289,33 @@ def published_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
             f"stand in for it; to cache it: hf download {source} config.json"
         )
     fields = _packaged(name)
+    if "text_config" in fields:
+        return fields
     # The packaged recipes leave out the layers for multi-token prediction; the ratios name them.
     predicting = len(fields["compress_ratios"]) - fields["num_hidden_layers"]
     return fields | {"num_nextn_predict_layers": predicting}
 
 
-def _defaults() -> dict[str, Any]:
-    from nemo_automodel.components.models.deepseek_v4.config import (  # takes seconds
-        DeepseekV4Config,
-    )
+def _defaults(v41: bool) -> dict[str, Any]:
+    """Return the fields of AutoModel's default config; none of V4.1 where AutoModel lacks it."""
+    if not v41:
+        from nemo_automodel.components.models.deepseek_v4.config import (  # takes seconds
+            DeepseekV4Config,
+        )
 
-    fields: dict[str, Any] = DeepseekV4Config().to_dict()
-    return fields
+        return dict(DeepseekV4Config().to_dict())
+    with suppress(ImportError):
+        from nemo_automodel.components.models.deepseek_v41.config import DeepseekV41TextConfig
+
+        return dict(DeepseekV41TextConfig().to_dict())
+    return {}
 
 
 def _packaged(name: str) -> dict[str, Any]:
     text = (files("nemo_dsv4_cp.configs") / "model" / f"{name}.yaml").read_text("utf-8")
     fields: dict[str, Any] = yaml.safe_load(text)["config"]
+    if "text_config" in fields:  # beside it stand references to other settings
+        return {"text_config": fields["text_config"]}
     return fields
 
 

@@ -4,7 +4,7 @@
 A layer runs forward, forward again (activation checkpointing of whole layers, with kept top-k
 indices), and backward. Computing and communicating are the operations and collectives of
 ``inventory`` at the rates of ``gpus``. What of the collectives is exposed follows from
-:data:`ORDERS`, the order of work in ``attention/layer.py``.
+:func:`order_of`, the order of work in ``attention/layer.py`` and ``layer_v41.py``.
 
 Left out, on every path alike: memory-bound operations (norms, rotary, pooling, top-k,
 hyper-connections, the optimizer), traffic of FSDP and of expert parallelism and their uneven
@@ -28,10 +28,12 @@ from nemo_dsv4_cp.tools.inventory import (
     Pass,
     Shape,
     crossings,
+    engram_operation,
     head_operation,
-    query_operations,
+    operations_of_queries,
     shard_operations,
 )
+from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
 Event = tuple[str, str]
@@ -75,13 +77,34 @@ SOME_REMOTE: tuple[Event, ...] = (
 )
 
 
-def order_of(ratio: int, *, moves: bool) -> tuple[Event, ...]:
+V41: tuple[Event, ...] = (
+    ("start", "fetch"),
+    ("start", "index_keys"),
+    ("start", "entries"),
+    ("local", "index_queries"),
+    ("start", "index_queries"),
+    ("local", "project"),
+    ("wait", "index_keys"),
+    ("wait", "index_queries"),
+    ("remote", "select"),
+    ("start", "returned"),
+    ("local", "select"),
+    ("wait", "returned"),
+    ("wait", "entries"),
+    ("wait", "fetch"),
+    ("local", "attend"),
+)
+
+
+def order_of(layer: Layer, *, moves: bool) -> tuple[Event, ...]:
     """Return forward's order of collectives and stages in a layer; backward's is the reverse.
 
-    A layer that has no indexer skips what only that needs. A test compares the three orders with
-    the layer's own.
+    A layer skips what it has not: V4's without an indexer, and most of V4.1's. Tests compare the
+    orders with the layers' own.
     """
-    return SOME_REMOTE if moves else ALL_LOCAL if ratio else WINDOW_ONLY
+    if layer.shares:
+        return V41
+    return SOME_REMOTE if moves else ALL_LOCAL if layer.ratio else WINDOW_ONLY
 
 
 @dataclass(frozen=True)
@@ -105,18 +128,25 @@ class Time:
 
 @dataclass(frozen=True)
 class LayerTime(Time):
-    """Seconds of one layer in a step, of all ``layers`` that have its compress ratio."""
+    """Seconds of one layer in a step, of all ``layers`` of its kind, which has a ``name``."""
 
+    name: str
     ratio: int
     layers: int
 
 
 @dataclass(frozen=True)
 class StepTime(Time):
-    """Seconds of a step: its layers by ascending ratio, and the head, which computes alone."""
+    """Seconds of a step: its layers by ascending ratio, and what computes alone.
+
+    Attributes:
+        head: The language-model head.
+        engram: V4.1's Engram layers, all together.
+    """
 
     layers: tuple[LayerTime, ...]
     head: float
+    engram: float
 
 
 def _seconds(operations: Iterable[Operation], gpu: Gpu, batch: int, step: Pass) -> float:
@@ -137,9 +167,9 @@ def waiting(
     arrives: dict[str, float] = {}
     for event in order:
         what, name = event
-        if what == "start":
-            arrives[name] = free = max(now, free) + crossing.get(name, 0.0)
-        elif what == "wait":
+        if what == "start" and name in crossing:
+            arrives[name] = free = max(now, free) + crossing[name]
+        elif what == "wait" and name in crossing:
             late = max(0.0, arrives[name] - now)
             now, waited = now + late, waited + late
         else:
@@ -159,21 +189,17 @@ def crossing_seconds(collective: Collective, step: Pass, gpu: Gpu, ranks: int) -
 
 
 def layer_time(
-    sizes: ModelSizes, shape: Shape, ratio: int, schedule: Schedule, gpu: Gpu, transport: str
+    sizes: ModelSizes, shape: Shape, layer: Layer, schedule: Schedule, gpu: Gpu, transport: str
 ) -> LayerTime:
     """Return the seconds of a layer, whose ranks wait for the last one.
 
     ``transport`` is one of ``inventory.TRANSPORTS``.
     """
-    collectives = crossings(sizes, shape, ratio, transport, balanced=schedule.moves)
-    order = order_of(ratio, moves=schedule.moves)
-    shard = shard_operations(sizes, ratio, shape.layout.local_len)
+    collectives = crossings(sizes, shape, layer, transport, balanced=schedule.moves)
+    order = order_of(layer, moves=schedule.moves)
+    shard = shard_operations(sizes, layer, shape.layout.local_len)
     queries = [
-        {
-            "local": query_operations(sizes, ratio, local),
-            "remote": query_operations(sizes, ratio, remote),
-        }
-        for local, remote in zip(schedule.local, schedule.remote, strict=True)
+        operations_of_queries(sizes, layer, schedule, shape, rank) for rank in range(shape.ranks)
     ]
     communicating = of_shard = 0.0
     computing, done = [0.0] * shape.ranks, [0.0] * shape.ranks  # of each rank
@@ -195,29 +221,36 @@ def layer_time(
         computing=of_shard + max(computing),
         communicating=communicating,
         exposed=max(done) - max(computing),
-        ratio=ratio,
-        layers=sizes.compress_ratios.count(ratio),
+        name=layer.name,
+        ratio=layer.ratio,
+        layers=sizes.layers.count(layer),
     )
 
 
 def step_time(
-    sizes: ModelSizes, shape: Shape, schedules: Mapping[int, Schedule], gpu: Gpu, transport: str
+    sizes: ModelSizes, shape: Shape, schedules: Mapping[Layer, Schedule], gpu: Gpu, transport: str
 ) -> StepTime:
     """Return the seconds of a step: forward, recomputation and backward of one batch.
 
-    ``schedules`` are those of each compress ratio.
+    ``schedules`` are those of each kind of layer.
     """
+    tokens = shape.layout.local_len
+
+    def alone(operation: Operation, passes: Iterable[Pass]) -> float:
+        return sum(_seconds([operation], gpu, shape.batch, step) for step in passes)
+
     # The head is not checkpointed, so nothing of it is repeated.
-    product = head_operation(sizes, shape.layout.local_len)
-    head = sum(_seconds([product], gpu, shape.batch, step) for step in ("forward", "backward"))
+    head = alone(head_operation(sizes, tokens), ("forward", "backward"))
+    engram = alone(engram_operation(sizes, tokens), PASSES)
     layers = tuple(
-        layer_time(sizes, shape, ratio, schedules[ratio], gpu, transport)
-        for ratio in sorted(schedules)
+        layer_time(sizes, shape, layer, schedules[layer], gpu, transport)
+        for layer in sorted(schedules, key=lambda layer: layer.order)
     )
     return StepTime(
-        computing=head + sum(each.layers * each.computing for each in layers),
+        computing=head + engram + sum(each.layers * each.computing for each in layers),
         communicating=sum(each.layers * each.communicating for each in layers),
         exposed=sum(each.layers * each.exposed for each in layers),
         layers=layers,
         head=head,
+        engram=engram,
     )

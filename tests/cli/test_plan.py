@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from nemo_dsv4_cp.checks import certificate
@@ -210,7 +211,7 @@ def test_a_model_of_the_hub_is_planned_with_packaged_sizes_and_says_so(tmp_path,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read; use v4_flash or v4_pro"),
+        (None, "cannot be read; use v4_flash, v4_pro, v41_flash"),
         ("model: [", "neither JSON nor YAML"),
         ("hidden_size: 64", "names no compress_ratios"),
         ("compress_ratios: [0]", "model.yaml: compress_ratios holds 1 ratios for"),
@@ -226,26 +227,39 @@ def test_a_file_that_is_no_model_is_refused(text, message, tmp_path, monkeypatch
     assert message in flat(done.output)
 
 
-V41 = "p.DeepseekV41ContextParallelConfig.from_pretrained"
+def test_v41_is_planned_by_its_kinds_of_layers():
+    done = run("v41_flash", "--seq-len", "1048576", "--ranks", "64")
+    assert done.exit_code == 0, done.output
+    memory, time, _ = tables(done.output)
+    assert [len(row) for row in memory] == [10] * 7
+    assert (memory[-1][6:8], memory[-1][-1]) == (["13.5", "119"], "yes")
+    assert time[-1][:7] == ["64", "1.20", "1.00", "1.09", "1.00", "0.19", "1,2"]
+    for kind, layers in (("1 source", 1), ("1 inside", 4), ("2 source", 3), ("2 reuse", 15)):
+        assert f" {kind} {layers} " in " ".join(done.output.split())
+    assert "select the entries for half of each rank's queries in layers 2, 8, 14, 20;" in flat(
+        done.output
+    )
+    assert "its scores are dense" in flat(done.output)
+    assert "…" not in done.output
+    assert max(map(len, done.output.splitlines())) <= 80
 
 
-@pytest.mark.parametrize(
-    ("config", "setting"),
-    [
-        ({"text_config": {"compress_ratios": [0, 2, 1]}}, "text_config"),
-        ({"model": {"config": {"text_config": {"hidden_size": 64}}}}, "text_config"),
-        ({"compress_ratios": [0, 0], "kv_source_layer_ids": [1]}, "kv_source_layer_ids"),
-        ({"compress_ratios": [0, 2]}, "compress_ratios with 1 or 2"),
-        ({"config": {"_target_": V41, "pretrained_model_name_or_path": "some/V4.1"}}, V41),
-    ],
-)
-def test_v41_is_refused_by_the_setting_that_shows_it(config, setting, tmp_path):
+def test_balance_that_moves_nothing_of_v41_says_so():
+    done = run("v41_flash", "--seq-len", "8192", "--ranks", "8", "--cp-size", "8")
+    assert "balance auto moves nothing; attention stays" in flat(done.output)
+
+
+@pytest.mark.parametrize("level", ["text_config", "config", "model.config"])
+def test_a_config_of_v41_is_planned_as_the_packaged_sizes(level, tmp_path):
+    source = files("nemo_dsv4_cp.configs") / "model" / "v41_flash.yaml"
+    tree = yaml.safe_load(source.read_text("utf-8"))
+    tree = {"model.config": {"model": tree}, "config": tree, "text_config": tree["config"]}[level]
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(config))
-    done = run(str(path), "--seq-len", "16384")
-    assert done.exit_code == 2
-    shown = flat(done.output)
-    assert f"{setting} is a setting of DeepSeek-V4.1, and plan and gpu-report cover V4" in shown
+    path.write_text(json.dumps(tree))
+    options = ("--seq-len", "65536", "--cp-size", "8", "--json", "-")
+    packaged, read = (json.loads(run(model, *options).stdout) for model in ("v41_flash", str(path)))
+    assert read == packaged
+    assert read["request"]["sizes"]["kv_source_layer_ids"] == [2, 8, 14, 20]
 
 
 def test_automodels_defaults_stand_for_what_a_recipe_leaves_out():

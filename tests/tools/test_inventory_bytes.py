@@ -10,9 +10,10 @@ from nemo_dsv4_cp.tools.inventory import (
     AUTOMODEL,
     PATHS,
     Shape,
-    attention_bytes,
     received_bytes,
 )
+from nemo_dsv4_cp.tools.layers import Layer
+from nemo_dsv4_cp.tools.memory import attention_bytes
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
@@ -21,7 +22,7 @@ FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 def peak_of(shape, ratio, path):
     """Plan the peak on the GPU whose memory profiles assume."""
     workspace = workspace_of(int(ASSUMED.memory) << 30)
-    return attention_bytes(FLASH, shape, ratio, path, workspace_bytes=workspace)
+    return attention_bytes(FLASH, shape, Layer.v4(ratio), path, workspace_bytes=workspace)
 
 
 def last_rank(seq_len, cp_size, batch=1):
@@ -44,7 +45,7 @@ def test_memory_and_bytes_are_what_is_profiled(path, seq_len, cp_size, batch, ra
     peak = peak_of(shape, ratio, path)
     assert peak == pytest.approx(found.peak_bytes, rel=0.03)
     # The last rank gets no halo's gradient back: only a rank in the middle has both neighbors.
-    assert received_bytes(FLASH, shape, ratio, path)[0] == found.received_forward
+    assert received_bytes(FLASH, shape, Layer.v4(ratio), path)[0] == found.received_forward
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
     peak = peak_of(shape, ratio, path)
     assert peak == pytest.approx(last.peak_bytes, rel=0.03)
     received = (found.received_forward, found.received_backward)
-    assert received_bytes(FLASH, shape, ratio, path) == received
+    assert received_bytes(FLASH, shape, Layer.v4(ratio), path) == received
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
@@ -70,7 +71,7 @@ def test_bytes_of_balanced_queries_are_what_is_profiled_and_memory_no_more(path,
     found = profile(Case(path, ratio, 8192, 4, 2, batch, balance="on"))
     shape = last_rank(8192, 4, batch)
     received = (found.received_forward, found.received_backward)
-    assert received_bytes(FLASH, shape, ratio, path, balanced=True) == received
+    assert received_bytes(FLASH, shape, Layer.v4(ratio), path, balanced=True) == received
     # Halves of several rows are copied; those of one are not.
     assert found.peak_bytes <= 1.06 * peak_of(shape, ratio, path)
 
@@ -104,11 +105,11 @@ def test_memory_is_what_the_benchmarks_report(path, seq_len, cp_size, peaks):
     ],
 )
 def test_bytes_are_what_the_benchmarks_report(path, ratio, forward, backward):
-    planned = received_bytes(FLASH, last_rank(131072, 8), ratio, path)
+    planned = received_bytes(FLASH, last_rank(131072, 8), Layer.v4(ratio), path)
     per_token = [received / 16384 / 7 for received in planned]
     assert per_token == pytest.approx([forward, backward], abs=0.05)
 
 
 def test_a_single_rank_receives_nothing():
     for path in PATHS:
-        assert received_bytes(FLASH, last_rank(4096, 1), 4, path) == (0, 0)
+        assert received_bytes(FLASH, last_rank(4096, 1), Layer.v4(4), path) == (0, 0)

@@ -11,10 +11,12 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import QueryCost, balanced, contiguous
 from nemo_dsv4_cp.tools.inventory import (
     Operation,
+    Shape,
     query_operations,
     shard_operations,
     work_of_ranks,
 )
+from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
@@ -79,7 +81,7 @@ def test_queries_are_counted_where_they_are_computed(ratio, shared):
     for local, remote in zip(schedule.local, schedule.remote, strict=True):
         for runs in (local, remote):
             positions = [i for run in runs for i in run]
-            assert counts(query_operations(ODD, ratio, runs)) == by_hand(ratio, positions)
+            assert counts(query_operations(ODD, Layer.v4(ratio), runs)) == by_hand(ratio, positions)
         assert sum(map(len, remote)) == (128 if shared else 0)
 
 
@@ -94,7 +96,7 @@ def test_a_shards_own_tokens_stay_whatever_moves(ratio, features):
     if ratio == 4:
         expected["indexer.compressor"] = (256 * 37 * 4 * 19, 0)
         expected["indexer.weights_proj"] = (256 * 37 * 17, 0)
-    assert counts(shard_operations(ODD, ratio, 256)) == expected
+    assert counts(shard_operations(ODD, Layer.v4(ratio), 256)) == expected
 
 
 def test_a_recomputation_repeats_what_takes_a_gradient():
@@ -103,25 +105,27 @@ def test_a_recomputation_repeats_what_takes_a_gradient():
 
 
 def test_all_layers_and_the_head_make_a_ranks_work():
-    schedules = {ratio: balanced(LAYOUT) for ratio in (4, 128)} | {0: contiguous(LAYOUT)}
+    schedules = {
+        Layer.v4(ratio): balanced(LAYOUT) if ratio else contiguous(LAYOUT) for ratio in (0, 4, 128)
+    }
     expected = [3 * 256 * 37 * 41] * 4
     for rank in range(4):
         for ratio in ODD.compress_ratios:
-            schedule = schedules[ratio]
+            schedule = schedules[Layer.v4(ratio)]
             for operation in (
-                *query_operations(ODD, ratio, schedule.local[rank]),
-                *query_operations(ODD, ratio, schedule.remote[rank]),
-                *shard_operations(ODD, ratio, 256),
+                *query_operations(ODD, Layer.v4(ratio), schedule.local[rank]),
+                *query_operations(ODD, Layer.v4(ratio), schedule.remote[rank]),
+                *shard_operations(ODD, Layer.v4(ratio), 256),
             ):
                 expected[rank] += operation.forward + operation.backward
-    assert work_of_ranks(ODD, schedules, 256) == expected
+    assert work_of_ranks(ODD, schedules, Shape(LAYOUT)) == expected
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_balance_goes_by_the_same_work_for_each_entry(ratio):
     """At ratio 4 for each entry whose index score is computed, beyond the top-k."""
     one_more, all_before = (
-        counts(query_operations(ODD, ratio, (range(end * ratio - 1, end * ratio),)))
+        counts(query_operations(ODD, Layer.v4(ratio), (range(end * ratio - 1, end * ratio),)))
         for end in (100, 99)
     )
     name = "index scores" if ratio == 4 else "attention"
@@ -137,9 +141,9 @@ def test_operations_are_those_that_the_layer_computes(ratio, balance):
     case = Case("boundary", ratio, 65536, 4, 2, kernels="triton", balance=balance)
     schedule = balanced(case.layout) if balance == "on" else contiguous(case.layout)
     operations = [
-        *query_operations(FLASH, ratio, schedule.local[2]),
-        *query_operations(FLASH, ratio, schedule.remote[2]),
-        *(o for o in shard_operations(FLASH, ratio, 16384) if o.name != "experts"),
+        *query_operations(FLASH, Layer.v4(ratio), schedule.local[2]),
+        *query_operations(FLASH, Layer.v4(ratio), schedule.remote[2]),
+        *(o for o in shard_operations(FLASH, Layer.v4(ratio), 16384) if o.name != "experts"),
     ]
     expected = [
         2 * sum(getattr(operation, step) for operation in operations)
@@ -150,7 +154,7 @@ def test_operations_are_those_that_the_layer_computes(ratio, balance):
 
 def test_balance_moves_work_and_makes_none():
     stay, move = (
-        work_of_ranks(ODD, {0: contiguous(LAYOUT), 4: schedule, 128: schedule}, 256)
+        work_of_ranks(ODD, {Layer.v4(ratio): schedule for ratio in (0, 4, 128)}, Shape(LAYOUT))
         for schedule in (contiguous(LAYOUT), balanced(LAYOUT))
     )
     assert sum(stay) == sum(move)

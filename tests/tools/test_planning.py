@@ -8,6 +8,7 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import planning
 from nemo_dsv4_cp.tools.inventory import Shape, received_bytes, work_of_ranks
+from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.planning import Plan, Request
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import step_time
@@ -33,15 +34,16 @@ def test_balance_is_planned_beside_what_stays(transport):
     stay, half = contiguous(shape.layout), balanced(shape.layout)
     moved = 0
     for sharing, schedule in ((row.staying, stay), (row.moving, half)):
-        schedules = {0: stay, 4: schedule, 128: schedule}
-        works = work_of_ranks(FLASH, schedules, 16384)
+        schedules = {Layer.v4(ratio): schedule if ratio else stay for ratio in (0, 4, 128)}
+        works = work_of_ranks(FLASH, schedules, shape)
         assert sharing.last_over_first == pytest.approx(works[-1] / works[0])
         assert sharing.largest_over_mean == pytest.approx(64 * max(works) / sum(works))
         assert sharing.moved_bytes == moved
         assert sharing.step == step_time(FLASH, shape, schedules, request.gpu, transport)
         for layers, ratio in ((21, 4), (20, 128)):
             for balance, sign in ((True, 1), (False, -1)):
-                received = received_bytes(FLASH, shape, ratio, transport, balanced=balance)
+                layer = Layer.v4(ratio)
+                received = received_bytes(FLASH, shape, layer, transport, balanced=balance)
                 moved += sign * layers * sum(received)
     assert (row.staying.moved_ratios, row.moving.moved_ratios) == ((), (4, 128))
     assert row.staying.last_over_first > 2.8 > 1.01 > row.moving.last_over_first

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
+from collections import Counter
 
 import pytest
 
-from nemo_dsv4_cp.tools.sizes import ModelSizes, published_fields, read_model_fields
+from nemo_dsv4_cp.tools.sizes import ModelSizes, ModelSizesV41, published_fields, read_model_fields
 
 FLASH = ModelSizes.of_fields(read_model_fields("v4_flash"))
 
@@ -31,6 +33,7 @@ def test_published_sizes_have_the_published_layers():
         ({"compress_ratios": [4, 128]}, "holds 2 ratios for num_hidden_layers=43"),
         ({"compress_ratios": 4}, "not a list"),
         ({"compress_ratios": ["4"]}, "use 0, 4 or 128"),
+        ({"compress_ratios": [0, 2]}, "without kv_source_layer_ids"),
     ],
 )
 def test_fields_that_are_no_model_are_refused(changed, message):
@@ -82,7 +85,9 @@ def test_a_recipe_that_only_names_a_model_has_its_sizes_and_its_own_changes(warn
 def test_another_model_that_is_not_cached_is_refused(warned, tmp_path):
     with pytest.raises(ValueError, match=r"hf download deepseek-ai/V3 config.json"):
         published_fields("deepseek-ai/V3", warned.append)
-    with pytest.raises(ValueError, match=r"cannot be read; use v4_flash or v4_pro, the path"):
+    with pytest.raises(
+        ValueError, match=r"cannot be read; use v4_flash, v4_pro, v41_flash, the path"
+    ):
         read_model_fields("deepseek-ai/V3", warned.append)
 
 
@@ -90,12 +95,40 @@ def test_another_model_that_is_not_cached_is_refused(warned, tmp_path):
     "config",
     [
         {"text_config": {"compress_ratios": [0, 2]}},
-        {"_target_": "nemo_dsv4_cp.DeepseekV41ContextParallelConfig.from_pretrained"},
+        {"pretrained_model_name_or_path": "deepseek-ai/DeepSeek-V4.1-Flash"},
         {"model_type": "deepseek_v41", "compress_ratios": [0, 2]},
     ],
 )
-def test_sizes_of_v41_are_refused(config, tmp_path):
+def test_sizes_of_v41_are_refused_where_only_v4_will_do(config, warned, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps({"model": {"config": config}}))
-    with pytest.raises(ValueError, match=r"is a setting of DeepSeek-V4\.1, and plan"):
+    with pytest.raises(ValueError, match=r"is a setting of DeepSeek-V4\.1, and gpu-report"):
         read_model_fields(str(path))
+
+
+def test_sizes_of_v41_are_read_from_what_is_packaged_published_and_written(warned, tmp_path):
+    flash = ModelSizes.of_fields(read_model_fields("v41_flash", v41=True))
+    assert isinstance(flash, ModelSizesV41)
+    hub = "deepseek-ai/DeepSeek-V4.1-Flash"
+    assert ModelSizes.of_fields(read_model_fields(hub, warned.append, v41=True)) == flash
+    assert f"hf download {hub} config.json" in warned[0]
+    path = tmp_path / "recipe.yaml"
+    named = {"pretrained_model_name_or_path": hub, "text_config": {"index_topk": 256}}
+    path.write_text(json.dumps({"model": {"config": named}}))
+    changed = ModelSizes.of_fields(read_model_fields(str(path), warned.append, v41=True))
+    assert changed == dataclasses.replace(flash, index_topk=256)
+
+
+def test_layers_of_v41_are_told_apart():
+    flash = ModelSizes.of_fields(read_model_fields("v41_flash", v41=True))
+    assert Counter(layer.name for layer in flash.layers) == {
+        "0": 2,
+        "2 source": 3,
+        "2 reuse": 15,
+        "1 source": 1,
+        "1 inside": 4,
+        "1 reuse": 15,
+    }
+    assert [number for number, layer in enumerate(flash.layers) if layer.moves] == [2, 8, 14, 20]
+    without = dataclasses.replace(flash, candidate_source_layer_id=-1)
+    assert Counter(layer.name for layer in without.layers)["1 select"] == 4

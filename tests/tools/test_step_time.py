@@ -16,6 +16,7 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import inventory, step_time
 from nemo_dsv4_cp.tools.inventory import Shape, crossings
+from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import order_of, waiting
 
@@ -109,7 +110,9 @@ def between(events, collective):
 def test_the_orders_are_those_of_the_layer(ratio, moves, monkeypatch):
     case = Case("boundary", ratio, 1024, 4, 1, kernels="torch", balance="on" if moves else "off")
     shape = Shape(case.layout)
-    names = [each.name for each in crossings(FLASH, shape, ratio, "boundary", balanced=moves)]
+    names = [
+        each.name for each in crossings(FLASH, shape, Layer.v4(ratio), "boundary", balanced=moves)
+    ]
     recorder = Recorder(monkeypatch, case.layout.own, names)
     let_fake_tensors_through_collectives()
     with process_group("fake", rank=1, size=4) as group, FakeTensorMode():
@@ -120,10 +123,14 @@ def test_the_orders_are_those_of_the_layer(ratio, moves, monkeypatch):
 
     of_indexer = {"index_queries", "index_keys", "select"}
     order = [
-        event for event in order_of(ratio, moves=moves) if ratio == 4 or event[1] not in of_indexer
+        event
+        for event in order_of(Layer.v4(ratio), moves=moves)
+        if ratio == 4 or event[1] not in of_indexer
     ]
     assert recorder.forward == order
-    stages = {operation.stage for operation in inventory.query_operations(FLASH, ratio, ())}
+    stages = {
+        operation.stage for operation in inventory.query_operations(FLASH, Layer.v4(ratio), ())
+    }
     assert {event[1] for event in order if event in SECONDS} == stages
     # Between the same starts and waits, and nothing of the indexer.
     for name in names:
@@ -143,14 +150,14 @@ def test_the_orders_are_those_of_the_layer(ratio, moves, monkeypatch):
 )
 def test_a_collective_is_waited_for_less_what_is_computed_meanwhile(ratio, moves, hidden):
     for name, seconds in hidden.items():
-        order = order_of(ratio, moves=moves)
+        order = order_of(Layer.v4(ratio), moves=moves)
         assert waiting(order, SECONDS, {name: 1000}) == 1000 - seconds
 
 
 def test_the_second_gather_starts_when_the_first_is_done():
     both = {"index_keys": 50, "entries": 10}
     # 48 projecting; 2 until index keys are here; 68 choosing, while entries arrive.
-    order = order_of(4, moves=True)
+    order = order_of(Layer.v4(4), moves=True)
     assert waiting(order, SECONDS, both) == 2
     quick = SECONDS | {("local", "select"): 1, ("remote", "select"): 3}
     assert waiting(order, quick, both) == 2 + 10 - 4
@@ -158,23 +165,23 @@ def test_the_second_gather_starts_when_the_first_is_done():
 
 def test_what_is_short_is_not_waited_for():
     short = dict.fromkeys(("fetch", "index_keys", "entries", "returned"), 1)
-    assert waiting(order_of(4, moves=True), SECONDS, short) == 0
+    assert waiting(order_of(Layer.v4(4), moves=True), SECONDS, short) == 0
 
 
 @pytest.mark.parametrize("ratio", [0, 4, 128])
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_layer_computes_as_long_as_its_busiest_rank(ratio, moves):
     shape, schedule = shape_and_schedule(16, moves=moves and ratio > 0, batch=2)
-    found = step_time.layer_time(FLASH, shape, ratio, schedule, GPU, "boundary")
+    found = step_time.layer_time(FLASH, shape, Layer.v4(ratio), schedule, GPU, "boundary")
     in_float32 = {"compressor", "indexer.compressor"}
     in_kernels = {"attention", "index scores"}
     ranks = []
     for local, remote in zip(schedule.local, schedule.remote, strict=True):
         seconds = 0
         for operation in (
-            *inventory.query_operations(FLASH, ratio, local),
-            *inventory.query_operations(FLASH, ratio, remote),
-            *inventory.shard_operations(FLASH, ratio, 1024),
+            *inventory.query_operations(FLASH, Layer.v4(ratio), local),
+            *inventory.query_operations(FLASH, Layer.v4(ratio), remote),
+            *inventory.shard_operations(FLASH, Layer.v4(ratio), 1024),
         ):
             # Forward twice but for top-k selection; two rows, two operations each.
             repeats = 1 + (operation.backward > 0)
@@ -190,8 +197,10 @@ def test_a_layer_computes_as_long_as_its_busiest_rank(ratio, moves):
 @pytest.mark.parametrize("transport", ["boundary", "all_gather"])
 def test_a_layer_communicates_forward_again_and_backward(transport):
     shape, schedule = shape_and_schedule(16, moves=True)
-    found = step_time.layer_time(FLASH, shape, 4, schedule, GPU, transport)
-    fetch, index_keys, entries, returned = crossings(FLASH, shape, 4, transport, balanced=True)
+    found = step_time.layer_time(FLASH, shape, Layer.v4(4), schedule, GPU, transport)
+    fetch, index_keys, entries, returned = crossings(
+        FLASH, shape, Layer.v4(4), transport, balanced=True
+    )
     if transport == "boundary":
         sent = (fetch.forward, fetch.repeated, fetch.backward)
         expected = sum(GPU.exchange_seconds(received, 16) for received in sent)
@@ -212,18 +221,19 @@ def test_a_layer_is_done_when_its_last_rank_is():
     # Of compute without end nothing is hidden, and of links without end nothing waited for.
     shape, schedule = shape_and_schedule(16, moves=True)
     at_once = dataclasses.replace(GPU, tflops=1e12, float32_tflops=1e12)
-    found = step_time.layer_time(FLASH, shape, 4, schedule, at_once, "boundary")
+    found = step_time.layer_time(FLASH, shape, Layer.v4(4), schedule, at_once, "boundary")
     assert found.exposed == pytest.approx(found.communicating, rel=1e-6)
     assert found.seconds(overlap=True) == pytest.approx(found.seconds(overlap=False), rel=1e-6)
     slow = dataclasses.replace(GPU, tflops=1, float32_tflops=1)
-    found = step_time.layer_time(FLASH, shape, 4, schedule, slow, "boundary")
+    found = step_time.layer_time(FLASH, shape, Layer.v4(4), schedule, slow, "boundary")
     assert 0 == found.exposed < found.communicating
     assert found.seconds(overlap=False) == found.computing + found.communicating
 
 
 def test_a_step_is_its_layers_and_the_head():
     shape, schedule = shape_and_schedule(4, moves=True, batch=2)
-    schedules = {0: contiguous(shape.layout), 4: schedule, 128: schedule}
+    stay = contiguous(shape.layout)
+    schedules = {Layer.v4(ratio): schedule if ratio else stay for ratio in (0, 4, 128)}
     step = step_time.step_time(FLASH, shape, schedules, GPU, "boundary")
     assert [(layer.ratio, layer.layers) for layer in step.layers] == [(0, 2), (4, 21), (128, 20)]
     assert step.head == pytest.approx(2 * 2 * 3 * 1024 * 4096 * 129280 / 700e12)
@@ -237,5 +247,7 @@ def test_a_step_is_its_layers_and_the_head():
 def test_one_rank_waits_for_nobody():
     shape, schedule = shape_and_schedule(1, moves=False)
     for ratio in (0, 4, 128):
-        found = step_time.layer_time(FLASH, shape, ratio, schedule, GPUS["b200"], "boundary")
+        found = step_time.layer_time(
+            FLASH, shape, Layer.v4(ratio), schedule, GPUS["b200"], "boundary"
+        )
         assert found.communicating == found.exposed == 0
