@@ -29,7 +29,9 @@ from nemo_dsv4_cp.attention.layer_v41 import (
     SharedState,
     document_alignment,
 )
+from nemo_dsv4_cp.attention.step import StepContext
 from nemo_dsv4_cp.bench.layer import Case, Forward, Output, default_dtype
+from nemo_dsv4_cp.sequence.plan import NOTHING
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 
@@ -58,6 +60,9 @@ def cases(
             f"seq_len={seq_len} does not cut into {cp_size} shards of a multiple of "
             f"{multiple // cp_size} tokens; use {working}"
         )
+    starts = options.get("documents", ())  # AutoModel pads documents so that they begin there
+    starts = dict.fromkeys(start - start % document_alignment(config) for start in starts)
+    options["documents"] = tuple(starts)
     return [
         Case(path, ratios[layer], seq_len, cp_size, rank, **options, layer=layer)
         for layer in layers
@@ -66,15 +71,22 @@ def cases(
 
 
 def build(
-    case: Case, group: Any, *, dtype: torch.dtype, device: torch.device, attn: str = "sdpa"
+    case: Case,
+    group: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn: str = "sdpa",
+    **sizes: Any,
 ) -> Forward:
     """Build the layer, its input and the state that the layer before it hands on.
 
     The input, the state's entries, and all parameters but the indexer's take gradients.
-    ``attn`` is AutoModel's attention backend.
+    ``attn`` is AutoModel's attention backend, ``sizes`` the fields of the text config that differ
+    from V4.1-Flash.
     """
     assert case.layer is not None
-    config = DeepseekV41ContextParallelConfig(context_parallel=case.options)
+    config = DeepseekV41ContextParallelConfig(text_config=sizes, context_parallel=case.options)
     text, options, length = config.text_config, config.context_parallel, case.layout.local_len
     text.torch_dtype = dtype
     backend = BackendConfig(attn=attn, linear="torch", rms_norm="torch_fp32")
@@ -109,23 +121,20 @@ def _shared_state(
     case: Case, text: Any, options: Any, group: Any, dtype: torch.dtype, device: torch.device
 ) -> SharedState:
     """Return the state before a layer; a source needs nothing of the layers before it."""
-    batch, length = case.batch, case.layout.local_len
-    state = SharedState.start(
-        length, options, group=group, documents_BL=None, alignment=document_alignment(text)
-    )
+    state = SharedState(StepContext(case.layout, group, options))
     if case.layer in text.kv_source_layer_ids or not case.ratio:
         return state
-    width, chosen = case.seq_len // case.ratio, (batch, length)
+    batch, width = case.batch, case.seq_len // case.ratio
     within = 0 <= text.candidate_source_layer_id < (case.layer or 0)
     with device:
         entries = torch.randn(batch, width, text.head_dim, dtype=dtype).requires_grad_()
-        blocks = torch.zeros(*chosen, text.candidate_topk_blocks, dtype=torch.int32)
+        blocks = _drawn(case, text.candidate_topk_blocks, case.ratio * text.candidate_block_size)
         return replace(
             state,
             ratio=case.ratio,
             entries_BPD=entries,
             index_keys_BPF=torch.randn(batch, width, text.index_head_dim, dtype=dtype),
-            selected_BLK=torch.zeros(*chosen, text.index_topk, dtype=torch.int32),
+            selected_BLK=_drawn(case, text.index_topk, case.ratio),
             candidates_BLM=blocks if within else None,
         )
 
@@ -136,21 +145,26 @@ def _automodels_state(
     """Return the same for AutoModel's layer."""
     if case.layer in text.kv_source_layer_ids or not case.ratio:
         return DeepseekV41AttentionState()
-    batch, width, chosen = (
-        case.batch,
-        case.seq_len // case.ratio,
-        (case.batch, case.layout.local_len),
-    )
+    batch, width = case.batch, case.seq_len // case.ratio
     within = 0 <= text.candidate_source_layer_id < (case.layer or 0)
     with device:
         return DeepseekV41AttentionState(
             compressed_kv=torch.randn(batch, width, text.head_dim, dtype=dtype).requires_grad_(),
             index_keys=torch.randn(batch, width, text.index_head_dim, dtype=dtype),
-            topk_indices=torch.zeros(*chosen, text.index_topk, dtype=torch.long),
-            candidates=torch.ones(*chosen, width, dtype=torch.bool) if within else None,
+            topk_indices=_drawn(case, text.index_topk, case.ratio).long(),
+            candidates=torch.ones(batch, case.layout.local_len, width, dtype=torch.bool)
+            if within
+            else None,
             compressed_valid=torch.ones(batch, width, dtype=torch.bool),
             compression_ratio=case.ratio,
         )
+
+
+def _drawn(case: Case, slots: int, tokens: int) -> torch.Tensor:
+    """Draw what each query selected of groups of ``tokens`` before it, int32 [B, L, slots]."""
+    seen = (case.layout.positions(torch.get_default_device()).view(1, -1, 1) + 1) // tokens
+    drawn = torch.rand(case.batch, case.layout.local_len, slots, dtype=torch.float32) * seen
+    return drawn.to(torch.int32).masked_fill_(seen == 0, NOTHING)
 
 
 class _TorchWithoutValues:

@@ -240,17 +240,23 @@ def fake_rank(case: Case) -> Iterator[Any]:
         yield group
 
 
+def builder(case: Case) -> Callable[..., Forward]:
+    """Return what builds the case's layer: that of V4, or V4.1's."""
+    if case.layer is None:
+        return layer.build
+    from nemo_dsv4_cp.bench import layer_v41  # AutoModel has V4.1 since 0.7
+
+    return layer_v41.build
+
+
 @contextmanager
 def _layer_of_fakes(case: Case) -> Iterator[Forward]:
     """Yield the forward of a case's layer on fake tensors, bfloat16."""
-    build: Callable[..., Forward] = layer.build
-    if case.layer is not None:
-        from nemo_dsv4_cp.bench import layer_v41  # AutoModel has V4.1 since 0.7
-
-        build = layer_v41.build
     attn = "tilelang" if case.path == AUTOMODEL else "sdpa"
     with fake_rank(case) as group, automodels_kernels():
-        yield build(case, group, dtype=torch.bfloat16, device=torch.device("cpu"), attn=attn)
+        yield builder(case)(
+            case, group, dtype=torch.bfloat16, device=torch.device("cpu"), attn=attn
+        )
 
 
 def profile(case: Case) -> LayerProfile:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from nemo_dsv4_cp.bench.layer import Case, Forward, build
+from nemo_dsv4_cp.bench.layer import Case, Forward
+from nemo_dsv4_cp.bench.profiling import builder
 from nemo_dsv4_cp.checks.certificate import fastest_on_disk
 from nemo_dsv4_cp.checks.kernel_choice import TORCH
 from nemo_dsv4_cp.exchange.collectives import barrier, process_group
@@ -38,6 +39,8 @@ CPU_SIZES: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 """A layer that is small enough for CPU ranks."""
+CPU_CANDIDATES = 128
+"""Its blocks of candidates in V4.1: 1,024 entries."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +76,32 @@ def automodel_kernels() -> str:
     return "tilelang" if find_spec("tilelang") else "sdpa"
 
 
-def certified_kernels() -> str:
-    """Return what ``kernels: auto`` takes on this GPU for V4-Flash, by the certificates on disk.
+def certified_kernels(model: str) -> str:
+    """Return what ``kernels: auto`` takes on this GPU for a packaged model, by its certificates.
 
-    Torch if there are none: ``gpu-report`` makes them.
+    Torch if there are none: ``gpu-report`` makes those of V4, and a job's start those of its model.
     """
-    found = fastest_on_disk(SimpleNamespace(**read_model_fields("v4_flash")))
+    fields = read_model_fields(model, v41=True)
+    found = fastest_on_disk(SimpleNamespace(**fields.get("text_config", fields)))
     return found.kernels if found else TORCH
 
 
-def time_gloo_ranks(
-    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, **options: Any
-) -> list[Timing]:
-    """Time real gloo ranks on this CPU, one thread each, the paths in turn (float32).
+def time_gloo_ranks(cases: list[Case], repeats: int) -> list[Timing]:
+    """Time real gloo ranks on this CPU, one thread each, the cases in turn (float32).
 
-    Each path runs once before the repeats that count. ``options`` are ``kernels`` and ``balance``
-    of the transports.
+    The cases are those of a layer, one of each path; each runs once before the repeats that count.
     """
-    cases = [Case(path, ratio, seq_len, cp_size, 0, **options) for path in paths]
-    seconds = local_ranks.run(_gloo_rank, cp_size, cases, repeats)
+    seconds = local_ranks.run(_gloo_rank, cases[0].cp_size, cases, repeats)
     return [Timing(case, tuple(seconds[case.path])) for case in cases]
 
 
 def _gloo_rank(group: Any, rank: int, cases: list[Case], repeats: int) -> dict[str, list[float]]:
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), **CPU_SIZES}
-    forwards = {case.path: build(replace(case, rank=rank), group, **on_cpu) for case in cases}
+    if cases[0].layer is not None:
+        on_cpu |= {"candidate_topk_blocks": CPU_CANDIDATES}
+    forwards = {
+        case.path: builder(case)(replace(case, rank=rank), group, **on_cpu) for case in cases
+    }
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(repeats + 1):
         for path, forward in forwards.items():
@@ -109,27 +113,23 @@ def _gloo_rank(group: Any, rank: int, cases: list[Case], repeats: int) -> dict[s
     return {path: of_path[1:] for path, of_path in seconds.items()}  # the first warms up
 
 
-def time_one_gpu_rank(
-    paths: list[str], ratio: int, seq_len: int, cp_size: int, repeats: int, **options: Any
-) -> list[Timing]:
-    """Time the last rank alone on this GPU, V4-Flash sizes, bfloat16.
+def time_one_gpu_rank(cases: list[Case], repeats: int) -> list[Timing]:
+    """Time the cases' rank alone on this GPU, sizes of V4-Flash or V4.1-Flash, bfloat16.
 
     Collectives of its fake process group return at once with whatever memory held, so only
     computing is timed.
     """
-    rank = cp_size - 1
     timings = []
-    with process_group("fake", rank=rank, size=cp_size) as group:
-        for path in paths:
-            case = Case(path, ratio, seq_len, cp_size, rank, **options)
+    with process_group("fake", rank=cases[0].rank, size=cases[0].cp_size) as group:
+        for case in cases:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            forward = build(
+            forward = builder(case)(
                 case,
                 group,
                 dtype=torch.bfloat16,
                 device=torch.device("cuda"),
-                attn=automodel_kernels() if path == AUTOMODEL else "sdpa",
+                attn=automodel_kernels() if case.path == AUTOMODEL else "sdpa",
             )
             seconds = tuple(_cuda_seconds(forward) for _ in range(repeats + 1))
             timings.append(Timing(case, seconds[1:], torch.cuda.max_memory_allocated()))

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``bench bytes``, ``memory`` and ``launches``: layers profiled with fake tensors, without a GPU.
-
-Of V4-Flash a layer of each compress ratio; of V4.1-Flash a layer of each kind, by its number.
-"""
+"""``bench bytes``, ``memory`` and ``launches``: layers profiled with fake tensors."""
 
 from __future__ import annotations
 
@@ -15,81 +12,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nemo_dsv4_cp.cli.bench import (
-    Balance,
-    CpSize,
-    Json,
-    KernelsName,
-    SeqLen,
-    Workspace,
-    check,
+from nemo_dsv4_cp.cli.bench import Balance, CpSize, Json, KernelsName, SeqLen, Workspace
+from nemo_dsv4_cp.cli.bench_models import (
+    Columns,
+    Layers,
+    Model,
+    Ratios,
+    cases,
     installed_paths,
+    layer_columns,
+    title,
+    wanted,
 )
 from nemo_dsv4_cp.cli.output import check_outputs, emit, progress, running, table, two_plots
 from nemo_dsv4_cp.options import AUTO
-from nemo_dsv4_cp.tools.sizes import GIB
+from nemo_dsv4_cp.tools.sizes import GIB, V41_FLASH
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it
     from nemo_dsv4_cp.bench.layer import Case
     from nemo_dsv4_cp.bench.profiling import LayerProfile
 
-_RATIOS = (0, 4, 128)
-_V41 = "v41_flash"
-_V41_LAYERS = (0, 2, 3, 20, 24, 25)
-"""Window; source of ratio 2; reuse; source of ratio 1 and of candidates; selection; reuse."""
-_NAMES = {"v4_flash": "V4-Flash", _V41: "V4.1-Flash"}
-
-Model = Annotated[str, typer.Option(help=f"{' or '.join(_NAMES)}.")]
-Ratios = Annotated[
-    list[int] | None,
-    typer.Option("--ratio", help="Compress ratio, of V4; may be repeated. 0, 4, 128 without it."),
-]
-Layers = Annotated[
-    list[int] | None,
-    typer.Option("--layer", help="Layer, of V4.1; may be repeated. One of a kind without it."),
-]
 Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
 
 
-def _wanted(model: str, ratio: list[int] | None, layer: list[int] | None) -> Sequence[int]:
-    """Return the ratios of V4's layers, or the numbers of V4.1's."""
-    if model not in _NAMES:
-        raise typer.BadParameter(f"--model {model} is unknown; use {' or '.join(_NAMES)}")
-    if model == _V41:
-        if ratio:
-            raise typer.BadParameter(f"--ratio is for v4_flash; with --model {_V41} use --layer")
-        return layer or _V41_LAYERS
-    if layer:
-        raise typer.BadParameter(f"--layer is for {_V41}; with --model {model} use --ratio")
-    return ratio or _RATIOS
-
-
-def _cases(
-    model: str, wanted: Sequence[int], seq_len: int, cp_size: int, rank: int, **options: Any
-) -> list[Case]:
-    paths = installed_paths()
-    if model != _V41:
-        from nemo_dsv4_cp.bench.layer import Case
-
-        check(seq_len, cp_size, wanted)
-        return [
-            Case(path, ratio, seq_len, cp_size, rank, **options)
-            for ratio in wanted
-            for path in paths
-        ]
-    # This import says what to do where AutoModel has no V4.1.
-    from nemo_dsv4_cp import DeepseekV41ContextParallelConfig  # noqa: F401
-    from nemo_dsv4_cp.bench import layer_v41
-
-    return layer_v41.cases(paths, wanted, seq_len, cp_size, rank, **options)
-
-
-def _profiles(*case: Any, **options: Any) -> list[LayerProfile]:
-    """Profile a rank's layers by every path; the arguments are those of :func:`_cases`."""
+def _profiles(model: str, *case: Any, **options: Any) -> list[LayerProfile]:
+    """Profile a rank's layers by every path; the other arguments are those of :func:`cases`."""
     with running(mistakes=(ValueError, ImportError)):
         from nemo_dsv4_cp.bench.profiling import profile
 
-        return [profile(each) for each in progress(_cases(*case, **options), "Profiling")]
+        chosen = cases(model, installed_paths(), *case, **options)
+        return [profile(each) for each in progress(chosen, "Profiling")]
 
 
 def _figures(profiles: Sequence[LayerProfile]) -> list[dict[str, Any]]:
@@ -105,13 +57,8 @@ def _figures(profiles: Sequence[LayerProfile]) -> list[dict[str, Any]]:
     ]
 
 
-Columns = dict[str, Callable[[Any], object]]
-
-
 def _layer_columns(model: str, case: Callable[[Any], Case] = attrgetter("case")) -> Columns:
-    """Return the columns that name a row's layer and path, by the row's case."""
-    number: Columns = {"layer": lambda row: case(row).layer} if model == _V41 else {}
-    return {**number, "ratio": lambda row: case(row).ratio, "path": lambda row: case(row).path}
+    return {**layer_columns(model, case), "path": lambda row: case(row).path}
 
 
 def _received_columns(model: str) -> Columns:
@@ -122,15 +69,11 @@ def _received_columns(model: str) -> Columns:
         "received bwd": lambda each: f"{each.per_token(each.received_backward):,.1f}",
         "peak GiB": lambda each: f"{each.peak_bytes / GIB:.2f}",
         "saved GiB": lambda each: f"{each.saved_bytes / GIB:.2f}",
-        **(carried if model == _V41 else {}),
+        **(carried if model == V41_FLASH else {}),
     }
 
 
 _BY_TOKEN = "received: bytes per local token and remote rank"
-
-
-def _title(model: str, seq_len: int, cp_size: int, rest: str) -> str:
-    return f"{_NAMES[model]}, bfloat16, a row of {seq_len:,} tokens on {cp_size} ranks, {rest}"
 
 
 def bytes_(
@@ -147,15 +90,15 @@ def bytes_(
 
     Example: nemo-dsv4-cp bench bytes --seq-len 131072 --cp-size 8
     """
-    wanted = _wanted(model, ratio, layer)
+    numbers = wanted(model, ratio, layer)
     check_outputs(json_=json_, plot=plot)
     # A middle rank has neighbors on both sides: halos arrive, and their gradients return.
     rank = cp_size // 2
-    profiles = _profiles(model, wanted, seq_len, cp_size, rank, balance=balance)
-    title = _title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
-    emit(_figures(profiles), json_, table(title, profiles, _received_columns(model)))
+    profiles = _profiles(model, numbers, seq_len, cp_size, rank, balance=balance)
+    shown = title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
+    emit(_figures(profiles), json_, table(shown, profiles, _received_columns(model)))
     if plot is not None:
-        _plot(model, wanted, seq_len // cp_size, plot)
+        _plot(model, numbers, seq_len // cp_size, plot)
 
 
 def memory(
@@ -174,12 +117,12 @@ def memory(
 
     Example: nemo-dsv4-cp bench memory --seq-len 1048576 --cp-size 64 --ratio 4
     """
-    wanted = _wanted(model, ratio, layer)
+    numbers = wanted(model, ratio, layer)
     check_outputs(json_=json_, plot=plot)
     rank = cp_size - 1  # it sees the most
     options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
-    profiles = _profiles(model, wanted, seq_len, cp_size, rank, **options)
-    title = _title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
+    profiles = _profiles(model, numbers, seq_len, cp_size, rank, **options)
+    shown = title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
     tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
     columns: Columns = {
         **_layer_columns(model, itemgetter(0)),
@@ -189,9 +132,9 @@ def memory(
         "made by": lambda row: row[1].operation,
     }
     largest = table("The largest tensors at the peak", tensors, columns)
-    emit(_figures(profiles), json_, table(title, profiles, _received_columns(model)), largest)
+    emit(_figures(profiles), json_, table(shown, profiles, _received_columns(model)), largest)
     if plot is not None:
-        _plot(model, wanted, seq_len // cp_size, plot)
+        _plot(model, numbers, seq_len // cp_size, plot)
 
 
 def launches(
@@ -209,12 +152,12 @@ def launches(
 
     Example: nemo-dsv4-cp bench launches --seq-len 131072 --cp-size 8 --kernels triton
     """
-    wanted = _wanted(model, ratio, layer)
+    numbers = wanted(model, ratio, layer)
     check_outputs(json_=json_)
     options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
-    profiles = _profiles(model, wanted, seq_len, cp_size, cp_size - 1, **options)
+    profiles = _profiles(model, numbers, seq_len, cp_size, cp_size - 1, **options)
     settings = f"the last rank; kernels: {kernels}; balance: {balance}"
-    title = _title(model, seq_len, cp_size, f"{settings}; GB of tensors read and written")
+    shown = title(model, seq_len, cp_size, f"{settings}; GB of tensors read and written")
     columns = {
         **_layer_columns(model),
         "launches fwd": lambda each: f"{each.forward.count:,}",
@@ -222,15 +165,15 @@ def launches(
         "launches bwd": lambda each: f"{each.backward.count:,}",
         "GB bwd": lambda each: f"{each.backward.moved_bytes / 1e9:,.1f}",
     }
-    emit(_figures(profiles), json_, table(title, profiles, columns))
+    emit(_figures(profiles), json_, table(shown, profiles, columns))
 
 
-def _plot(model: str, wanted: Sequence[int], shard: int, destination: Path) -> None:
+def _plot(model: str, numbers: Sequence[int], shard: int, destination: Path) -> None:
     """Draw memory and bytes against the row's length at one shard length, log-log."""
     sizes, paths = [2**power for power in range(1, 7)], installed_paths()
-    profiles = [each for n in sizes for each in _profiles(model, wanted, shard * n, n, n - 1)]
-    styles, kind = dict(zip(wanted, cycle(("-", "--", ":", "-.")), strict=False)), "ratio"
-    if model == _V41:
+    profiles = [each for n in sizes for each in _profiles(model, numbers, shard * n, n, n - 1)]
+    styles, kind = dict(zip(numbers, cycle(("-", "--", ":", "-.")), strict=False)), "ratio"
+    if model == V41_FLASH:
         kind = "layer"
     with two_plots(
         destination,
@@ -239,7 +182,7 @@ def _plot(model: str, wanted: Sequence[int], shard: int, destination: Path) -> N
         f"tokens in the row ({shard:,} on each rank)",
     ) as (left, right):
         for place, path in enumerate(paths):
-            for each in wanted:
+            for each in numbers:
                 mine = [p for p in profiles if (p.case.path, getattr(p.case, kind)) == (path, each)]
                 lengths = [p.case.seq_len for p in mine]
                 style = {

@@ -8,7 +8,6 @@ import torch
 from typer.testing import CliRunner
 
 from nemo_dsv4_cp.bench import gpu_report
-from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.timing import Timing
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Certificate
@@ -24,10 +23,10 @@ def gpu(monkeypatch, tmp_path):
     """A machine with a GPU on which TileLang is not installed and ratio 128 runs out of memory."""
     errors = {}
 
-    def layer(paths, ratio, seq_len, cp_size, repeats, *, kernels):
-        if ratio == 128:
+    def layer(cases, repeats):
+        (case,) = cases
+        if case.ratio == 128:
             raise torch.OutOfMemoryError("tried to allocate 80 GiB")
-        case = Case(paths[0], ratio, seq_len, cp_size, cp_size - 1, kernels=kernels)
         return [Timing(case, (0.012,) * repeats, 3 << 30)]
 
     def operations(kernels, sizes, ratio, seq_len, cp_size, *, dtype, repeats):

@@ -4,7 +4,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from nemo_dsv4_cp.checks.operation_timing import OperationTime
 from nemo_dsv4_cp.cli.app import app
+from nemo_dsv4_cp.kernels.reference import TorchKernels
 
 SMALL = ["--seq-len", "2048", "--cp-size", "2", "--ratio", "0"]
 
@@ -126,6 +128,40 @@ def test_work_is_counted_rank_by_rank_with_balance_and_without(tmp_path):
         assert forward["on"]["largest_over_mean"] < 1.02 < forward["off"]["largest_over_mean"]
 
 
+@pytest.mark.parametrize("drawn", [[], ["--shortest", "1000", "--longest", "40000"]])
+def test_work_of_v41_is_that_of_its_layers(drawn):
+    sizes = ["--seq-len", "65536", "--cp-size", "4", "--model", "v41_flash", "--json", "-"]
+    done = run("work", *sizes, "--layer", "20", "--layer", "24", *drawn)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout[done.stdout.index("[") :])
+    found = {
+        (row["layer"], row["balance"]): row["flops"] for row in rows if row["pass"] == "forward"
+    }
+    assert sum(found[20, "on"]) == pytest.approx(sum(found[20, "off"]), rel=0.01)
+    assert max(found[20, "on"]) * 4 < 1.03 * sum(found[20, "on"])
+    assert max(found[20, "off"]) > 1.03 * max(found[20, "on"])
+    assert found[24, "on"] == found[24, "off"]  # no query moves
+    assert {row["ratio"] for row in rows} == {1}
+
+
+def test_operations_of_v41_are_timed_by_layer(monkeypatch):
+    monkeypatch.setattr("nemo_dsv4_cp.cli.bench.require_gpu", lambda *_: None)
+    monkeypatch.setattr("nemo_dsv4_cp.kernels.triton.TritonKernels", TorchKernels)
+    selections = []
+
+    def timed(kernels, sizes, ratio, *shape, selects, **_):
+        selections.append((sizes.index_n_heads, ratio, selects))
+        return [OperationTime("attention forward", ratio, 0.004, 8 * 10**11)]
+
+    monkeypatch.setattr("nemo_dsv4_cp.checks.operation_timing.time_operations", timed)
+    done = run("operations", *SMALL[:4], "--model", "v41_flash", "--json", "-")
+    assert done.exit_code == 0, done.output
+    measured = json.loads(done.stdout[done.stdout.index("{") :])["operations"]
+    assert [each["layer"] for each in measured] == [0, 2, 3, 20, 24, 25]
+    how = [None, "all entries", None, "candidates", "inside candidates", None]
+    assert selections == list(zip([32] * 6, [0, 2, 2, 1, 1, 1], how, strict=True))
+
+
 def test_what_balance_moves_is_in_the_bytes():
     figures = {}
     for balance in ("on", "off"):
@@ -147,6 +183,7 @@ def test_what_balance_moves_is_in_the_bytes():
         (["launches", "--layer", "2"], "--layer is for v41_flash"),
         (["launches", "--model", "v41_flash", "--layer", "41"], "use 0 to 39"),
         (["bytes", "--model", "v41_flash", "--seq-len", "9"], "use 16"),
+        (["work", "--model", "v41_flash", "--seq-len", "9"], "use 16"),
         (["work", "--shortest", "9", "--longest", "8"], "is more than --longest 8"),
         (["overlap", "--delay", "0"], "slows nothing"),
         (["launches", *SMALL, "--kernels", "fastest"], "not installed"),
