@@ -267,6 +267,15 @@ def _layers(row: Row) -> Table:
     return table
 
 
+_KINDS = {
+    "source": "makes entries and selects",
+    "select": "selects",
+    "inside": "selects inside candidates",
+    "reuse": "attends to what another selected",
+}
+"""What kinds of V4.1's layers do."""
+
+
 def _of_v41(row: Row) -> str:
     """Return what the kinds of layers are, and what balancing does."""
     moved = ", ".join(map(str, row.moving.moved_layers))
@@ -275,10 +284,11 @@ def _of_v41(row: Row) -> str:
         does = (
             f"lets other ranks select the entries for half of each rank's queries in layers {moved}"
         )
+    kinds = {each.name.split()[-1] for each in row.moving.step.layers}
+    named = "".join(f"; {kind}: {what}" for kind, what in _KINDS.items() if kind in kinds)
     return (
-        "kind: the compress ratio; source: makes entries and selects, select: selects, inside: "
-        "selects inside candidates, reuse: attends to what was selected. step: with the head and "
-        f"the Engram layers. balance {row.moving.balance} {does}; attention stays."
+        f"kind: the compress ratio{named}. step: with the head and the Engram layers. balance "
+        f"{row.moving.balance} {does}; attention stays."
     )
 
 
