@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of the package: one sub-command a file, and ``bench`` three."""
+"""The command line of the package: one sub-command a file, and ``bench`` four."""
 
 from __future__ import annotations
 

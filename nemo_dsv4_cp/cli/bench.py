@@ -88,27 +88,30 @@ def work(
         from nemo_dsv4_cp.bench.profiling import count_flops, draw_documents
 
         documents = () if shortest is None else draw_documents(seq_len, shortest, longest, seed)
-        figures = []
-        settings = [(each, balance) for each in numbers for balance in ("off", "on")]
         options: dict[str, Any] = {"kernels": "triton", "documents": documents}
-        for each, balance in progress(settings, "Counting"):
-            shards = [
+        layers = [
+            [
                 cases(model, [BOUNDARY], [each], seq_len, cp_size, rank, balance=balance, **options)
                 for rank in range(cp_size)
             ]
-            ranks = [count_flops(case) for (case,) in shards]
+            for each in numbers
+            for balance in ("off", "on")
+        ]
+        figures = []
+        for of_ranks in progress(layers, "Counting"):
+            ((case, *_), *_) = of_ranks
+            ranks = [count_flops(each) for (each,) in of_ranks]
             for step, flops in zip(("forward", "backward"), zip(*ranks, strict=True), strict=True):
                 over = {"largest_over_mean": max(flops) * cp_size / sum(flops)}
                 over["last_over_first"] = flops[-1] / flops[0]
-                row = {"ratio": shards[0][0].ratio, "balance": balance, "pass": step}
-                number = {"layer": each} if model == V41_FLASH else {}
+                row = {"ratio": case.ratio, "balance": case.balance, "pass": step}
+                number = {} if case.layer is None else {"layer": case.layer}
                 figures.append(number | row | {"flops": list(flops)} | over)
     holds = f"{len(documents)} documents" if documents else "one document"
     shown = f"{NAMES[model]}, a row of {seq_len:,} tokens, {holds}, on {cp_size} ranks; TFLOP"
-    number_column: Columns = {"layer": itemgetter("layer")} if model == V41_FLASH else {}
+    kind = "layer" if model == V41_FLASH else "ratio"
     columns: Columns = {
-        **number_column,
-        "ratio": itemgetter("ratio"),
+        kind: itemgetter(kind),
         "balance": itemgetter("balance"),
         "pass": itemgetter("pass"),
         "least": lambda row: f"{min(row['flops']) / 1e12:,.2f}",
@@ -139,11 +142,13 @@ def time_(
     numbers = wanted(model, ratio, layer)
     check_outputs(json_=json_)
     gpu = torch.cuda.is_available()
-    if gpu and model == V41_FLASH and balance != "off":
-        raise typer.BadParameter(
-            f"--balance {balance}: the one rank on a GPU has no others to select for its queries "
-            "of V4.1; use --balance off"
-        )
+    if gpu and model == V41_FLASH:
+        if balance == "on":
+            raise typer.BadParameter(
+                "--balance on: the one rank on a GPU has no others to select for its queries of "
+                "V4.1; use off"
+            )
+        balance = "off"  # what others would return is memory as it was, and no index
     with running(mistakes=(ValueError, ImportError)):
         from nemo_dsv4_cp.bench import timing
 
