@@ -9,16 +9,17 @@ if TYPE_CHECKING:
     from nemo_dsv4_cp.options import ContextParallelOptions
 
     __version__: str
-
-__all__ = [
-    "ContextParallelOptions",
-    "DeepseekV4ContextParallelConfig",
-    "DeepseekV41ContextParallelConfig",
-]
+    __all__ = [
+        "ContextParallelOptions",
+        "DeepseekV4ContextParallelConfig",
+        "DeepseekV41ContextParallelConfig",
+    ]
 
 
 def __getattr__(name: str) -> Any:
     # On first use: importing AutoModel takes seconds, which commands without a model do not have.
+    if name == "__all__":
+        return _importable()
     if name == "ContextParallelOptions":
         from nemo_dsv4_cp.options import ContextParallelOptions
 
@@ -42,3 +43,15 @@ def __getattr__(name: str) -> Any:
 
         return version("nemo-dsv4-cp")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _importable() -> list[str]:
+    """Return what ``import *`` takes: V4.1's config only from an AutoModel that has V4.1."""
+    from nemo_dsv4_cp.automodel.contracts import UnsupportedAutoModel, check_v41
+
+    names = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
+    try:
+        check_v41()
+    except UnsupportedAutoModel:
+        return names
+    return [*names, "DeepseekV41ContextParallelConfig"]

@@ -137,6 +137,18 @@ def test_a_release_without_deepseek_v41_is_not_sent_to_others_without_it(monkeyp
     )
     with pytest.raises(UnsupportedAutoModel, match=text):
         contracts.check_v41()
+    names = {}
+    exec("from nemo_dsv4_cp import *", names)
+    assert "DeepseekV4ContextParallelConfig" in names
+    assert "DeepseekV41ContextParallelConfig" not in names
+
+
+@pytest.mark.skipif(find_spec(contracts._V41) is None, reason="needs an AutoModel with V4.1")
+def test_import_star_takes_v41_where_automodel_has_it():
+    contracts.check_v41.cache_clear()
+    names = {}
+    exec("from nemo_dsv4_cp import *", names)
+    assert "DeepseekV41ContextParallelConfig" in names
 
 
 # Every name in AutoModel's modules and classes, and the process's excepthook: before a config is
