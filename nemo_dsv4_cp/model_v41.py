@@ -155,8 +155,10 @@ class DeepseekV41ContextParallelForCausalLM(ShardsBatches, DeepseekV41ForCausalL
             image_grid_hws: Grids of images.
             vision_token_types: -1 for text.
             logits_to_keep: How many of the last positions get logits, 0 for all, or which.
-            return_hidden_states: Return the final hidden states for the recipe's loss.
-            output_hidden_states: Return the hidden streams before each block.
+            return_hidden_states: Return the final hidden states [B, L, E] too.
+            output_hidden_states: The same, where AutoModel's V4.1 returns the streams before each
+                block (as ``self.model`` does): recipes pass this for losses that project hidden
+                states, and give them the last.
             cp_group: CP group.
             packed_seq_ids: Number of each token's document, [B, L], 0 for padding.
             seq_lens: Documents of rows that were not sharded, at CP size 1 only; so with the next.
@@ -192,8 +194,7 @@ class DeepseekV41ContextParallelForCausalLM(ShardsBatches, DeepseekV41ForCausalL
             image_grid_hws=image_grid_hws,
             vision_token_types=vision_token_types,
             logits_to_keep=logits_to_keep,
-            return_hidden_states=return_hidden_states,
-            output_hidden_states=output_hidden_states,
+            return_hidden_states=return_hidden_states or output_hidden_states,
             cp_group=cp_group,
             packed_seq_ids=packed_seq_ids,
             seq_lens=seq_lens,

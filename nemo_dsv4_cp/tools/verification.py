@@ -106,27 +106,10 @@ def verify(
         ValueError: If the config cannot be made, or kernels that it names cannot run here.
     """
     case = case_of(recipe, config, cp_size=cp_size, packed=packed)
-    if is_v41(case.config):
-        _refuse_losses_of_hidden_states(recipe)
     differences, not_run = local_ranks.run(compare, cp_size, case)
     if is_v41(case.config):
         not_run = [*shrinking.left_out_v41(config), *not_run]
     return Verification(differences, [*shrinking.left_out(recipe), *not_run])
-
-
-def _refuse_losses_of_hidden_states(recipe: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for a loss that no V4.1 of AutoModel 0.7.0 trains with.
-
-    Its model returns the streams before each block as ``hidden_states``. The recipe passes the last
-    of them to the loss, in place of the normalized output of the last block.
-    """
-    loss = training_step.build_loss(recipe, torch.device("cpu"))
-    if training_step.takes_hidden_states(loss.function):
-        raise ValueError(
-            f"loss_fn: {loss.name} projects hidden states, and AutoModel's DeepSeek-V4.1 returns "
-            "none of its last block; use nemo_automodel.components.loss.masked_ce."
-            "MaskedCrossEntropy"
-        )
 
 
 def gradient_limit(name: str, reference: Mapping[str, torch.nn.Parameter]) -> float:
@@ -335,8 +318,9 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
         not_run.append("logits (this AutoModel has no functions to gather tokens)")
     parameters, rounding = dict(reference.named_parameters()), {}
     if getattr(reference.model, "engram_hash", None) is not None:
-        again = TrainingStep(reference, loss.function, device)
-        rounding = rounding_of_gradients(reference, lambda: again.run(rows))
+        rounding = rounding_of_gradients(
+            reference, lambda: TrainingStep(reference, loss.function, device).run(rows)
+        )
     for name in expected.gradients.keys() | found.gradients.keys():
         limit = max(gradient_limit(name, parameters), 3 * rounding.get(name, 0.0))
         value = _relative(found.gradients.get(name), expected.gradients.get(name))

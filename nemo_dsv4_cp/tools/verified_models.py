@@ -91,7 +91,18 @@ def _v41_models(config: Any, backend: Any, settings: Mapping[str, Any]) -> tuple
                 block.engram = DeepseekV41Engram(config.text_config, int(layer), backend)
         return model
 
-    return build(DeepseekV41ForCausalLM), build(DeepseekV41ContextParallelForCausalLM)
+    reference = build(DeepseekV41ForCausalLM)
+    reference.register_forward_pre_hook(_for_losses_of_hidden_states, with_kwargs=True)
+    return reference, build(DeepseekV41ContextParallelForCausalLM)
+
+
+def _for_losses_of_hidden_states(model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Have AutoModel's V4.1 return the final hidden states where its recipes need them.
+
+    They pass ``output_hidden_states``, for which the model returns the streams before each block.
+    """
+    final = kwargs.pop("output_hidden_states", False)
+    return args, kwargs | {"return_hidden_states": final}
 
 
 @contextmanager
