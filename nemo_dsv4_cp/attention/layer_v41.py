@@ -28,6 +28,7 @@ from nemo_automodel.components.models.deepseek_v41.attention import (
     DeepseekV41AttentionOutput,
 )
 
+from nemo_dsv4_cp.attention.gradient_sum import GradientSum, summing_gradients
 from nemo_dsv4_cp.attention.indexer import (
     KeptIndices,
     checkpoints_selectively,
@@ -61,6 +62,8 @@ class SharedState:
         step: The forward's context.
         ratio: Compress ratio of the entries, 0 before the first source.
         entries_BPD: Compressed entries of all ranks, rotated and quantized.
+        entries_grad: Sum of their gradients over the layers that attend to them; None where
+            autograd sums.
         index_keys_BPF: Their index keys, rotated and quantized; no gradient.
         selected_BLK: Entries that each local query attends to, int32.
         candidates_BLM: Blocks of entries within which later layers select, int32; None before the
@@ -70,6 +73,7 @@ class SharedState:
     step: StepContext
     ratio: int = 0
     entries_BPD: torch.Tensor | None = None
+    entries_grad: GradientSum | None = None
     index_keys_BPF: torch.Tensor | None = None
     selected_BLK: torch.Tensor | None = None
     candidates_BLM: torch.Tensor | None = None
@@ -231,12 +235,12 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
             candidates = made[0] if made else state.candidates_BLM
             state = replace(state, selected_BLK=selected, candidates_BLM=candidates)
         if gathers is not None:
-            state = replace(state, entries_BPD=entries.wait())
-        every = self._entries_of(state, like=keys)
+            every, entries_grad = summing_gradients(entries.wait())
+            state = replace(state, entries_BPD=every, entries_grad=entries_grad)
         rope = angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
         grouped = self._kernels.attend(
             AttentionQueries(q, rope, plan.local, state.selected_BLK if self.kind.ratio else None),
-            AttentionKeys(fetched.wait()["keys"], every, self.sinks_param(q)),
+            self._keys(fetched.wait()["keys"], state, self.sinks_param(q)),
             AttentionConstants(self.head_dim**-0.5, None, self.num_groups),
         )
         out = self.wo_b(self.wo_a(grouped).flatten(2))
@@ -317,13 +321,18 @@ class ContextParallelAttentionV41(UsesKernels, DeepseekV41Attention):
         )
         return [selected] if candidates is None else [selected, candidates]
 
-    def _entries_of(self, state: SharedState, *, like: torch.Tensor) -> torch.Tensor:
-        """Return the entries [B, P, D] that this layer attends to; none if it does not compress."""
+    def _keys(
+        self, raw_BTD: torch.Tensor, state: SharedState, sinks_N: torch.Tensor
+    ) -> AttentionKeys:
+        """Return what this layer attends to; no entries if it does not compress."""
         if not self.compress_ratio:
-            return like[:, :0]
+            return AttentionKeys(raw_BTD, raw_BTD[:, :0], sinks_N)
+        entries, gradients = state.entries_BPD, state.entries_grad
         # AutoModel's config refuses a compressed layer without a source of its ratio before it.
-        assert state.entries_BPD is not None and state.ratio == self.compress_ratio
-        return state.entries_BPD
+        assert entries is not None and state.ratio == self.compress_ratio
+        if gradients is None:
+            return AttentionKeys(raw_BTD, entries, sinks_N)
+        return AttentionKeys(raw_BTD, gradients.read(entries), sinks_N, gradients.total)
 
 
 def _selection_cost(config: Any, indexer: Any) -> SelectionCost | None:

@@ -81,14 +81,17 @@ class Output:
     Attributes:
         hidden_BLE: Its output.
         carried: What later layers use, too: the state that V4.1's layers hand on.
+        sums_gradients: Whether later layers return no gradient of that, but add it to a sum.
     """
 
     hidden_BLE: torch.Tensor
     carried: tuple[torch.Tensor, ...] = ()
+    sums_gradients: bool = False
 
     def backward(self) -> None:
         """Run backward, with memory as it is for gradients."""
-        made = [each for each in (self.hidden_BLE, *self.carried) if each.grad_fn is not None]
+        returned = (self.hidden_BLE, *(() if self.sums_gradients else self.carried))
+        made = [each for each in returned if each.grad_fn is not None]
         torch.autograd.backward(made, [torch.empty_like(each) for each in made])
 
 

@@ -24,6 +24,7 @@ from nemo_automodel.components.models.deepseek_v41.attention import (
 )
 
 from nemo_dsv4_cp import DeepseekV41ContextParallelConfig
+from nemo_dsv4_cp.attention.gradient_sum import summing_gradients
 from nemo_dsv4_cp.attention.layer_v41 import (
     ContextParallelAttentionV41,
     SharedState,
@@ -111,7 +112,9 @@ def build(
             out = layer(hidden, position_ids=positions, state=state)
         handed = vars(out.state).values()
         return Output(
-            out.hidden_states, tuple(each for each in handed if isinstance(each, torch.Tensor))
+            out.hidden_states,
+            tuple(each for each in handed if isinstance(each, torch.Tensor)),
+            sums_gradients=getattr(out.state, "entries_grad", None) is not None,
         )
 
     return forward
@@ -127,12 +130,14 @@ def _shared_state(
     batch, width = case.batch, case.seq_len // case.ratio
     within = 0 <= text.candidate_source_layer_id < (case.layer or 0)
     with device:
-        entries = torch.randn(batch, width, text.head_dim, dtype=dtype).requires_grad_()
+        leaf = torch.randn(batch, width, text.head_dim, dtype=dtype).requires_grad_()
+        entries, entries_grad = summing_gradients(leaf)
         blocks = _drawn(case, text.candidate_topk_blocks, case.ratio * text.candidate_block_size)
         return replace(
             state,
             ratio=case.ratio,
             entries_BPD=entries,
+            entries_grad=entries_grad,
             index_keys_BPF=torch.randn(batch, width, text.index_head_dim, dtype=dtype),
             selected_BLK=_drawn(case, text.index_topk, case.ratio),
             candidates_BLM=blocks if within else None,

@@ -139,7 +139,17 @@ class _Compared:
 
         def run(by: Kernels, *tensors: torch.Tensor) -> torch.Tensor:
             rope = draw.rope(queries.layout, sizes, tensors[0].dtype)
-            return attend(by, sizes, plan, rope, selected, *tensors, normed=not v41)
+            if not v41:
+                return attend(by, sizes, plan, rope, selected, *tensors)
+            q, raw, entries, sinks = tensors
+            total = None
+            if entries.element_size() == 2:  # as the layers do that share entries
+                total = torch.zeros_like(entries, dtype=torch.float32)
+                entries = _summed(entries, total)
+            return attend(
+                by, sizes, plan, rope, selected, q, raw, entries, sinks,
+                normed=False, entries_grad=None if total is None else lambda: total,
+            )  # fmt: skip
 
         names = ("output", "queries", "raw keys", "entries", "sinks")
         tensors = attention_tensors(sizes, plan, draw)
@@ -212,6 +222,24 @@ class _Compared:
             yield Difference(what, value, 2 * rounding + eps)
             value, rounding = (_root_mean_square(x, truth) for x in (a, b))
             yield Difference(f"{what}, root mean square", value, 2 * rounding + eps / 2)
+
+
+class _Summed(torch.autograd.Function):
+    """Entries whose gradient is a float32 sum, which kernels may add to, rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, entries: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.total, ctx.dtype = total, entries.dtype
+        return entries.view_as(entries)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        total = ctx.total if grad is None else ctx.total + grad
+        return total.to(ctx.dtype), None
+
+
+_summed: Callable[..., torch.Tensor] = _Summed.apply
 
 
 class _Draw:

@@ -90,15 +90,17 @@ def attend(
     selected: torch.Tensor | None,
     *tensors: torch.Tensor,
     normed: bool = True,
+    entries_grad: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run attention on :func:`attention_tensors`; V4.1 has no norm of queries.
 
-    Those are copied, for their memory may be written over.
+    Those are copied, for their memory may be written over. ``entries_grad`` is that of
+    :class:`AttentionKeys`.
     """
     eps = sizes.rms_norm_eps if normed else None
     q, raw, entries, sinks = tensors
     return kernels.attend(
         AttentionQueries(q if normed else q.clone(), rope, plan, selected),
-        AttentionKeys(raw, entries, sinks),
+        AttentionKeys(raw, entries, sinks, entries_grad),
         AttentionConstants(sizes.head_dim**-0.5, eps, sizes.o_groups),
     )

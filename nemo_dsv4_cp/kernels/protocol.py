@@ -14,6 +14,7 @@ names it, and ``nemo-dsv4-cp verify --kernels`` compares it with the torch path.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,11 +101,15 @@ class AttentionKeys:
         raw_BTD: Raw keys, rotated, in the order of :func:`raw_tokens`.
         entries_BPD: Compressed entries in the order that the layout counts them; P may be 0.
         sinks_N: Logit per head of the sink, which takes probability and adds nothing.
+        entries_grad: Returns, in backward, a float32 sum [B, P, D] that other layers add to.
+            Kernels that add the entries' gradient to it return None for them, and save memory;
+            others ignore it. None where entries are of one layer.
     """
 
     raw_BTD: torch.Tensor
     entries_BPD: torch.Tensor
     sinks_N: torch.Tensor
+    entries_grad: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_no_layer_at_a_million_tokens_takes_more_than_11_gib(layer):
 
 
 @pytest.mark.slow  # scores of a source take thousands of chunks
-@pytest.mark.parametrize(("layer", "at_most"), [(2, 9.6), (24, 9.1)])
+@pytest.mark.parametrize(("layer", "at_most"), [(2, 9.1), (24, 10.1)])
 def test_nor_much_more_with_torch_kernels(layer, at_most):
     assert profiled(layer, kernels="torch").peak_bytes <= at_most * GIB
 

@@ -11,7 +11,7 @@ and backward recomputes a chunk's probabilities from its log-sum-exp.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -120,6 +120,7 @@ class SparseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor, sinks: torch.Tensor,
         selected: torch.Tensor | None, plan: AttentionPlan, scale: float, workspace_bytes: int,
+        entries_grad: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """Return [B, L, N, D]; ``workspace_bytes`` bounds what a chunk of queries holds."""
         out = torch.empty_like(q)
@@ -132,19 +133,23 @@ class SparseAttention(torch.autograd.Function):
             del keys  # or the next chunk's would be there beside it
         ctx.save_for_backward(q, raw, entries, sinks, selected, lse, ranges)
         ctx.plan, ctx.scale, ctx.workspace_bytes = plan, scale, workspace_bytes
+        ctx.entries_grad = entries_grad
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of q, raw, entries and sinks."""
+        """Return the gradients of q, raw, entries and sinks; None for entries that share a sum."""
         q, raw, entries, sinks, selected, lse, ranges = ctx.saved_tensors
         plan: AttentionPlan = ctx.plan
         scale: float = ctx.scale
         grad_q = torch.empty_like(q)
         # Many chunks add to the same key, more than bfloat16 could count.
         grad_raw = torch.zeros_like(raw, dtype=torch.float32)
-        grad_entries = torch.zeros_like(entries, dtype=torch.float32)
+        shared = ctx.entries_grad is not None
+        grad_entries = (
+            ctx.entries_grad() if shared else torch.zeros_like(entries, dtype=torch.float32)
+        )
         grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
         per_query = _scratch(plan, q, selected).backward
         for chunk in _chunks(plan, per_query, ctx.workspace_bytes, q.device):
@@ -157,9 +162,9 @@ class SparseAttention(torch.autograd.Function):
         return (
             grad_q,
             grad_raw.to(raw.dtype),
-            grad_entries.to(entries.dtype),
+            None if shared else grad_entries.to(entries.dtype),
             grad_sinks.to(sinks.dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 

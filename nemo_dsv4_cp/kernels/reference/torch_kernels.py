@@ -150,6 +150,7 @@ class TorchKernels:
             queries.plan,
             scale,
             self._workspace(queries.q_BLND),
+            keys.entries_grad,
         )
         return out
 

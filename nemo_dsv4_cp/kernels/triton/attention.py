@@ -12,6 +12,7 @@ entries are selected or their gradients summed in parts: few, and each large.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -102,12 +103,40 @@ def attend_backward_op(
     scale: float, eps: float | None, in_order: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the gradients of x, raw, entries and sinks, summed in float32."""
+    grad_entries = torch.zeros_like(entries, dtype=torch.float32)
+    grad_x, grad_raw, grad_sinks = _backward_adding(
+        grad, x, raw, entries, sinks, selected, cos, sin, ranges, out, lse, chunks, window, scale,
+        eps, in_order, grad_entries,
+    )  # fmt: skip
+    return grad_x, grad_raw, grad_entries.to(entries.dtype, copy=False), grad_sinks
+
+
+@torch.library.custom_op("dsv4_cp::attend_backward_adding", mutates_args=("grad_entries",))
+def attend_backward_adding_op(
+    grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
+    sinks: torch.Tensor, selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+    ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
+    scale: float, eps: float | None, in_order: bool, grad_entries: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of x, raw and sinks; add that of entries to float32 [B, P, D]."""
+    return _backward_adding(
+        grad, x, raw, entries, sinks, selected, cos, sin, ranges, out, lse, chunks, window, scale,
+        eps, in_order, grad_entries,
+    )  # fmt: skip
+
+
+def _backward_adding(
+    grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
+    sinks: torch.Tensor, selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
+    ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
+    scale: float, eps: float | None, in_order: bool, grad_entries: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of x, raw and sinks, and add that of entries."""
     batch, length, heads, width = x.shape
     x = x.contiguous()
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_x = torch.empty_like(x)
     grad_raw = torch.zeros_like(raw, dtype=torch.float32)
-    grad_entries = torch.zeros_like(entries, dtype=torch.float32)
     delta, of_sinks = torch.empty_like(lse), torch.empty_like(lse)
     n_selected = 0 if selected is None else selected.shape[-1]
     block_d, slots = padded(width), raw_slots(window)
@@ -158,7 +187,6 @@ def attend_backward_op(
     return (
         grad_x,
         grad_raw.to(raw.dtype, copy=False),
-        grad_entries.to(entries.dtype, copy=False),
         of_sinks.sum(dim=(0, 1)).to(sinks.dtype),
     )
 
@@ -219,6 +247,15 @@ def _(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs[:4])
 
 
+@attend_backward_adding_op.register_fake
+def _(
+    grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
+    sinks: torch.Tensor, *_: Any,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in (x, raw, sinks))
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, raw, entries, sinks, selected, cos, sin, ranges, *options = inputs
     ctx.set_materialize_grads(False)  # log Z takes none
@@ -234,7 +271,33 @@ def _backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | Non
 
 attend_op.register_autograd(_backward, setup_context=_setup)
 
+
+class AttendAdding(torch.autograd.Function):
+    """``attend_op`` whose entries have their gradient added to a sum that other layers share."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grad_entries: Callable[[], torch.Tensor], *inputs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what ``attend_op`` does; ``grad_entries`` returns the sum in backward."""
+        output: tuple[torch.Tensor, torch.Tensor] = attend_op(*inputs)
+        ctx.grad_entries = grad_entries
+        _setup(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, raw and sinks."""
+        in_order = torch.are_deterministic_algorithms_enabled()
+        grad_x, grad_raw, grad_sinks = attend_backward_adding_op(
+            grad, *ctx.saved_tensors, *ctx.options, in_order, ctx.grad_entries()
+        )
+        return None, grad_x, grad_raw, None, grad_sinks, *[None] * 9
+
+
 register_cost("dsv4_cp::attend")(attention_costs.forward_cost)
-register_cost("dsv4_cp::attend_backward")(attention_costs.backward_cost)
 register_flop_formula(torch.ops.dsv4_cp.attend)(attention_costs.forward_flops)
-register_flop_formula(torch.ops.dsv4_cp.attend_backward)(attention_costs.backward_flops)
+for _name in ("attend_backward", "attend_backward_adding"):
+    register_cost(f"dsv4_cp::{_name}")(attention_costs.backward_cost)
+    register_flop_formula(getattr(torch.ops.dsv4_cp, _name))(attention_costs.backward_flops)

@@ -79,14 +79,19 @@ def backward_cost(
     grad: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, entries: torch.Tensor,
     sinks: torch.Tensor, selected: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor,
     ranges: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, chunks: list[int], window: int,
-    scale: float, eps: float | None, in_order: bool,
+    scale: float, eps: float | None, in_order: bool, grad_entries: torch.Tensor | None = None,
 ) -> Cost:  # fmt: skip
-    """Return what ``attend_backward`` launches, reads, writes and allocates."""
+    """Return what ``attend_backward`` launches, reads, writes and allocates.
+
+    With ``grad_entries``, the sum that other layers share, ``attend_backward_adding``.
+    """
     batch, _, heads, width = x.shape
     size, n_selected = x.element_size(), None if selected is None else selected.shape[-1]
-    sums = 4 * (raw.numel() + entries.numel())
+    own = (raw,) if grad_entries is not None else (raw, entries)
+    sums = 4 * sum(keys.numel() for keys in own)
     rounded = raw.element_size() != 4
-    launches, read, written = 2 + 2 * rounded, sums * rounded, sums
+    launches = len(own) * (1 + rounded)
+    read, written = sums * rounded, sums
     most = 0
     for chunk in chunks_of(chunks):
         rows = batch * (chunk.end - chunk.begin)
@@ -129,5 +134,5 @@ def backward_cost(
     else:
         read, written = read + _bytes(x, x), written + _bytes(x)
     # The rounded gradients, which come last, may take the memory of the chunks.
-    most = max(most - _bytes(raw, entries), 0) + sums if rounded else most
+    most = max(most - _bytes(*own), 0) + sums if rounded else most
     return Cost(launches, read, written, scratch_bytes=most + 2 * _bytes(lse))

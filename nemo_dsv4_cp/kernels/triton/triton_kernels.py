@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from nemo_dsv4_cp.kernels.protocol import (
 )
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import tiles
-from nemo_dsv4_cp.kernels.triton.attention import attend_op
+from nemo_dsv4_cp.kernels.triton.attention import AttendAdding, attend_op
 from nemo_dsv4_cp.kernels.triton.chunks import backward_chunks, score_chunks
 from nemo_dsv4_cp.kernels.triton.norm_rotate import rotate_op
 from nemo_dsv4_cp.kernels.triton.selection import select_entries_op
@@ -161,7 +162,10 @@ class TritonKernels(TorchKernels):
             ("attention", plan.window, plan.ratio, q.device, *sizes.values()),
             lambda: (plan.visible_ranges(q.device), backward_chunks(plan, **sizes)),
         )
-        out: torch.Tensor = attend_op(
+        attend: Callable[..., tuple[torch.Tensor, torch.Tensor]] = attend_op
+        if keys.entries_grad is not None:
+            attend = functools.partial(_attend_adding, keys.entries_grad)
+        out, _ = attend(
             q,
             keys.raw_BTD.contiguous(),
             keys.entries_BPD.contiguous(),
@@ -175,8 +179,12 @@ class TritonKernels(TorchKernels):
             constants.scale,
             constants.eps,
             constants.groups,
-        )[0]
+        )
         return out
+
+
+# The sum is no tensor that a graph could pass.
+_attend_adding = torch.compiler.disable(AttendAdding.apply)
 
 
 def _selects(q_BLIF: torch.Tensor) -> bool:

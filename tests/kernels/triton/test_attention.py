@@ -6,6 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+)
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import TritonKernels, chunks
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
@@ -153,3 +158,30 @@ def test_what_is_not_finite_is_not_swallowed(which):
     # Entry 4 is seen from position 19 on, the queries being those of 12 to 23.
     first, last = {"q": (4, 5), "raw": (1, 5), "entries": (7, 12)}[which]
     assert all(lost[first:last])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gradient_of_entries_is_added_to_a_sum_that_layers_share(dtype):
+    plan = AttentionPlan(Queries.own(SequenceLayout(32, 1, 2)), 5, 2)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 32, 4, 16), (1, 36, 16), (1, 32, 16), (4,)]
+    tensors = [random(generator, *shape).to(DEVICE, dtype) for shape in shapes]
+    selected = torch.arange(8, device=DEVICE).expand(1, 32, 8).to(torch.int32)
+    rope = torch.ones(1, 32, 4, device=DEVICE), torch.zeros(1, 32, 4, device=DEVICE)
+    kernels = TritonKernels(workspace_bytes=1 << 20)
+
+    def gradients(entries_grad):
+        q, raw, entries, sinks = leaves = [x.clone().requires_grad_() for x in tensors]
+        out = kernels.attend(
+            AttentionQueries(q * 1, rope, plan, selected),
+            AttentionKeys(raw, entries, sinks, entries_grad),
+            AttentionConstants(0.25, None, 2),
+        )
+        return torch.autograd.grad(out.float().square().sum(), leaves, allow_unused=True)
+
+    total = torch.ones(shapes[2], device=DEVICE)
+    alone, added = gradients(None), gradients(lambda: total)
+    assert added[2] is None
+    torch.testing.assert_close((total - 1).to(dtype), alone[2], rtol=1e-3, atol=1e-3)
+    for place in (0, 1, 3):
+        assert torch.equal(alone[place], added[place])
