@@ -22,6 +22,7 @@ from nemo_dsv4_cp.bench.timing import automodel_kernels, describe_machine, time_
 from nemo_dsv4_cp.checks import certificate
 from nemo_dsv4_cp.checks.certificate import Subject
 from nemo_dsv4_cp.checks.kernel_choice import installed
+from nemo_dsv4_cp.checks.model_layers import is_v41, kind_of
 from nemo_dsv4_cp.checks.operation_timing import peak_tflops, time_operations
 from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
@@ -32,6 +33,7 @@ SHAPES = ((131072, 8), (262144, 16), (1048576, 64))
 """Tokens of a row, and the CP ranks that share it; the last rank is measured."""
 
 _RATIOS = (0, 4, 128)
+"""Of V4; V4.1 has more than one kind of layer of a ratio."""
 _REPEATS = 3
 
 
@@ -66,7 +68,7 @@ def collect(fields: Mapping[str, Any], *, seconds: float, tests: Path | None = N
     """Examine and time every installed backend at a model's sizes, in bfloat16.
 
     Args:
-        fields: Those of a complete model config.
+        fields: Those of a complete config of V4, or of a text config of V4.1.
         seconds: After which no other measurement begins.
         tests: JUnit file of the kernel tests, if they ran.
     """
@@ -107,9 +109,9 @@ def _measurements(
         name: plugins.load(plugins.KERNELS, name)(workspace_bytes=workspace_bytes)
         for name in passed
     }
-    for (seq_len, cp_size), ratio in product(SHAPES, _RATIOS):
-        at = f"ratio {ratio}, {seq_len:,} tokens on {cp_size} ranks"
-        shape = {"seq_len": seq_len, "cp_size": cp_size, "ratio": ratio}
+    for (seq_len, cp_size), kind in product(SHAPES, kinds_of(sizes)):
+        at = f"{kind.name}, {seq_len:,} tokens on {cp_size} ranks"
+        shape = {"seq_len": seq_len, "cp_size": cp_size, **asdict(kind), "name": kind.name}
         for name, kernels in backends.items():
             yield (
                 f"{name}, operations, {at}",
@@ -119,20 +121,54 @@ def _measurements(
             yield f"{path}, {name}, layer, {at}", partial(_layer, report, path, name, shape)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer.
+
+    Attributes:
+        ratio: Compress ratio.
+        selects: How a layer of V4.1 does, as :func:`layers_of` names it.
+        layer: The first of the kind in V4.1; None in V4.
+    """
+
+    ratio: int
+    selects: str | None = None
+    layer: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The kind in words."""
+        if self.layer is None:
+            return f"ratio {self.ratio}"
+        how = self.selects or ("reuses" if self.ratio else "window only")
+        return f"layer {self.layer} (ratio {self.ratio}, {how})"
+
+
+def kinds_of(sizes: Any) -> list[Kind]:
+    """Return the kinds of a model's layers; V4's are its ratios."""
+    if not is_v41(sizes):
+        return [Kind(ratio) for ratio in _RATIOS]
+    first: dict[tuple[int, str | None], int] = {}
+    for layer in range(sizes.num_hidden_layers):
+        first.setdefault(kind_of(sizes, layer), layer)
+    return [Kind(*kind, layer) for kind, layer in first.items()]
+
+
 def _operations(
-    report: Report, sizes: Any, kernels: Kernels, name: str, shape: Mapping[str, int]
+    report: Report, sizes: Any, kernels: Kernels, name: str, shape: Mapping[str, Any]
 ) -> None:
     ratio, seq_len, cp_size = shape["ratio"], shape["seq_len"], shape["cp_size"]
     for each in time_operations(
-        kernels, sizes, ratio, seq_len, cp_size, dtype=torch.bfloat16, repeats=_REPEATS
-    ):
+        kernels, sizes, ratio, seq_len, cp_size,
+        dtype=torch.bfloat16, repeats=_REPEATS, selects=shape["selects"],
+    ):  # fmt: skip
         found = asdict(each) | {"tflops": each.tflops}
         report.operations.append({**shape, "kernels": name, **found})
 
 
-def _layer(report: Report, path: str, kernels: str, shape: Mapping[str, int]) -> None:
+def _layer(report: Report, path: str, kernels: str, shape: Mapping[str, Any]) -> None:
     ratio, seq_len, cp_size = shape["ratio"], shape["seq_len"], shape["cp_size"]
-    case = Case(path, ratio, seq_len, cp_size, cp_size - 1, kernels=kernels)
+    case = Case(path, ratio, seq_len, cp_size, cp_size - 1, kernels=kernels, layer=shape["layer"])
     (found,) = time_one_gpu_rank([case], _REPEATS)
     figures = {"seconds": found.median, "peak_bytes": found.peak_bytes}
     own = automodel_kernels() if path == AUTOMODEL else kernels
@@ -176,12 +212,12 @@ def markdown(report: Report) -> str:
         ),
         "## Layers, forward and backward, the last rank alone",
         _table(
-            ("tokens", "ranks", "ratio", "path", "kernels", "ms", "peak GiB"),
+            ("tokens", "ranks", "layer", "path", "kernels", "ms", "peak GiB"),
             (
                 (
                     f"{each['seq_len']:,}",
                     each["cp_size"],
-                    each["ratio"],
+                    each["name"],
                     each["path"],
                     each["kernels"],
                     _number(each["seconds"] * 1e3, 1),
@@ -192,12 +228,12 @@ def markdown(report: Report) -> str:
         ),
         "## Operations",
         _table(
-            ("tokens", "ranks", "ratio", "kernels", "operation", "ms", "TFLOP/s", "of peak"),
+            ("tokens", "ranks", "layer", "kernels", "operation", "ms", "TFLOP/s", "of peak"),
             (
                 (
                     f"{each['seq_len']:,}",
                     each["cp_size"],
-                    each["ratio"],
+                    each["name"],
                     each["kernels"],
                     each["operation"],
                     _number(each["seconds"] * 1e3, 3),

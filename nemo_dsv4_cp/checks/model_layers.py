@@ -45,7 +45,12 @@ def layers_of(sizes: Any) -> Counter[tuple[int, str | None]]:
     that do not select, and for V4, whose ratio decides it.
     """
     ratios = sizes.compress_ratios[: sizes.num_hidden_layers]
-    return Counter((ratio, selects(sizes, layer)) for layer, ratio in enumerate(ratios))
+    return Counter(kind_of(sizes, layer) for layer in range(len(ratios)))
+
+
+def kind_of(sizes: Any, layer: int) -> tuple[int, str | None]:
+    """Return a layer's compress ratio and how it selects, as :func:`layers_of` counts them."""
+    return sizes.compress_ratios[layer], selects(sizes, layer)
 
 
 def selects(sizes: Any, layer: int) -> str | None:

@@ -14,12 +14,16 @@ from rich.console import Console
 from nemo_dsv4_cp.cli.output import check_output, notice, require_gpu, running
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
+V41_FLASH = "v41_flash"
+
 
 def gpu_report(
     out: Annotated[Path, typer.Option(help="Where to write; .json and .md are appended.")] = Path(
         "gpu-report"
     ),
-    model: Annotated[str, typer.Option(help="v4_flash, v4_pro or a config.")] = "v4_flash",
+    model: Annotated[
+        str, typer.Option(help="v4_flash, v4_pro, a config of V4, or v41_flash.")
+    ] = "v4_flash",
     minutes: Annotated[
         float, typer.Option(help="After which no other measurement begins.", min=0.0)
     ] = 6.0,
@@ -48,8 +52,13 @@ def gpu_report(
     require_gpu("gpu-report", "To compile the kernels without one: nemo-dsv4-cp bench kernels")
     with running(), Console(stderr=True).status("Examining and timing the kernels"):
         from nemo_dsv4_cp.bench.gpu_report import collect, markdown
+        from nemo_dsv4_cp.tools.verified_models import kernel_sizes
 
-        report = collect(read_model_fields(model), seconds=minutes * 60, tests=tests)
+        if model == V41_FLASH:  # AutoModel's default sizes
+            fields = vars(kernel_sizes({"text_config": {}}))
+        else:
+            fields = read_model_fields(model)
+        report = collect(fields, seconds=minutes * 60, tests=tests)
     files[0].write_text(json.dumps(asdict(report), indent=1) + "\n")
     files[1].write_text(markdown(report))
     for file in files:

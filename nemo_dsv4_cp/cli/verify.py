@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nemo_dsv4_cp.cli.output import check_outputs, emit, running, table, warn
 from nemo_dsv4_cp.tools.recipes import check_context_parallel
-from nemo_dsv4_cp.tools.sizes import complete_fields, is_v41
+from nemo_dsv4_cp.tools.sizes import complete_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import
     from nemo_dsv4_cp.checks.difference import Difference
@@ -55,13 +55,9 @@ def verify(
     """
     check_outputs(json_=json_)
     fields, config, cp_size, packed = _read(recipe)
-    if kernels and is_v41(config):
-        raise typer.BadParameter(
-            f"{recipe}: --kernels compares kernels of DeepSeek-V4 alone; leave it out, or set "
-            "context_parallel.kernels: torch to train V4.1 without kernels of this package"
-        )
     if kernels:
-        named = fields["model"].get("torch_dtype") or config.get("torch_dtype") or "bfloat16"
+        of_model = (fields["model"].get("torch_dtype"), *map(config.get, ("torch_dtype", "dtype")))
+        named = next(filter(None, of_model), "bfloat16")
         _verify_kernels(recipe, config, str(named).split(".")[-1], json_)
         return
     if ranks is None:
@@ -87,13 +83,12 @@ def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Pat
     """Compare the kernels that a recipe names with the torch path."""
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{recipe}: torch_dtype {dtype} is no dtype of activations")
-    with running(f"{recipe}: ", mistakes=(TypeError, ValueError)):
+    with running(f"{recipe}: ", mistakes=(ImportError, TypeError, ValueError)):
         from nemo_dsv4_cp.checks import certificate
         from nemo_dsv4_cp.checks.difference import Difference
         from nemo_dsv4_cp.checks.kernel_verification import verify_kernels
-        from nemo_dsv4_cp.checks.model_layers import SIZES
-        from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
         from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+        from nemo_dsv4_cp.tools.verified_models import kernel_sizes
 
         options = ContextParallelOptions.from_block(config.get("context_parallel"))
         on_gpu = torch.cuda.is_available()
@@ -104,8 +99,7 @@ def _verify_kernels(recipe: Path, config: dict[str, Any], dtype: str, json_: Pat
             )
         name = "triton" if options.kernels == AUTO else options.kernels
         workspace = options.workspace_bytes
-        given = {field: config[field] for field in SIZES if config.get(field) is not None}
-        sizes = DeepseekV4ContextParallelConfig(**given)  # AutoModel's defaults for the rest
+        sizes = kernel_sizes(config)
         error = None
         if on_gpu:
             subject = certificate.Subject.of(name, sizes, dtype=dtype, workspace_bytes=workspace)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two models that ``verify`` compares, AutoModel's and ours, shrunk: of V4 or of V4.1."""
+"""The two models that ``verify`` compares, AutoModel's and ours, shrunk: of V4 or of V4.1.
+
+And the sizes at which it compares kernels.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from nemo_automodel.components.models.common import BackendConfig
 
 from nemo_dsv4_cp.automodel.contracts import check_v41
+from nemo_dsv4_cp.checks.model_layers import SIZES
 from nemo_dsv4_cp.tools import shrinking
 from nemo_dsv4_cp.tools.byte_tokenizer import byte_tokenizer
 from nemo_dsv4_cp.tools.sizes import is_v41
@@ -27,11 +31,31 @@ def shrunk(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not is_v41(fields):
         return shrinking.shrink(fields)
+    return shrinking.shrink_v41(_text_config_v41(fields), fields.get("context_parallel"))
+
+
+def _text_config_v41(fields: Mapping[str, Any]) -> Any:
+    """Return the text config of V4.1's fields, AutoModel's defaults beneath."""
     check_v41()
     text = {k: v for k, v in (fields.get("text_config") or {}).items() if not k.startswith("_")}
-    # AutoModel's defaults stand beneath.
-    complete = importlib.import_module(f"{_V41}.config").DeepseekV41TextConfig(**text)
-    return shrinking.shrink_v41(complete, fields.get("context_parallel"))
+    return importlib.import_module(f"{_V41}.config").DeepseekV41TextConfig(**text)
+
+
+def kernel_sizes(fields: Mapping[str, Any]) -> Any:
+    """Return the fields on which kernels depend, at full size, of a config of V4 or V4.1.
+
+    AutoModel's defaults stand beneath. V4.1's are those of V4.1-Flash.
+
+    Raises:
+        ImportError: If this is a V4.1 config and AutoModel has no V4.1.
+        ValueError: If the config cannot be made.
+    """
+    if is_v41(fields):
+        return _text_config_v41(fields)
+    from nemo_dsv4_cp.config import DeepseekV4ContextParallelConfig
+
+    given = {name: fields[name] for name in SIZES if fields.get(name) is not None}
+    return DeepseekV4ContextParallelConfig(**given)
 
 
 def config_of(fields: Mapping[str, Any]) -> Any:

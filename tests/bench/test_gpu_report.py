@@ -2,6 +2,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nemo_dsv4_cp.checks.operation_timing import OperationTime
 from nemo_dsv4_cp.cli.app import app
 
 JUNIT = """<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>"""
+HAS_V41 = find_spec("nemo_automodel.components.models.deepseek_v41") is not None
 GOOD = Certificate("", 0.25, 10.0, 400.0, None, "report.json")
 
 
@@ -29,7 +31,7 @@ def gpu(monkeypatch, tmp_path):
             raise torch.OutOfMemoryError("tried to allocate 80 GiB")
         return [Timing(case, (0.012,) * repeats, 3 << 30)]
 
-    def operations(kernels, sizes, ratio, seq_len, cp_size, *, dtype, repeats):
+    def operations(kernels, sizes, ratio, seq_len, cp_size, *, dtype, repeats, selects):
         return [OperationTime("attention | forward", ratio, 0.004, 8 * 10**11)]
 
     monkeypatch.chdir(tmp_path)
@@ -67,12 +69,31 @@ def test_the_report_holds_tests_certificates_times_and_what_was_left_out(gpu, tm
     )
     assert figures["tests"] == {"passed": 5, "failed": 2, "skipped": 2}
     assert "| triton | passed | 10.0 | 0.25 |" in page
-    assert "| 131,072 | 8 | 4 | boundary | triton | 12.0 | 3.00 |" in page
-    assert "| 1,048,576 | 64 | 0 | automodel | " in page
-    assert "| 131,072 | 8 | 4 | triton | attention \\| forward | 4.000 | 200.0 | 20% |" in page
+    assert "| 131,072 | 8 | ratio 4 | boundary | triton | 12.0 | 3.00 |" in page
+    assert "| 1,048,576 | 64 | ratio 0 | automodel | " in page
+    assert "| ratio 4 | triton | attention \\| forward | 4.000 | 200.0 | 20% |" in page
     assert figures["certificates"][0]["differences"] == [{"name": "ratio 4: output"}]
     assert len(figures["left_out"]) == 9
     assert "boundary, triton, layer, ratio 128, 131,072 tokens on 8 ranks: OutOfMemoryError" in page
+
+
+@pytest.mark.skipif(not HAS_V41, reason="this AutoModel has no V4.1")
+def test_the_report_of_v41_has_every_kind_of_layer(gpu, tmp_path):
+    done = report("--model", "v41_flash")
+    assert done.exit_code == 0, done.output
+    figures = json.loads((tmp_path / "found.json").read_text())
+    kinds = {each["layer"]: each["name"] for each in figures["layers"]}
+    assert kinds == {
+        0: "layer 0 (ratio 0, window only)",
+        2: "layer 2 (ratio 2, all entries)",
+        3: "layer 3 (ratio 2, reuses)",
+        20: "layer 20 (ratio 1, candidates)",
+        24: "layer 24 (ratio 1, inside candidates)",
+        21: "layer 21 (ratio 1, reuses)",
+    }
+    assert {each["selects"] for each in figures["operations"]} == {
+        None, "all entries", "candidates", "inside candidates",
+    }  # fmt: skip
 
 
 def test_a_backend_that_failed_is_not_timed_and_the_exit_status_says_so(gpu, tmp_path):
