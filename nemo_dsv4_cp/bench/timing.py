@@ -21,7 +21,7 @@ from nemo_dsv4_cp.bench.layer import Case, Forward
 from nemo_dsv4_cp.bench.profiling import builder
 from nemo_dsv4_cp.checks.certificate import fastest_on_disk
 from nemo_dsv4_cp.checks.kernel_choice import TORCH
-from nemo_dsv4_cp.exchange.collectives import barrier, process_group
+from nemo_dsv4_cp.exchange.collectives import barrier, lone_last_rank
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 from nemo_dsv4_cp.tools.sizes import read_model_fields
@@ -121,7 +121,7 @@ def time_one_gpu_rank(cases: list[Case], repeats: int) -> list[Timing]:
     computing is timed.
     """
     timings = []
-    with process_group("fake", rank=cases[0].rank, size=cases[0].cp_size) as group:
+    with lone_last_rank(cases[0].cp_size) as group:
         for case in cases:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
