@@ -8,7 +8,6 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -82,7 +81,7 @@ def certified_kernels(model: str) -> str:
 
     Torch if there are none: ``gpu-report`` makes those of V4, and a job's start those of its model.
     """
-    fields = read_model_fields(model, v41=True)
+    fields = read_model_fields(model)
     found = fastest_on_disk(SimpleNamespace(**fields.get("text_config", fields)))
     return found.kernels if found else TORCH
 

@@ -267,7 +267,7 @@ def operations(
 
         workspace = None if workspace_mib is None else workspace_mib << 20
         kernels = TritonKernels(workspace_bytes=workspace)
-        fields = read_model_fields(model, v41=True)
+        fields = read_model_fields(model)
         sizes = SimpleNamespace(**fields.get("text_config", fields))
         options: dict[str, Any] = {"dtype": torch.bfloat16, "repeats": repeats}
         times = [

@@ -12,9 +12,7 @@ import typer
 from rich.console import Console
 
 from nemo_dsv4_cp.cli.output import check_output, notice, require_gpu, running
-from nemo_dsv4_cp.tools.sizes import read_model_fields
-
-V41_FLASH = "v41_flash"
+from nemo_dsv4_cp.tools.sizes import is_v41, read_model_fields
 
 
 def gpu_report(
@@ -22,7 +20,7 @@ def gpu_report(
         "gpu-report"
     ),
     model: Annotated[
-        str, typer.Option(help="v4_flash, v4_pro, a config of V4, or v41_flash.")
+        str, typer.Option(help="v4_flash, v4_pro, v41_flash or a config.")
     ] = "v4_flash",
     minutes: Annotated[
         float, typer.Option(help="After which no other measurement begins.", min=0.0)
@@ -54,10 +52,9 @@ def gpu_report(
         from nemo_dsv4_cp.bench.gpu_report import collect, markdown
         from nemo_dsv4_cp.tools.verified_models import kernel_sizes
 
-        if model == V41_FLASH:  # AutoModel's default sizes
-            fields = vars(kernel_sizes({"text_config": {}}))
-        else:
-            fields = read_model_fields(model)
+        fields = read_model_fields(model)
+        if is_v41(fields):
+            fields = vars(kernel_sizes(fields))
         report = collect(fields, seconds=minutes * 60, tests=tests)
     files[0].write_text(json.dumps(asdict(report), indent=1) + "\n")
     files[1].write_text(markdown(report))

@@ -110,7 +110,7 @@ def plan(
         )
     check_outputs(json_=json_, plot=plot)
     try:
-        fields = read_model_fields(model, warn, v41=True)
+        fields = read_model_fields(model, warn)
     except ValueError as error:  # names the model
         raise typer.BadParameter(str(error)) from error
     try:

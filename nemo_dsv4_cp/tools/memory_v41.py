@@ -50,16 +50,16 @@ def attention_bytes(
     selected = min(sizes.index_topk, shape.entries(ratio))
     held += 3 * t.per_head + 5 * t.key + t.raw * BF16 + 3 * angles
     held += shape.tokens * selected * INT32
-    if layer.makes_entries:  # the entries, and their gradient of the layers that share them
-        held += 2 * entries * BF16
+    if ratio:  # the entries, and the sum of their gradients over the layers that share them
+        held += entries * (BF16 + FP32)
     if layer.selects:
         held += shape.batch * shape.entries(ratio) * sizes.index_head_dim * BF16
     if layer.selects in (CANDIDATES, INSIDE):
         held += shape.tokens * candidate_blocks(sizes, shape.entries(ratio)) * INT32
-    # Backward of the attention: float32 gradients of keys and entries, then either a chunk's
-    # scores or those gradients in bfloat16.
+    # Backward of the attention: float32 gradients of raw keys, then either a chunk's scores or
+    # those gradients in bfloat16.
     chunk = chunk_bytes(sizes, shape, ratio, selected, workspace_bytes)
-    return held + (t.raw + entries) * FP32 + max(chunk, (t.raw + entries) * BF16)
+    return held + t.raw * FP32 + max(chunk, t.raw * BF16)
 
 
 def _kept_by_source(sizes: ModelSizesV41, shape: Shape, layer: Layer) -> int:
@@ -114,10 +114,13 @@ def carried_bytes(sizes: ModelSizesV41, shape: Shape, path: str, layer: int) -> 
     """Return what else a rank holds while a layer's backward runs: the state of other layers.
 
     A checkpointed layer keeps the state that it received. So those of all layers before this one
-    are there, and the gradient of the entries that layers after it share with it.
+    are there; on AutoModel's path also the gradient of the entries that layers after it share with
+    it, which :func:`attention_bytes` counts on ours, as it counts the entries of this layer.
     """
     held, index_key = 0, sizes.index_head_dim * BF16
     whole, entry = path == AUTOMODEL, sizes.head_dim * BF16
+    mine, after = sizes.layers[layer], sizes.layers[layer + 1 : layer + 2]
+    reads = mine.ratio and not mine.makes_entries
     for kind in sizes.layers[:layer]:
         entries = shape.entries(kind.ratio)
         if kind.makes_entries:
@@ -128,7 +131,7 @@ def carried_bytes(sizes: ModelSizesV41, shape: Shape, path: str, layer: int) -> 
         if kind.selects == CANDIDATES:
             blocks = candidate_blocks(sizes, entries) * INT32
             held += shape.tokens * (entries if whole else blocks)  # a mask of entries
-    mine, after = sizes.layers[layer], sizes.layers[layer + 1 : layer + 2]
-    if mine.ratio and not mine.makes_entries and after and not after[0].makes_entries:
-        held += shape.batch * shape.entries(mine.ratio) * entry
-    return held
+    of_mine = shape.batch * shape.entries(mine.ratio) * entry
+    if whole and reads and after and not after[0].makes_entries:
+        held += of_mine
+    return held if whole or not reads else held - of_mine

@@ -166,9 +166,7 @@ def is_v41(fields: Mapping[str, Any]) -> bool:
     )
 
 
-def read_model_fields(
-    source: str, warn: Warn | None = None, *, v41: bool = False
-) -> dict[str, Any]:
+def read_model_fields(source: str, warn: Warn | None = None) -> dict[str, Any]:
     """Read a model's config fields.
 
     Args:
@@ -177,19 +175,10 @@ def read_model_fields(
             ``model`` or ``model.config``; or a published model itself, as :func:`published_fields`
             takes it.
         warn: See :data:`Warn`.
-        v41: Whether the model may be DeepSeek-V4.1.
 
     Raises:
-        ValueError: If there is no such file or no such fields in it, or they are DeepSeek-V4.1's
-            and may not be.
+        ValueError: If there is no such file or no such fields in it.
     """
-    fields = _read(source, warn)
-    if not v41:
-        _refuse_v41(fields)
-    return fields
-
-
-def _read(source: str, warn: Warn | None) -> dict[str, Any]:
     if source in (*MODELS, V41_FLASH):
         return _packaged(source)
     if source in _PUBLISHED or Path(source).is_dir():
@@ -223,23 +212,6 @@ def _read(source: str, warn: Warn | None) -> dict[str, Any]:
         f"model {source!r} names no compress_ratios, at the top, under config or under "
         "model.config; give a DeepSeek-V4 config"
     )
-
-
-def _refuse_v41(fields: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the setting by which a config is DeepSeek-V4.1's."""
-    ratios = fields.get("compress_ratios")
-    settings = [name for name in ("text_config", "kv_source_layer_ids") if name in fields]
-    for name in ("_target_", "model_type", "architectures"):
-        if is_v41({name: fields.get(name)}):
-            settings.append(f"{name}={fields[name]}")
-    if isinstance(ratios, Sequence) and any(ratio in (1, 2) for ratio in ratios):
-        settings.append("compress_ratios with 1 or 2")
-    if settings:
-        raise ValueError(
-            f"{settings[0]} is a setting of DeepSeek-V4.1, and gpu-report covers V4; use "
-            f"{', '.join(MODELS)} or a config of V4. compose, verify and plan take V4.1, and bench "
-            "memory --model v41_flash profiles its layers"
-        )
 
 
 def complete_fields(fields: Mapping[str, Any], warn: Warn | None = None) -> dict[str, Any]:

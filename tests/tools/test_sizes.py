@@ -91,36 +91,21 @@ def test_another_model_that_is_not_cached_is_refused(warned, tmp_path):
         read_model_fields("deepseek-ai/V3", warned.append)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"text_config": {"compress_ratios": [0, 2]}},
-        {"pretrained_model_name_or_path": "deepseek-ai/DeepSeek-V4.1-Flash"},
-        {"model_type": "deepseek_v41", "compress_ratios": [0, 2]},
-    ],
-)
-def test_sizes_of_v41_are_refused_where_only_v4_will_do(config, warned, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(json.dumps({"model": {"config": config}}))
-    with pytest.raises(ValueError, match=r"is a setting of DeepSeek-V4\.1, and gpu-report"):
-        read_model_fields(str(path))
-
-
 def test_sizes_of_v41_are_read_from_what_is_packaged_published_and_written(warned, tmp_path):
-    flash = ModelSizes.of_fields(read_model_fields("v41_flash", v41=True))
+    flash = ModelSizes.of_fields(read_model_fields("v41_flash"))
     assert isinstance(flash, ModelSizesV41)
     hub = "deepseek-ai/DeepSeek-V4.1-Flash"
-    assert ModelSizes.of_fields(read_model_fields(hub, warned.append, v41=True)) == flash
+    assert ModelSizes.of_fields(read_model_fields(hub, warned.append)) == flash
     assert f"hf download {hub} config.json" in warned[0]
     path = tmp_path / "recipe.yaml"
     named = {"pretrained_model_name_or_path": hub, "text_config": {"index_topk": 256}}
     path.write_text(json.dumps({"model": {"config": named}}))
-    changed = ModelSizes.of_fields(read_model_fields(str(path), warned.append, v41=True))
+    changed = ModelSizes.of_fields(read_model_fields(str(path), warned.append))
     assert changed == dataclasses.replace(flash, index_topk=256)
 
 
 def test_layers_of_v41_are_told_apart():
-    flash = ModelSizes.of_fields(read_model_fields("v41_flash", v41=True))
+    flash = ModelSizes.of_fields(read_model_fields("v41_flash"))
     assert Counter(layer.name for layer in flash.layers) == {
         "0": 2,
         "2 source": 3,
