@@ -35,7 +35,8 @@ from typing import Any
 
 from nemo_dsv4_cp.gpus import MULTIPROCESSORS, SHARED_MEMORY, Multiprocessors
 from nemo_dsv4_cp.kernels.triton import tiles
-from nemo_dsv4_cp.kernels.triton.chunks import GROUP, in_blocks, raw_slots
+from nemo_dsv4_cp.kernels.triton.chunks import in_blocks, raw_slots
+from nemo_dsv4_cp.kernels.triton.top_k import bytes_read
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO
 from nemo_dsv4_cp.sequence.plan import AttentionPlan
 from nemo_dsv4_cp.tools.ahead import Compiled, Launch
@@ -177,9 +178,8 @@ def _work(launch: Launch, plan: AttentionPlan, sizes: Any) -> _Work:
 def _bytes(launch: Launch) -> float:
     """Return the bytes that a kernel without products reads and writes, of two a number."""
     name, values, grid = launch.specimen.name, launch.values, launch.grid
-    if name == "top_k_kernel":  # maxima twice, and twice the scores of about K groups
-        scores = values["n_scores"]
-        read = 2 * 4 * (scores // GROUP + min(scores, values["K"] * GROUP))
+    if name == "top_k_kernel":
+        read = bytes_read(values["n_scores"], values["GROUP"], values["K"])
         return float(math.prod(grid) * (read + 4 * values["K"]))
     if name == "sum_parts_kernel":  # float32 parts to their sum, which is read too
         return float(4 * grid[0] * values["ROWS"] * values["D"] * (values["parts"] + 2))

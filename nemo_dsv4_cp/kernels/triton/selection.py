@@ -20,7 +20,7 @@ from nemo_dsv4_cp.kernels.triton import tiles
 from nemo_dsv4_cp.kernels.triton.chunks import GROUP, Chunk, chunks_of
 from nemo_dsv4_cp.kernels.triton.index_scores import index_scores_kernel
 from nemo_dsv4_cp.kernels.triton.norm_rotate import padded, rotate_
-from nemo_dsv4_cp.kernels.triton.top_k import top_k_kernel
+from nemo_dsv4_cp.kernels.triton.top_k import bytes_read, top_k_kernel
 from nemo_dsv4_cp.sequence.plan import NOTHING
 
 
@@ -121,12 +121,11 @@ def _(
     read, written = rotated + 2 * batch * length * cos.shape[-1] * cos.element_size(), rotated
     for chunk in chunks_of(chunks):
         rows, scored = batch * (chunk.end - chunk.begin), chunk.n_scores
-        # Scores: q, weights and keys to scores and maxima; the best: maxima twice, and of the
-        # groups that reach the bound, about K, the scores twice.
+        # Scores: q, weights and keys to scores and maxima; then the best.
         launches, most = launches + 2, max(most, rows * chunk.score_bytes)
         read += rows * heads * (width * q.element_size() + 4)
         read += batch * (chunk.entry_end - chunk.entry_begin) * width * keys.element_size()
-        read += 2 * 4 * rows * (scored // chunk.group + min(scored, topk * chunk.group))
+        read += rows * bytes_read(scored, chunk.group, topk)
         written += rows * chunk.score_bytes
     return Cost(launches, read, written + 2 * indices, scratch_bytes=most)
 

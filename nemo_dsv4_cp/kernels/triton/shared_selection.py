@@ -38,6 +38,7 @@ from nemo_dsv4_cp.kernels.triton.chunks import (
 )
 from nemo_dsv4_cp.kernels.triton.norm_rotate import padded
 from nemo_dsv4_cp.kernels.triton.selection import score, select
+from nemo_dsv4_cp.kernels.triton.top_k import bytes_read
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 
 Shape = tuple[int, ...]
@@ -219,12 +220,12 @@ def _shared_cost(
         # As in ``select_entries``: q, weights and keys to scores and maxima; the best.
         read += rows * heads * (width + 1) * q.element_size()
         read += batch * entries * width * keys.element_size()
-        read += 2 * 4 * rows * (scored // group + min(scored, topk * group))
+        read += rows * bytes_read(scored, group, topk)
         if keep:  # scores to blocks' maxima; the best
             launches, blocks = launches + 2, chunk.n_blocks(size)
             stored = block_bytes(chunk, size)
             read += 4 * rows * scored
-            read += 2 * 4 * rows * (blocks // BLOCK_GROUP + min(blocks, keep * BLOCK_GROUP))
+            read += rows * bytes_read(blocks, BLOCK_GROUP, keep)
         written += rows * stored
         most = max(most, rows * stored)
     if candidates is not None and chunks:  # slots to entries, in place

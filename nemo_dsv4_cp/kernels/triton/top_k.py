@@ -11,8 +11,9 @@ result is bitwise reproducible:
 2. Find the exact K-th best score. Scores above the bound lie in groups whose maximum is above it,
    and there are fewer than K such groups. Load their scores into registers, and search among them
    in the same way. If fewer than K scores are above the bound, the bound is the K-th best score.
-3. Go through the groups whose maximum reaches the K-th best score, from the first on. Take every
-   score above it, and the first scores that equal it until there are K.
+3. Take every score above it, and the first scores that equal it until there are K. If it is above
+   the bound, all of these lie in the groups of step 2, whose numbers then replace the maxima in
+   memory: go through this list. Otherwise, go through all groups whose maximum reaches the bound.
 """
 
 # B batch rows   L local queries   P entries   K selected entries   C queries of a chunk
@@ -27,6 +28,12 @@ from nemo_dsv4_cp.kernels.triton.tiles import COUNTERS
 # Two counts travel in one cumulative sum: of what is above in the low bits, of ties from TIES on.
 TIES = tl.constexpr(16)
 LOW_BITS = tl.constexpr((1 << 16) - 1)
+
+
+def bytes_read(n_scores: int, group: int, k: int) -> int:
+    """Return what a row reads: the maxima, and twice of fewer than K groups number and scores."""
+    groups = n_scores // group
+    return 4 * (groups + 2 * min(groups, k) * (1 + group))
 
 
 @triton.jit
@@ -78,13 +85,20 @@ def top_k_kernel(  # type: ignore[no-untyped-def]
     few = tl.load(scores + of_held, mask=in_range, other=0).to(tl.uint32, bitcast=True)
     threshold = tl.maximum(bound, _kth(few, K))
     lacking = K - tl.sum((few > threshold).to(tl.int32))
-    tl.debug_barrier()
 
-    n_taken, n_ties = 0, 0
-    for begin in range(first_group, last_group + 1, STEP):
-        of = begin + tl.arange(0, STEP)
-        reach = tl.load(maxima + of, mask=of <= last_group, other=0).to(tl.uint32, bitcast=True)
-        reaches = (of <= last_group) & (reach >= threshold)
+    listed, n_through = threshold > bound, last_group - first_group + 1
+    if listed:
+        n_through = n_above
+        tl.store(maxima + slot, held, mask=slot < n_above)
+    else:
+        maxima += first_group
+    tl.debug_barrier()
+    n_taken, n_ties, begin = 0, 0, 0
+    while (begin < n_through) & (n_taken + tl.minimum(n_ties, lacking) < K):
+        nth = begin + tl.arange(0, STEP)
+        stored = tl.load(maxima + nth, mask=nth < n_through, other=0)
+        of = tl.where(listed, stored, first_group + nth)
+        reaches = (nth < n_through) & (listed | (stored.to(tl.uint32, bitcast=True) >= threshold))
         place = tl.reshape(of[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (STEP * GROUP,))
         reached = tl.reshape(tl.broadcast_to(reaches[:, None], (STEP, GROUP)), (STEP * GROUP,))
         seen = reached & (place >= first) & (place < stop)
@@ -98,3 +112,4 @@ def top_k_kernel(  # type: ignore[no-untyped-def]
         tl.store(selected + to, first_entry + place, mask=taken)
         n_taken += tl.sum(higher.to(tl.int32))
         n_ties += tl.sum(tie.to(tl.int32))
+        begin += STEP

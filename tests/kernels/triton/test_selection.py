@@ -70,6 +70,21 @@ def test_of_equal_scores_the_earlier_entries_are_selected():
     assert row(1000, topk=5, scores=scores) == [5, 300, 301, 800, 900]
 
 
+@pytest.mark.parametrize("values", [2, 9, 40, 1000])
+def test_rows_of_ties_have_the_earliest_in_order_of_place(values):
+    generator = torch.Generator().manual_seed(values)
+    for topk in (1, 31, 32, 33, 62, 200):
+        scores = torch.randint(values, (2000,), generator=generator).float()
+        best = scores.sort(descending=True, stable=True).indices[:topk]
+        assert row(2000, topk=topk, scores=scores) == best.sort().values.tolist()
+
+
+def test_the_best_of_as_many_groups_are_found_without_a_second_of_any_group():
+    scores = torch.zeros(2000)
+    scores[7::64] = torch.arange(32.0).flip(0) + 1
+    assert row(2000, topk=20, scores=scores) == list(range(7, 7 + 20 * 64, 64))
+
+
 def test_chunks_fit_the_workspace_and_leave_out_queries_that_see_nothing():
     plan = AttentionPlan(Queries.own(SequenceLayout(64, 0, 2)), 1, 4)
     chunks = list(chunks_of(score_chunks(plan, batch=2, workspace_bytes=4096)))
