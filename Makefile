@@ -88,7 +88,8 @@ test-recipes: $(INSTALLED)
 GPU_REPORT := build/gpu-report
 gpu: $(INSTALLED)
 	mkdir -p $(dir $(GPU_REPORT))
-	-$(BIN)/python -m pytest -m "not slow" --junitxml=$(GPU_REPORT)-tests.xml tests/kernels/triton
+	-$(BIN)/python -m pytest -m "not slow" --junitxml=$(GPU_REPORT)-tests.xml tests/kernels/triton \
+		tests/attention/test_split_linear.py
 	$(BIN)/python -m nemo_dsv4_cp gpu-report --out $(GPU_REPORT) --tests $(GPU_REPORT)-tests.xml
 
 # Releases of AutoModel, each in an environment on top of .venv: they pin different transformers.

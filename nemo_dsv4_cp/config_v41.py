@@ -51,3 +51,8 @@ class DeepseekV41ContextParallelConfig(ContextParallelConfig, DeepseekV41Config)
                 "kv_source_layer_ids, whose entries the candidates do not count; use "
                 f"{text.kv_source_layer_ids[-1]}, or -1 for none"
             )
+        if options.compressor_precision != "float32":
+            raise ValueError(
+                f"context_parallel.compressor_precision={options.compressor_precision} is not "
+                "supported with DeepSeek-V4.1, where few layers have a compressor; use float32"
+            )

@@ -15,6 +15,7 @@ from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 
 AUTO = "auto"
+COMPRESSOR_PRECISIONS = ("float32", "bf16x3")
 _FLAGS = ("true", "false", "yes", "no", "on", "off", "y", "n", "1", "0")
 _TYPES = {
     "bool": "true or false",
@@ -78,6 +79,10 @@ class ContextParallelOptions:
             smaller is slower. ``"auto"`` for 512, or for 1/32 of a GPU's memory where attention
             runs in torch operations, which launch many kernels per chunk. All other memory is
             linear in the shard and in the compressed KV entries.
+        compressor_precision: How compressors project activations of bfloat16 with weights of
+            float32: ``"float32"`` as AutoModel does, on GPUs without tensor cores, or
+            ``"bf16x3"``, three products of bfloat16 that are as accurate, with tensor cores.
+            Activations of other dtypes, and projections that LoRA changed, stay in float32.
         keep_index_choice: Under activation checkpointing, keep the indexer's top-k indices
             ([L, index_topk] int32 per CSA layer) for the recomputation instead of computing them
             twice.
@@ -98,6 +103,7 @@ class ContextParallelOptions:
     compare_ranks: str = "first"
     batch_function: str = "contiguous_shard"
     workspace_mib: int | str = AUTO
+    compressor_precision: str = "float32"
     keep_index_choice: bool = True
     check_finite: bool = False
     failure_attribution: bool = False
@@ -173,6 +179,11 @@ class ContextParallelOptions:
             raise ValueError(
                 f"context_parallel.compare_ranks={self.compare_ranks!r} is none of first, every "
                 "and never; use first"
+            )
+        if self.compressor_precision not in COMPRESSOR_PRECISIONS:
+            raise ValueError(
+                f"context_parallel.compressor_precision={self.compressor_precision!r} is none of "
+                "float32 and bf16x3; use float32"
             )
         scratch = self.workspace_mib
         if scratch != AUTO and not (type(scratch) is int and scratch > 0):

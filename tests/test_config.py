@@ -81,6 +81,10 @@ def test_kernels_check_off_means_the_same_quoted_or_not(off):
         ({"balance": [1]}, r"balance=\[1\] has the wrong type"),
         ({"kernels_check": "never"}, r"kernels_check='never' is none of strict, warn and off"),
         ({"kernels_check": True}, r"kernels_check=true is none of strict, warn and off"),
+        (
+            {"compressor_precision": "tf32"},
+            r"compressor_precision='tf32' is none of float32 and bf16x3; use float32",
+        ),
         ({"compare_ranks": "once"}, r"compare_ranks='once' is none of first, every and never"),
     ],
 )

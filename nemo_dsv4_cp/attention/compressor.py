@@ -15,8 +15,17 @@ from typing import Any
 
 import torch
 
+from nemo_dsv4_cp.attention.split_linear import SplitLinear
 from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.sequence.windows import Windows
+
+
+def split_projections(compressor: Any) -> None:
+    """Have a compressor's projections, and its indexer's, multiply on bfloat16 tensor cores."""
+    for module in (compressor, getattr(compressor, "indexer", None)):
+        if module is not None:
+            SplitLinear.adopt(module.wkv)
+            SplitLinear.adopt(module.wgate)
 
 
 def window_features(
@@ -37,7 +46,12 @@ def window_features(
         gate features (AutoModel ``_overlap_transform``).
     """
     hidden = hidden_BLE.float()
-    features = torch.cat((module.wkv(hidden), module.wgate(hidden)), dim=-1)
+    projected = []
+    for linear in (module.wkv, module.wgate):
+        # LoRA's linears, also of this class, have a forward of their own.
+        splits = hidden_BLE.dtype is torch.bfloat16 and type(linear).forward is SplitLinear.forward
+        projected.append(linear(hidden, exact=True) if splits else linear(hidden))
+    features = torch.cat(projected, dim=-1)
     named = {f"{name}features": features}
     if overlaps:
         values, _, gates, _ = features.split(module.head_dim, dim=-1)

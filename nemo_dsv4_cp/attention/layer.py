@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 
-from nemo_dsv4_cp.attention.compressor import pool_windows, window_features
+from nemo_dsv4_cp.attention.compressor import pool_windows, split_projections, window_features
 from nemo_dsv4_cp.attention.indexer import (
     KeptIndices,
     head_weights,
@@ -23,6 +23,7 @@ from nemo_dsv4_cp.attention.indexer import (
     unseen_by_checkpointing,
 )
 from nemo_dsv4_cp.attention.kernel_use import UsesKernels
+from nemo_dsv4_cp.attention.split_linear import BF16X3
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import make_norms_uniform
 from nemo_dsv4_cp.exchange.collectives import CP_GROUP_KEY, Group, Pending, cp_enabled
@@ -89,6 +90,8 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
     def _adopted(self) -> None:
         self._take_options(ContextParallelOptions.of(self.config))
         make_norms_uniform(self)
+        if self._options.compressor_precision == BF16X3:
+            split_projections(self.compressor)
         self.kind = LayerKind.of(self.config, self.compress_ratio)
         keeps = self.kind.has_indexer and self._options.keep_index_choice
         self._indices = KeptIndices() if keeps else None

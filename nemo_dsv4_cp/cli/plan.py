@@ -23,6 +23,7 @@ from nemo_dsv4_cp.checks.certificate import Certificate
 from nemo_dsv4_cp.checks.model_layers import SIZES, SIZES_V41
 from nemo_dsv4_cp.cli.output import check_outputs, emit, quiet, two_plots, warn
 from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
+from nemo_dsv4_cp.options import COMPRESSOR_PRECISIONS
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Plan, Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, ModelSizesV41, is_v41, read_model_fields
@@ -63,6 +64,9 @@ def plan(
         str, typer.Option(help="context_parallel.balance: auto, on or off.")
     ] = "auto",
     overlap: Annotated[bool, typer.Option(help="context_parallel.overlap.")] = True,
+    compressor_precision: Annotated[
+        str, typer.Option(help="context_parallel.compressor_precision: float32 or bf16x3.")
+    ] = "float32",
     tflops: Annotated[
         float | None, typer.Option(help="Dense bfloat16 peak of a GPU; else that of --gpu.")
     ] = None,
@@ -82,7 +86,7 @@ def plan(
     """Plan a context-parallel size: padding, traffic, memory, balance, time, and what fits.
 
     Nothing is run: all figures are computed, for bfloat16 activations and checkpointed layers.
-    Of a recipe only its model's sizes are read, not its length, transport, balance and overlap.
+    Of a recipe only its model's sizes are read, not its length or its context_parallel block.
     Time is an estimate by rates that are assumed; that of the kernels is measured on a machine
     with the GPU and a certificate of them.
 
@@ -94,6 +98,10 @@ def plan(
         raise typer.BadParameter(f"--transport {transport} is unknown; use boundary or all_gather")
     if balance not in ("auto", "on", "off"):
         raise typer.BadParameter(f"--balance {balance} is unknown; use auto, on or off")
+    if compressor_precision not in COMPRESSOR_PRECISIONS:
+        raise typer.BadParameter(
+            f"--compressor-precision {compressor_precision} is unknown; use float32 or bf16x3"
+        )
     machine = _gpu(
         gpu, memory=gpu_memory, tflops=tflops, nvlink_gbs=nvlink_gbs, network_gbs=network_gbs
     )
@@ -118,6 +126,10 @@ def plan(
             sizes = ModelSizes.of_fields(fields)
     except ValueError as error:
         raise typer.BadParameter(f"{model}: {error}") from error
+    if compressor_precision == "bf16x3":  # nothing else of a layer multiplies in float32
+        if is_v41(fields):
+            raise typer.BadParameter("--compressor-precision bf16x3 is not for DeepSeek-V4.1")
+        machine = replace(machine, float32_tflops=machine.tflops / 3)
     measured = _certificate_here(gpu, fields)
     if measured is not None:
         machine = certificate.with_measured_rate(machine, measured)

@@ -177,6 +177,7 @@ def test_the_plot_is_drawn(ranks, tmp_path):
         (["--reserved", "80"], "from 0 to below 80, such as 40"),
         (["--gpu", "v100"], "--gpu v100 is unknown; use a100, h100, h200, b200"),
         (["--balance", "sometimes"], "use auto, on or off"),
+        (["--compressor-precision", "tf32"], "use float32 or bf16x3"),
         (["--tflops", "-1"], "--tflops -1 is no GPU's; use such as 989"),
         (["--nvlink-gbs", "0"], "--nvlink-gbs 0 is no GPU's; use such as 450"),
         (["--network-gbs", "inf"], "--network-gbs inf is no GPU's; use such as 50"),
@@ -297,3 +298,22 @@ def test_a_certificate_of_this_machines_gpu_gives_the_rate_of_kernels(monkeypatc
     assert "321 of attention and index scores" in here
     assert "was measured here, of triton" in here
     assert "measured" not in assumed
+
+
+def test_compressors_take_a_third_of_the_rate_of_products_with_bf16x3():
+    arguments = "v4_flash", "--seq-len", "131072", "--cp-size", "8", "--json", "-"
+    plans = [
+        json.loads(run(*arguments, "--compressor-precision", precision).output)
+        for precision in ("float32", "bf16x3")
+    ]
+    gpu = plans[1]["request"]["gpu"]
+    assert gpu["float32_tflops"] == pytest.approx(gpu["tflops"] / 3)
+    before, after = (
+        {each["ratio"]: each["computing"] for each in made["rows"][0]["moving"]["step"]["layers"]}
+        for made in plans
+    )
+    assert before[0] == after[0]
+    # Features of entries and of index keys; the indexer's have no backward and no recomputation.
+    flop = 2 * 16384 * 4096 * (4 * 512 * 4 + 4 * 128)
+    saved = flop * (1 / GPUS["h100"].float32_per_second - 3 / GPUS["h100"].products_per_second)
+    assert before[4] - after[4] == pytest.approx(saved)
