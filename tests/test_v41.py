@@ -208,6 +208,11 @@ def test_candidates_of_entries_that_are_replaced_are_refused():
         tiny_config({}, candidate_source_layer_id=1)
 
 
+def test_the_precision_of_v4s_compressors_is_refused():
+    with pytest.raises(ValueError, match="compressor_precision=bf16x3 is of DeepSeek-V4"):
+        tiny_config({"compressor_precision": "bf16x3"})
+
+
 ROWS = torch.full((2, 8), 5)
 COUNTED = torch.arange(8).expand(2, -1)
 
