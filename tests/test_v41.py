@@ -209,7 +209,7 @@ def test_candidates_of_entries_that_are_replaced_are_refused():
 
 
 def test_the_precision_of_v4s_compressors_is_refused():
-    with pytest.raises(ValueError, match="compressor_precision=bf16x3 is of DeepSeek-V4"):
+    with pytest.raises(ValueError, match="compressor_precision=bf16x3 is not supported"):
         tiny_config({"compressor_precision": "bf16x3"})
 
 
