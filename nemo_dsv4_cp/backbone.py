@@ -12,6 +12,7 @@ import torch
 from nemo_automodel.components.models.deepseek_v4.model import DeepseekV4Model
 from nemo_automodel.components.moe.layers import MoE
 
+from nemo_dsv4_cp.attention.indexer_loss import token_weights
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.automodel.backbone import embed, run_blocks, update_gate_biases
 from nemo_dsv4_cp.automodel.deepseek_v4 import shows_images
@@ -33,6 +34,8 @@ from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.lengths import document_starts, packed_padding
 from nemo_dsv4_cp.sequence.packing import is_packed
 
+_AUX_LOSS = "moe_overrides.aux_loss_coeff"
+
 
 def route_over_whole_rows(model: torch.nn.Module, group: Group) -> None:
     """Have the auxiliary loss of every MoE balance the tokens of whole rows, not of this shard.
@@ -50,7 +53,7 @@ def route_over_whole_rows(model: torch.nn.Module, group: Group) -> None:
         return
     for module in model.modules():
         if isinstance(module, MoE):
-            refuse_unscaled(getattr(module.gate, "aux_loss_coeff", 0))
+            refuse_unscaled(_AUX_LOSS, getattr(module.gate, "aux_loss_coeff", 0))
             if module.cp_mesh is None:
                 module.cp_mesh = mesh_of(group, next(module.parameters()).device)
 
@@ -200,6 +203,10 @@ class ContextParallelModel(DeepseekV4Model):
         device = streams_BLME.device
         options = ContextParallelOptions.of(self.config)
         step, padding_mask = step_of(attn_kwargs, rows, length, options, padding_mask, self.gpu)
+        if options.trains_indexer and self.training and step.loss_weights_BL1 is None:
+            step.loss_weights_BL1 = token_weights(
+                padding_mask, rows, length, self._cp_group, device
+            )
         if position_ids is None:
             position_ids = step.layout.document_positions(device)
         for block in self.layers.values():  # before the first block, which may be compiled

@@ -26,6 +26,7 @@ from nemo_dsv4_cp.automodel import lora, router_replay
 from nemo_dsv4_cp.automodel.contracts import batch_contract
 from nemo_dsv4_cp.automodel.deepseek_v4 import reset_uninitialised_norms, shows_images
 from nemo_dsv4_cp.automodel.hash_routing import keep_ids_for_recomputation
+from nemo_dsv4_cp.automodel.indexer_freeze import train_indexer
 from nemo_dsv4_cp.automodel.legacy.deepseek_v4 import reset_what_checkpoints_bring
 from nemo_dsv4_cp.automodel.mtp import forward_with_mtp, shifted_inputs
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
@@ -157,6 +158,13 @@ class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM)
         use_certified_kernels(self)
 
     resolve_lora_targets = lora.resolve_targets
+
+    def select_trained_parameters(self) -> bool:
+        """Train the indexer where it has a loss; False leaves it frozen, as AutoModel does."""
+        options = ContextParallelOptions.of(self.config)
+        if options.trains_indexer:
+            train_indexer(self, alone=options.train_only == "indexer")
+        return options.trains_indexer
 
     def forward(
         self,

@@ -22,8 +22,11 @@ _TYPES = {
     "str": "a name",
     "bool | str": "a word, or true or false",
     "int | str": "auto, or an integer without quotes",
+    "float": "a number",
+    "IndexerLoss": "a block",
 }
 """What the options are, by their annotations."""
+_BLOCK = "IndexerLoss"
 _PLUGGED = {
     "transport": plugins.TRANSPORTS,
     "kernels": plugins.KERNELS,
@@ -43,7 +46,57 @@ def _has_type(annotation: str, value: Any) -> bool:
     if annotation == "int | str":
         quoted = isinstance(value, str) and value.isdigit()
         return isinstance(value, int | str) and not (quoted or isinstance(value, bool))
+    if annotation == "float":
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation == _BLOCK:
+        return isinstance(value, IndexerLoss | Mapping)
     return isinstance(value, bool | str if annotation == "bool | str" else str)
+
+
+def _refuse_unknown(block: Mapping[str, Any], options: type[Any], where: str) -> None:
+    """Raise ``ValueError`` for a key that is no option, or whose value has the wrong type."""
+    known = {field.name: field for field in dataclasses.fields(options)}
+    for key, value in block.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            raise ValueError(
+                f"{where}.{key}={_shown(value)} is not an option; "
+                + (f"did you mean {near[0]!r}? " if near else "")
+                + f"The options are {', '.join(known)}"
+            )
+        kind = str(known[key].type)
+        if not _has_type(kind, value):
+            works: Any = known[key].default
+            raise ValueError(
+                f"{where}.{key}={_shown(value)} has the wrong type (it is {_TYPES[kind]}); a value "
+                f"that works is {_shown(dataclasses.asdict(works) if kind == _BLOCK else works)}"
+            )
+
+
+@dataclass(frozen=True)
+class IndexerLoss:
+    """The ``indexer_loss`` block: train the indexer to choose what attention attends to.
+
+    Attributes:
+        coefficient: The loss of all layers is multiplied by it; 0 leaves the indexer frozen.
+        mode: Over which entries: ``"sparse"``, those that the query attends to, or ``"full"``, all
+            that it may see, which costs dense attention.
+    """
+
+    coefficient: float = 0.0
+    mode: str = "sparse"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.coefficient < float("inf")):
+            raise ValueError(
+                f"context_parallel.indexer_loss.coefficient={self.coefficient} is not a number of "
+                "0 or more; use 0.01, or 0.0 for a frozen indexer"
+            )
+        if self.mode not in ("sparse", "full"):
+            raise ValueError(
+                f"context_parallel.indexer_loss.mode={self.mode!r} is neither sparse nor full; use "
+                "sparse"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +139,9 @@ class ContextParallelOptions:
         keep_index_choice: Under activation checkpointing, keep the indexer's top-k indices
             ([L, index_topk] int32 per CSA layer) for the recomputation instead of computing them
             twice.
+        indexer_loss: Whether and how the indexer is trained; see :class:`IndexerLoss`.
+        train_only: ``"all"`` trains what AutoModel would, ``"indexer"`` the indexers alone, for a
+            warm-up.
         check_finite: Check every module's output, and raise on all CP ranks with the first layer,
             rank and tensor that holds a NaN or an infinity. Waits for the device once per forward.
         failure_attribution: When ranks fail, print first which rank failed first, and its error.
@@ -105,6 +161,8 @@ class ContextParallelOptions:
     workspace_mib: int | str = AUTO
     compressor_precision: str = "float32"
     keep_index_choice: bool = True
+    indexer_loss: IndexerLoss = IndexerLoss()
+    train_only: str = "all"
     check_finite: bool = False
     failure_attribution: bool = False
 
@@ -128,21 +186,13 @@ class ContextParallelOptions:
                 f"context_parallel={block!r} is not a mapping; write a block such as "
                 "{enabled: true, transport: boundary}"
             )
-        known = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        for key, value in (block or {}).items():
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                raise ValueError(
-                    f"context_parallel.{key}={_shown(value)} is not an option; "
-                    + (f"did you mean {near[0]!r}? " if near else "")
-                    + f"The options are {', '.join(known)}"
-                )
-            if not _has_type(known[key], value):
-                raise ValueError(
-                    f"context_parallel.{key}={_shown(value)} has the wrong type (it is "
-                    f"{_TYPES[known[key]]}); a value that works is {_shown(getattr(cls, key))}"
-                )
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), dict(block or {})))
+        given = dict(block or {})
+        _refuse_unknown(given, cls, "context_parallel")
+        if isinstance(loss := given.get("indexer_loss"), Mapping):
+            _refuse_unknown(loss, IndexerLoss, "context_parallel.indexer_loss")
+        schema = OmegaConf.structured(cls)
+        OmegaConf.set_readonly(schema.indexer_loss, False)  # or no key of it could be set
+        return OmegaConf.to_object(OmegaConf.merge(schema, given))
 
     def __post_init__(self) -> None:
         for key, group in _PLUGGED.items():
@@ -185,12 +235,27 @@ class ContextParallelOptions:
                 f"context_parallel.compressor_precision={self.compressor_precision!r} is none of "
                 "float32 and bf16x3; use float32"
             )
+        if self.train_only not in ("all", "indexer"):
+            raise ValueError(
+                f"context_parallel.train_only={self.train_only!r} is neither all nor indexer; use "
+                "all"
+            )
+        if self.train_only == "indexer" and not self.trains_indexer:
+            raise ValueError(
+                "context_parallel.train_only=indexer without indexer_loss trains nothing; set "
+                "indexer_loss: {coefficient: 0.01}, or train_only: all"
+            )
         scratch = self.workspace_mib
         if scratch != AUTO and not (type(scratch) is int and scratch > 0):
             raise ValueError(
                 f'context_parallel.workspace_mib={scratch!r} is neither "auto" nor a positive '
                 'number of MiB; use "auto"'
             )
+
+    @property
+    def trains_indexer(self) -> bool:
+        """Whether the indexer has a loss."""
+        return self.indexer_loss.coefficient > 0
 
     @property
     def workspace_bytes(self) -> int | None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Around top-k selection (CSA): what it reads of AutoModel's indexer, and its kept result.
 
-The selection itself is the kernels'. It returns integers, so nothing here has a gradient, and
-selective checkpointing saves none of it. :class:`KeptIndices` spares the recomputation of
-activation checkpointing a second selection and a second all-gather of index keys.
+The selection itself is the kernels'. It returns integers, so nothing here has a gradient unless the
+indexer has a loss (:mod:`nemo_dsv4_cp.attention.indexer_loss`), and selective checkpointing saves
+none of it. :class:`KeptIndices` spares the recomputation of activation checkpointing a second
+selection, and without a loss a second all-gather of index keys.
 """
 
 # B batch rows   L tokens   n windows   I index heads   D index width   K selected entries
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,44 +31,58 @@ from nemo_dsv4_cp.kernels.protocol import Kernels, Rope
 from nemo_dsv4_cp.sequence.windows import Windows
 
 
-def index_features(
-    indexer: Any, hidden_BLE: torch.Tensor, *, overlaps: bool
-) -> dict[str, torch.Tensor]:
-    """Project tokens to what index keys are pooled from, under names that begin with index_."""
-    with torch.no_grad(), unseen_by_checkpointing():
-        return window_features(indexer, hidden_BLE, name="index_", overlaps=overlaps)
+@dataclass(frozen=True, eq=False)
+class Indexer:
+    """AutoModel's indexer, as one forward of a layer uses it.
 
-
-def pool_index_keys(
-    indexer: Any,
-    rows: Mapping[str, torch.Tensor],
-    windows: Windows,
-    rope: Rope,
-    dtype: torch.dtype,
-    kernels: Kernels,
-) -> torch.Tensor:
-    """Pool this rank's index keys, [B, n, D], as :func:`pool_windows` pools entries."""
-    with torch.no_grad(), unseen_by_checkpointing():
-        return pool_windows(indexer, rows, windows, rope, dtype, kernels, name="index_")
-
-
-def index_queries(indexer: Any, q_residual: torch.Tensor) -> torch.Tensor:
-    """Project low-rank queries [B, L, q_lora_rank] to index queries [B, L, I, D]."""
-    with torch.no_grad(), unseen_by_checkpointing():
-        queries = indexer.wq_b(q_residual)
-        heads: torch.Tensor = queries.unflatten(-1, (indexer.n_heads, indexer.head_dim))
-        return heads
-
-
-def head_weights(indexer: Any, hidden_BLE: torch.Tensor) -> torch.Tensor:
-    """Return each head's weight of a token's scores, their scale in it: float32 [B, L, I].
-
-    The formula is that of AutoModel's ``DeepseekV4Indexer.forward``.
+    Attributes:
+        module: AutoModel's ``DeepseekV4Indexer``.
+        share_BL1: What each query weighs in the indexer's loss, float32. None without a loss: then
+            nothing has a gradient. With one, it ends at the module's parameters.
     """
-    scale: float = indexer.n_heads**-0.5 * indexer.softmax_scale
-    with torch.no_grad(), unseen_by_checkpointing():
-        weights: torch.Tensor = indexer.weights_proj(hidden_BLE).float()
-        return weights * scale
+
+    module: Any
+    share_BL1: torch.Tensor | None
+
+    @property
+    def trains(self) -> bool:
+        """Whether results have a gradient."""
+        return self.share_BL1 is not None
+
+    def features(self, hidden_BLE: torch.Tensor, *, overlaps: bool) -> dict[str, torch.Tensor]:
+        """Project tokens to what index keys are pooled from, under names that begin with index_."""
+        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+            hidden = hidden_BLE.detach()
+            return window_features(self.module, hidden, name="index_", overlaps=overlaps)
+
+    def pool_keys(
+        self,
+        rows: Mapping[str, torch.Tensor],
+        windows: Windows,
+        rope: Rope,
+        dtype: torch.dtype,
+        kernels: Kernels,
+    ) -> torch.Tensor:
+        """Pool this rank's index keys, [B, n, D], as :func:`pool_windows` pools entries."""
+        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+            return pool_windows(self.module, rows, windows, rope, dtype, kernels, name="index_")
+
+    def queries(self, q_residual: torch.Tensor) -> torch.Tensor:
+        """Project low-rank queries [B, L, q_lora_rank] to index queries [B, L, I, D]."""
+        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+            queries = self.module.wq_b(q_residual.detach())
+            heads: torch.Tensor = queries.unflatten(-1, (self.module.n_heads, -1))
+            return heads
+
+    def weights(self, hidden_BLE: torch.Tensor) -> torch.Tensor:
+        """Return each head's weight of a token's scores, their scale in it: float32 [B, L, I].
+
+        The formula is that of AutoModel's ``DeepseekV4Indexer.forward``.
+        """
+        scale: float = self.module.n_heads**-0.5 * self.module.softmax_scale
+        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+            weights: torch.Tensor = self.module.weights_proj(hidden_BLE.detach()).float()
+            return weights * scale
 
 
 def unseen_by_checkpointing() -> AbstractContextManager[None]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,8 @@ import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4Attention
 
 from nemo_dsv4_cp.attention.compressor import pool_windows, split_projections, window_features
-from nemo_dsv4_cp.attention.indexer import (
-    KeptIndices,
-    head_weights,
-    index_features,
-    index_queries,
-    pool_index_keys,
-    unseen_by_checkpointing,
-)
+from nemo_dsv4_cp.attention.indexer import Indexer, KeptIndices, unseen_by_checkpointing
+from nemo_dsv4_cp.attention.indexer_loss import IndexerLossSums, loss_of, with_loss
 from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.split_linear import BF16X3
 from nemo_dsv4_cp.attention.step import STEP_KEY, LayerKind, LayerPlan, StepContext
@@ -32,6 +27,7 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionConstants,
     AttentionKeys,
     AttentionQueries,
+    IndexerLossTerms,
     IndexQueries,
     Kernels,
     Rope,
@@ -55,13 +51,32 @@ class _Queries:
         plan: Which keys each sees.
         low_BCA: Normalized low-rank queries.
         rope: Cos and sin of their positions, [B, C, r] each.
-        weights_BCI: Weights of the index heads, float32; None where nothing is selected.
+        index_BCIF: Index queries; None where the indexer has nothing to do.
+        weights_BCI: Weights of the index heads, float32; None with them.
+        share_BC1: What each query weighs in the indexer's loss; None without one.
     """
 
     plan: AttentionPlan
     low_BCA: torch.Tensor
     rope: Rope
-    weights_BCI: torch.Tensor | None
+    index_BCIF: torch.Tensor | None = None
+    weights_BCI: torch.Tensor | None = None
+    share_BC1: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, plan: AttentionPlan, tensors: Mapping[str, torch.Tensor], indexer: Indexer | None
+    ) -> _Queries:
+        """Return queries of what moves with them, as ``_of_queries`` names it."""
+        low = tensors["low"]
+        return cls(
+            plan,
+            low,
+            (tensors["cos"], tensors["sin"]),
+            None if indexer is None else indexer.queries(low),
+            tensors.get("weights"),
+            tensors.get("share"),
+        )
 
 
 class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
@@ -95,6 +110,10 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         self.kind = LayerKind.of(self.config, self.compress_ratio)
         keeps = self.kind.has_indexer and self._options.keep_index_choice
         self._indices = KeptIndices() if keeps else None
+        self.indexer_losses = IndexerLossSums() if self.kind.has_indexer else None
+        # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
+        eps = self.config.rms_norm_eps
+        self._constants = AttentionConstants(self.scaling, eps, self.config.o_groups)
 
     def forward(
         self,
@@ -151,28 +170,29 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
             plan = step.plan(self.kind, hidden_states.device)
             of_windows = step.window_rope(plan, rotary_compress, hidden_states)
         if of_windows is None:
-            return self._windowed(hidden_states, position_embeddings, step.transport, plan), None
+            return self._windowed(hidden_states, position_embeddings, step, plan), None
         rope = position_embeddings_compress
         assert rope is not None, "a compressing layer needs position_embeddings_compress"
         attend = self._local if plan.remote is None else self._with_remote
-        return attend(hidden_states, rope, of_windows, step.transport, plan), None
+        return attend(hidden_states, rope, of_windows, step, plan), None
 
     def _windowed(
-        self, hidden: torch.Tensor, rope: Rope, transport: Transport, plan: LayerPlan
+        self, hidden: torch.Tensor, rope: Rope, step: StepContext, plan: LayerPlan
     ) -> torch.Tensor:
         """Attend to the sliding window alone; the halo exchange overlaps the query projections."""
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
-        fetched = transport.fetch({"keys": keys}, plan.moves)
-        queries = _Queries(plan.local, self.q_norm(self.wq_a(hidden)), rope, None)
+        fetched = step.transport.fetch({"keys": keys}, plan.moves)
+        queries = _Queries(plan.local, self.q_norm(self.wq_a(hidden)), rope)
         q = self._project(queries)
-        return self._attend(queries, q, fetched.wait()["keys"], keys[:, :0], None)
+        of_window = AttentionKeys(fetched.wait()["keys"], keys[:, :0], self.sinks_param(q))
+        return self._attend(queries, q, of_window, None)
 
     def _local(
         self,
         hidden: torch.Tensor,
         rope: Rope,
         of_windows: Rope,
-        transport: Transport,
+        step: StepContext,
         plan: LayerPlan,
     ) -> torch.Tensor:
         """Attend to this rank's own queries.
@@ -182,34 +202,32 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         selection.
         """
         assert plan.windows is not None
-        indices = self._indices.recall(rope[0]) if self._indices else None
-        select, indexer = self.kind.has_indexer and indices is None, self.compressor.indexer
+        indices, indexer = self._begin(rope, step)
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
-        moving = {"keys": keys, **self._features(hidden, index=select)}
-        fetched = transport.fetch(moving, plan.moves)
+        fetched = step.transport.fetch({"keys": keys} | self._features(hidden, indexer), plan.moves)
 
-        low = self.q_norm(self.wq_a(hidden))
-        weights = head_weights(indexer, hidden) if select else None
-        queries = _Queries(plan.local, low, rope, weights)
-        q_index = index_queries(indexer, low) if select else None
+        queries = _Queries.of(plan.local, self._of_queries(hidden, rope, indexer), indexer)
         rows = fetched.wait()
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
-        index_keys, entries = self._start_gathers(transport, to_pool, index=select)
+        index_keys, entries = self._start_gathers(step.transport, to_pool, indexer)
 
         q = self._project(queries)
-        if index_keys is not None:
-            indices = [self._select(queries, q_index, plan.in_order(index_keys.wait()))]
-            if self._indices:
-                self._indices.keep(rope[0], indices)
-        every = plan.in_order(entries.wait())
-        return self._attend(queries, q, rows["keys"], every, indices[0] if indices else None)
+        of_all = None if index_keys is None else plan.in_order(index_keys.wait())
+        if indexer is not None and indices is None:
+            indices = self._keep(rope, [self._select(queries, of_all)])
+        (selected,) = indices or (None,)
+        seen = AttentionKeys(rows["keys"], plan.in_order(entries.wait()), self.sinks_param(q))
+        out = self._attend(queries, q, seen, selected)
+        if indexer is None or not indexer.trains:
+            return out
+        return self._with_loss(out, self._loss(queries, q, seen, selected, of_all))
 
     def _with_remote(
         self,
         hidden: torch.Tensor,
         rope: Rope,
         of_windows: Rope,
-        transport: Transport,
+        step: StepContext,
         plan: LayerPlan,
     ) -> torch.Tensor:
         """Attend to some of this rank's queries and to queries of other ranks.
@@ -219,68 +237,82 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         selection, and the return of remote outputs local attention.
         """
         assert plan.remote is not None and plan.windows is not None
-        indices = self._indices.recall(rope[0]) if self._indices else None
-        select, indexer = self.kind.has_indexer and indices is None, self.compressor.indexer
+        indices, indexer = self._begin(rope, step)
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
-        low, (cos, sin) = self.q_norm(self.wq_a(hidden)), rope
-        weights = head_weights(indexer, hidden) if select else None
-        moving = {"keys": keys, "remote_low": low, "remote_cos": cos, "remote_sin": sin}
-        if weights is not None:
-            moving["remote_weights"] = weights
-        moving |= self._features(hidden, index=select)
-        fetched = transport.fetch(moving, plan.moves)
+        own = self._of_queries(hidden, rope, indexer)
+        moving = {"keys": keys} | {f"remote_{name}": own[name] for name in own}
+        fetched = step.transport.fetch(moving | self._features(hidden, indexer), plan.moves)
 
-        own = plan.local_rows
-        local = _Queries(
-            plan.local,
-            take(low, own),
-            (take(cos, own), take(sin, own)),
-            None if weights is None else take(weights, own),
-        )
-        q_index = index_queries(indexer, local.low_BCA) if select else None
+        stay = {name: take(own[name], plan.local_rows) for name in own}
+        local = _Queries.of(plan.local, stay, indexer)
         q = self._project(local)
         rows = fetched.wait()
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
-        index_keys, entries = self._start_gathers(transport, to_pool, index=select)
+        index_keys, entries = self._start_gathers(step.transport, to_pool, indexer)
 
-        remote = _Queries(
-            plan.remote,
-            rows["remote_low"],
-            (rows["remote_cos"], rows["remote_sin"]),
-            rows.get("remote_weights"),
-        )
-        remote_q_index = index_queries(indexer, remote.low_BCA) if select else None
+        remote = _Queries.of(plan.remote, {name: rows[f"remote_{name}"] for name in own}, indexer)
         remote_q = self._project(remote)
-        if index_keys is not None:
-            of_all = plan.in_order(index_keys.wait())
-            indices = [
-                self._select(remote, remote_q_index, of_all),
-                self._select(local, q_index, of_all),
-            ]
-            if self._indices:
-                self._indices.keep(rope[0], indices)
-        every = plan.in_order(entries.wait())
+        of_all = None if index_keys is None else plan.in_order(index_keys.wait())
+        if indexer is not None and indices is None:
+            of_both = [self._select(remote, of_all), self._select(local, of_all)]
+            indices = self._keep(rope, of_both)
         of_remote, of_local = indices or (None, None)
+        every, sinks = plan.in_order(entries.wait()), self.sinks_param(q)
         remote_keys, local_keys = rows["keys"].split(plan.n_keys, dim=1)
-        out = self._attend(remote, remote_q, remote_keys, every, of_remote)
-        returned = transport.send_back(out, plan.returned)
-        return returned(self._attend(local, q, local_keys, every, of_local))
+        seen = AttentionKeys(local_keys, every, sinks)
+        remote_seen = AttentionKeys(remote_keys, every, sinks)
+        out = self._attend(remote, remote_q, remote_seen, of_remote)
+        returned = step.transport.send_back(out, plan.returned)
+        out = returned(self._attend(local, q, seen, of_local))
+        if indexer is None or not indexer.trains:
+            return out
+        loss = self._loss(remote, remote_q, remote_seen, of_remote, of_all)
+        return self._with_loss(out, loss + self._loss(local, q, seen, of_local, of_all))
 
-    def _features(self, hidden: torch.Tensor, *, index: bool) -> dict[str, torch.Tensor]:
-        """Project tokens to what windows pool: for index keys where ``index``, and for entries."""
-        compressor, overlaps = self.compressor, self.kind.overlaps
-        features = window_features(compressor, hidden, overlaps=overlaps)
-        if index:
-            features |= index_features(compressor.indexer, hidden, overlaps=overlaps)
+    def _begin(
+        self, rope: Rope, step: StepContext
+    ) -> tuple[Sequence[torch.Tensor] | None, Indexer | None]:
+        """Return the top-k indices of a forward that this one computes again, and the indexer.
+
+        None where there are none, and where the indexer has nothing to do.
+        """
+        indices = self._indices.recall(rope[0]) if self._indices else None
+        share = step.loss_weights_BL1 if torch.is_grad_enabled() else None
+        if not self.kind.has_indexer or (indices is not None and share is None):
+            return indices, None
+        return indices, Indexer(self.compressor.indexer, share)
+
+    def _keep(self, rope: Rope, indices: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self._indices:
+            self._indices.keep(rope[0], indices)
+        return indices
+
+    def _of_queries(
+        self, hidden: torch.Tensor, rope: Rope, indexer: Indexer | None
+    ) -> dict[str, torch.Tensor]:
+        """Return what moves with the queries that another rank computes, each [B, L, ...]."""
+        tensors = {"low": self.q_norm(self.wq_a(hidden)), "cos": rope[0], "sin": rope[1]}
+        if indexer is not None:
+            tensors["weights"] = indexer.weights(hidden)
+            if indexer.share_BL1 is not None:
+                tensors["share"] = indexer.share_BL1
+        return tensors
+
+    def _features(self, hidden: torch.Tensor, indexer: Indexer | None) -> dict[str, torch.Tensor]:
+        """Project tokens to what windows pool: for entries, and for index keys with an indexer."""
+        overlaps = self.kind.overlaps
+        features = window_features(self.compressor, hidden, overlaps=overlaps)
+        if indexer is not None:
+            features |= indexer.features(hidden, overlaps=overlaps)
         return features
 
     def _start_gathers(
-        self, transport: Transport, to_pool: _ToPool, *, index: bool
+        self, transport: Transport, to_pool: _ToPool, indexer: Indexer | None
     ) -> tuple[Pending[torch.Tensor] | None, Pending[torch.Tensor]]:
-        """Pool this rank's windows and start to gather index keys, where ``index``, and entries."""
+        """Pool this rank's windows and start to gather index keys, with an indexer, and entries."""
         index_keys = None
-        if index:
-            index_keys = transport.gather(pool_index_keys(self.compressor.indexer, *to_pool))
+        if indexer is not None:
+            index_keys = transport.gather(indexer.pool_keys(*to_pool))
         return index_keys, transport.gather(pool_windows(self.compressor, *to_pool))
 
     def _project(self, queries: _Queries) -> torch.Tensor:
@@ -289,16 +321,17 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         heads: torch.Tensor = q.unflatten(-1, (self.num_heads, self.head_dim))
         return heads
 
-    def _select(
-        self, queries: _Queries, q_index: torch.Tensor | None, index_keys: torch.Tensor
-    ) -> torch.Tensor:
+    def _select(self, queries: _Queries, index_keys: torch.Tensor | None) -> torch.Tensor:
         """Return the top-k indices of each query, int32 [B, C, K]."""
-        assert q_index is not None and queries.weights_BCI is not None
+        q_index, weights = queries.index_BCIF, queries.weights_BCI
+        assert q_index is not None and weights is not None and index_keys is not None
         if not q_index.shape[1]:
             return index_keys.new_empty(len(index_keys), 0, 0, dtype=torch.int32)
         with torch.no_grad(), unseen_by_checkpointing():
+            if queries.share_BC1 is not None:
+                q_index = q_index.clone()  # kernels may write over it, and the loss reads it
             return self._kernels.select_entries(
-                IndexQueries(q_index, queries.weights_BCI, queries.rope, queries.plan),
+                IndexQueries(q_index, weights, queries.rope, queries.plan),
                 index_keys,
                 topk=self.compressor.indexer.index_topk,
             )
@@ -307,23 +340,50 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         self,
         queries: _Queries,
         q: torch.Tensor,
-        raw_keys: torch.Tensor,
-        entries: torch.Tensor,
+        keys: AttentionKeys,
         indices: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the queries' rows of the layer's output, [B, C, E]."""
-        groups = self.config.o_groups
+        constants = self._constants
         if q.shape[1]:
-            # Per-head norm without weight: DeepSeek's inference code has it, transformers' not.
-            grouped = self._kernels.attend(
-                AttentionQueries(q, queries.rope, queries.plan, indices),
-                AttentionKeys(raw_keys, entries, self.sinks_param(q)),
-                AttentionConstants(self.scaling, self.config.rms_norm_eps, groups),
-            )
+            attended = AttentionQueries(q, queries.rope, queries.plan, indices)
+            grouped = self._kernels.attend(attended, keys, constants)
         else:  # no query is left here, but other ranks wait for this rank's gradients
-            nothing = (
-                q + raw_keys[:, :0, None] + entries[:, :0, None] + self.sinks_param(q)[:, None]
-            )
-            grouped = nothing.to(q.dtype).flatten(2).unflatten(2, (groups, -1))
+            nothing = q + keys.raw_BTD[:, :0, None] + keys.entries_BPD[:, :0, None]
+            nothing = (nothing + keys.sinks_N[:, None]).to(q.dtype)
+            grouped = nothing.flatten(2).unflatten(2, (constants.groups, -1))
         out: torch.Tensor = self.wo_b(self.wo_a(grouped).flatten(2))
         return out
+
+    def _loss(
+        self,
+        queries: _Queries,
+        q: torch.Tensor,
+        keys: AttentionKeys,
+        indices: torch.Tensor | None,
+        index_keys: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the indexer's loss of the queries, and what it captured: float32 [2]."""
+        q_index, weights, share = queries.index_BCIF, queries.weights_BCI, queries.share_BC1
+        assert q_index is not None and weights is not None and share is not None
+        assert index_keys is not None
+
+        def compute() -> IndexerLossTerms:
+            return self._kernels.indexer_loss(
+                IndexQueries(q_index, weights, queries.rope, queries.plan),
+                index_keys,
+                AttentionQueries(q, queries.rope, queries.plan, indices),
+                keys,
+                self._constants,
+                token_weights_BL=share[..., 0],
+                full=self._options.indexer_loss.mode == "full",
+            )
+
+        with unseen_by_checkpointing():
+            return loss_of(q_index, weights, index_keys, compute)
+
+    def _with_loss(self, out: torch.Tensor, loss_captured: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output, whose gradient brings the loss's, and note it for the log."""
+        assert self.indexer_losses is not None
+        self.indexer_losses.add(loss_captured)
+        return with_loss(out, loss_captured[0], self._options.indexer_loss.coefficient)

@@ -68,7 +68,7 @@ class LayerPlan:
         moves: The row plan of each tensor that a layer can fetch, by name: ``keys``, the raw keys
             of remote and then of local queries; ``features`` and ``overlap`` of windows, and with
             ``index_`` before them the indexer's; ``remote_low``, ``remote_cos``, ``remote_sin``,
-            ``remote_weights`` and ``remote_index`` (V4.1) of remote queries.
+            ``remote_weights``, ``remote_index`` (V4.1) and ``remote_share`` of remote queries.
         n_keys: How many raw keys are for remote queries, and how many for local ones.
         returned: The row plan of a layer's output for all tokens of its own shard: it computes the
             rows of local queries, and receives the others from the ranks that compute them.
@@ -127,6 +127,7 @@ class StepContext:
         self.transport: Transport = plugins.load(plugins.TRANSPORTS, options.transport)(
             group, overlap=options.overlap
         )
+        self.loss_weights_BL1: torch.Tensor | None = None  # of tokens, if the indexer has a loss
         self._shards = [(layout.shard(rank),) for rank in range(layout.cp_size)]
         self._balance = str(options.balance)
         self._gpu = gpu or gpu_here()
@@ -238,7 +239,7 @@ class StepContext:
         remote = None
         if schedule.moves:
             remote = Queries(layout, schedule.remote[rank])
-            of_queries = ("low", "cos", "sin", "weights", "index")
+            of_queries = ("low", "cos", "sin", "weights", "index", "share")
             names = [f"remote_{name}" for name in of_queries]
             moves |= dict.fromkeys(names, self._fetched(schedule.remote, device))
         own = schedule.local[rank]

@@ -209,6 +209,9 @@ _ALWAYS = signatures_of(
         "nemo_automodel._transformers.capabilities": {
             "attach_capabilities_and_validate": "model mesh /",
         },
+        "nemo_automodel._transformers.infrastructure": {
+            "freeze_deepseek_v4_indexer_params": "model /",
+        },
         f"{_V4}.optimized_kernels": {
             "dsv4_indexer_scores": "q pooled_kv weights compress_ratio softmax_scale backend",
             "dsv4_sparse_attention": "backend",
@@ -220,6 +223,7 @@ _ALWAYS = signatures_of(
             "compute_lm_head_logits": "logits_to_keep fp32_lm_head",
             "DeepseekV4HashGate.set_input_ids": "input_ids",
         },
+        f"{_MOE}.megatron.moe_utils": {"MoEAuxLossAutoScaler.forward": "output aux_loss"},
         f"{_MOE}.layers": {"Gate.update_bias": "", "MoE.forward": "x padding_mask cp_mesh"},
         f"{_PEFT}.lora": {"apply_lora_to_linear_modules": "model peft_config /"},
         f"{_PEFT}.module_matcher": {"ModuleMatcher.match": "m name"},

@@ -17,6 +17,7 @@ from nemo_automodel.components._peft.module_matcher import ModuleMatcher
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4GroupedLinear
 
 from nemo_dsv4_cp.automodel import patches
+from nemo_dsv4_cp.options import ContextParallelOptions
 
 FUNCTION = "apply_lora_to_linear_modules"
 RESOLVE = "resolve_lora_targets"
@@ -49,6 +50,11 @@ def resolve_targets(model: Any, peft_config: Any) -> Any:
         name: module for name, module in model.named_modules() if matcher.match(module, name)
     }
     setting = _setting(peft_config)
+    if ContextParallelOptions.of(model.config).trains_indexer:
+        raise ValueError(
+            f"{setting} with context_parallel.indexer_loss: LoRA freezes the indexer that the loss "
+            "trains; set context_parallel.indexer_loss.coefficient: 0.0, or train without peft"
+        )
     grouped = [n for n, module in matched.items() if isinstance(module, DeepseekV4GroupedLinear)]
     if grouped:
         raise ValueError(

@@ -128,6 +128,26 @@ class AttentionConstants:
     groups: int
 
 
+@dataclass(frozen=True, eq=False)
+class IndexerLossTerms:
+    """The indexer's loss of some queries, and its gradient, which is computed with it.
+
+    Attributes:
+        loss: Float32 scalar: sum over queries of weight * KL(target || prediction).
+        captured: Float32 scalar: sum over queries of weight * a share of attention's probability,
+            mean of the heads; see :meth:`Kernels.indexer_loss`.
+        grad_q_BLIF: Of the loss, of index queries before rotary, in their dtype.
+        grad_weights_BLI: Float32.
+        grad_keys_BPF: In the index keys' dtype.
+    """
+
+    loss: torch.Tensor
+    captured: torch.Tensor
+    grad_q_BLIF: torch.Tensor
+    grad_weights_BLI: torch.Tensor
+    grad_keys_BPF: torch.Tensor
+
+
 class Kernels(Protocol):
     """One way to compute a layer's attention.
 
@@ -205,6 +225,37 @@ class Kernels(Protocol):
 
         Returns:
             [B, L, G, N / G * D] of the queries' dtype.
+        """
+
+    def indexer_loss(
+        self,
+        index: IndexQueries,
+        index_keys_BPF: torch.Tensor,
+        queries: AttentionQueries,
+        keys: AttentionKeys,
+        constants: AttentionConstants,
+        *,
+        token_weights_BL: torch.Tensor,
+        full: bool,
+    ) -> IndexerLossTerms:
+        """Compare what the indexer would choose with what attention looks at.
+
+        Over the entries of a query: the target is attention's probabilities (among window, entries
+        and sink) summed over heads and normalized to 1; the prediction is the softmax of index
+        scores, which are those of :meth:`select_entries`. Nothing is differentiable, nothing is
+        written over.
+
+        Args:
+            index: Index queries.
+            index_keys_BPF: Index keys of all entries.
+            queries: As for :meth:`attend`, with the selected entries.
+            keys: As for :meth:`attend`.
+            constants: As for :meth:`attend`.
+            token_weights_BL: Float32 weight of each query, 0 for padding.
+            full: Over all entries that a query may see, attention's probabilities being those that
+                it would have if all were selected; else over the selected ones. ``captured`` is of
+                what went to all visible entries the share of the selected, with ``full``; else of
+                all probability the share of the selected entries.
         """
 
     def index_scores(

@@ -19,11 +19,11 @@ def _is_scaled() -> bool:
     return hasattr(recipe.BaseRecipe, "_set_moe_aux_loss_backward_scale")
 
 
-def refuse_unscaled(coefficient: float) -> None:
+def refuse_unscaled(setting: str, coefficient: float) -> None:
     """Refuse an auxiliary loss whose gradient would depend on cp_size, by its coefficient."""
     if coefficient > 0 and not _is_scaled():
         raise ValueError(
-            f"moe_overrides.aux_loss_coeff={coefficient} under context parallelism: nemo_automodel "
-            f"{version('nemo_automodel')} divides the auxiliary loss by cp_size; install 0.6.0 or "
-            "later, or set aux_loss_coeff: 0"
+            f"{setting}={coefficient} under context parallelism: nemo_automodel "
+            f"{version('nemo_automodel')} divides auxiliary losses by cp_size; install 0.6.0 or "
+            f"later, or set {setting.split('.')[-1]}: 0"
         )

@@ -20,7 +20,7 @@ from nemo_dsv4_cp.kernels.reference.workspace import AttentionScratch, chunk_row
 from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan, halo
 
 
-class _ChunkKeys:
+class ChunkKeys:
     """The keys of one chunk of queries, in both storages, and the scores against them."""
 
     def __init__(
@@ -127,8 +127,8 @@ class SparseAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         ranges = plan.visible_ranges(q.device)
         per_query = _scratch(plan, q, selected).forward
-        for chunk in _chunks(plan, per_query, workspace_bytes, q.device):
-            keys = _ChunkKeys(plan, chunk, ranges, raw, entries, selected)
+        for chunk in chunks(plan, per_query, workspace_bytes, q.device):
+            keys = ChunkKeys(plan, chunk, ranges, raw, entries, selected)
             _attend_chunk(keys, q[:, chunk], sinks, scale, lse[:, chunk], out[:, chunk])
             del keys  # or the next chunk's would be there beside it
         ctx.save_for_backward(q, raw, entries, sinks, selected, lse, ranges)
@@ -152,8 +152,8 @@ class SparseAttention(torch.autograd.Function):
         )
         grad_sinks = torch.zeros_like(sinks, dtype=torch.float32)
         per_query = _scratch(plan, q, selected).backward
-        for chunk in _chunks(plan, per_query, ctx.workspace_bytes, q.device):
-            keys = _ChunkKeys(plan, chunk, ranges, raw, entries, selected)
+        for chunk in chunks(plan, per_query, ctx.workspace_bytes, q.device):
+            keys = ChunkKeys(plan, chunk, ranges, raw, entries, selected)
             grad_sinks -= _attend_chunk_backward(
                 keys, grad_out[:, chunk], q[:, chunk], sinks, scale, lse[:, chunk],
                 grad_q[:, chunk], grad_raw, grad_entries,
@@ -169,7 +169,7 @@ class SparseAttention(torch.autograd.Function):
 
 
 def _attend_chunk(
-    keys: _ChunkKeys, q: torch.Tensor, sinks: torch.Tensor, scale: float,
+    keys: ChunkKeys, q: torch.Tensor, sinks: torch.Tensor, scale: float,
     lse: torch.Tensor, out: torch.Tensor,
 ) -> None:  # fmt: skip
     """Fill a chunk's log-sum-exp [B, C, N] and output [B, C, N, D]."""
@@ -181,7 +181,7 @@ def _attend_chunk(
 
 
 def _attend_chunk_backward(
-    keys: _ChunkKeys, grad: torch.Tensor, q: torch.Tensor, sinks: torch.Tensor, scale: float,
+    keys: ChunkKeys, grad: torch.Tensor, q: torch.Tensor, sinks: torch.Tensor, scale: float,
     lse: torch.Tensor, grad_q: torch.Tensor, grad_raw: torch.Tensor, grad_entries: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """Fill a chunk's ``grad_q``, add to its keys' gradients, and return minus its sinks'."""
@@ -212,7 +212,7 @@ def _scratch(
     )
 
 
-def _chunks(
+def chunks(
     plan: AttentionPlan, per_query: int, workspace_bytes: int, device: torch.device
 ) -> Iterator[slice]:
     """Cut the queries so that a chunk fits the workspace and is one block, or whole blocks."""

@@ -17,11 +17,13 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionKeys,
     AttentionQueries,
     CandidateBlocks,
+    IndexerLossTerms,
     IndexQueries,
     Rope,
     RotatedIndexQueries,
 )
 from nemo_dsv4_cp.kernels.reference.attention import SparseAttention
+from nemo_dsv4_cp.kernels.reference.indexer_loss import indexer_loss
 from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
 from nemo_dsv4_cp.kernels.reference.selection import Scoring, best_entries, outside
 from nemo_dsv4_cp.kernels.reference.two_level_selection import select_shared
@@ -121,6 +123,30 @@ class TorchKernels:
         out_BLND = rotate_(out_BLND, cos, -sin, workspace_bytes=workspace)
         return out_BLND.view(*out_BLND.shape[:2], constants.groups, -1)
 
+    def indexer_loss(
+        self,
+        index: IndexQueries,
+        index_keys_BPF: torch.Tensor,
+        queries: AttentionQueries,
+        keys: AttentionKeys,
+        constants: AttentionConstants,
+        *,
+        token_weights_BL: torch.Tensor,
+        full: bool,
+    ) -> IndexerLossTerms:
+        """Compare what the indexer would choose with what attention looks at."""
+        terms: IndexerLossTerms = _indexer_loss(
+            index,
+            index_keys_BPF,
+            queries,
+            keys,
+            constants,
+            token_weights_BL=token_weights_BL,
+            full=full,
+            workspace_bytes=self._workspace(index_keys_BPF),
+        )
+        return terms
+
     def index_scores(
         self,
         q_BCIF: torch.Tensor,
@@ -161,3 +187,4 @@ class TorchKernels:
 # Chunks break graphs, and AOTAutograd differentiates a Function whose forward breaks wrongly.
 _sparse_attention = torch.compiler.disable(SparseAttention.apply)
 _select_shared = torch.compiler.disable(select_shared)
+_indexer_loss = torch.compiler.disable(indexer_loss)
