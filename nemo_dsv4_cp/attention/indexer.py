@@ -44,14 +44,9 @@ class Indexer:
     module: Any
     share_BL1: torch.Tensor | None
 
-    @property
-    def trains(self) -> bool:
-        """Whether results have a gradient."""
-        return self.share_BL1 is not None
-
     def features(self, hidden_BLE: torch.Tensor, *, overlaps: bool) -> dict[str, torch.Tensor]:
         """Project tokens to what index keys are pooled from, under names that begin with index_."""
-        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+        with torch.set_grad_enabled(self.share_BL1 is not None), unseen_by_checkpointing():
             hidden = hidden_BLE.detach()
             return window_features(self.module, hidden, name="index_", overlaps=overlaps)
 
@@ -64,12 +59,12 @@ class Indexer:
         kernels: Kernels,
     ) -> torch.Tensor:
         """Pool this rank's index keys, [B, n, D], as :func:`pool_windows` pools entries."""
-        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+        with torch.set_grad_enabled(self.share_BL1 is not None), unseen_by_checkpointing():
             return pool_windows(self.module, rows, windows, rope, dtype, kernels, name="index_")
 
     def queries(self, q_residual: torch.Tensor) -> torch.Tensor:
         """Project low-rank queries [B, L, q_lora_rank] to index queries [B, L, I, D]."""
-        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+        with torch.set_grad_enabled(self.share_BL1 is not None), unseen_by_checkpointing():
             queries = self.module.wq_b(q_residual.detach())
             heads: torch.Tensor = queries.unflatten(-1, (self.module.n_heads, -1))
             return heads
@@ -80,7 +75,7 @@ class Indexer:
         The formula is that of AutoModel's ``DeepseekV4Indexer.forward``.
         """
         scale: float = self.module.n_heads**-0.5 * self.module.softmax_scale
-        with torch.set_grad_enabled(self.trains), unseen_by_checkpointing():
+        with torch.set_grad_enabled(self.share_BL1 is not None), unseen_by_checkpointing():
             weights: torch.Tensor = self.module.weights_proj(hidden_BLE.detach()).float()
             return weights * scale
 

@@ -68,14 +68,14 @@ class _Queries:
         cls, plan: AttentionPlan, tensors: Mapping[str, torch.Tensor], indexer: Indexer | None
     ) -> _Queries:
         """Return queries of what moves with them, as ``_of_queries`` names it."""
-        low = tensors["low"]
+        low = tensors["remote_low"]
         return cls(
             plan,
             low,
-            (tensors["cos"], tensors["sin"]),
+            (tensors["remote_cos"], tensors["remote_sin"]),
             None if indexer is None else indexer.queries(low),
-            tensors.get("weights"),
-            tensors.get("share"),
+            tensors.get("remote_weights"),
+            tensors.get("remote_share"),
         )
 
 
@@ -214,11 +214,13 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         q = self._project(queries)
         of_all = None if index_keys is None else plan.in_order(index_keys.wait())
         if indexer is not None and indices is None:
-            indices = self._keep(rope, [self._select(queries, of_all)])
+            indices = [self._select(queries, of_all)]
+            if self._indices:
+                self._indices.keep(rope[0], indices)
         (selected,) = indices or (None,)
         seen = AttentionKeys(rows["keys"], plan.in_order(entries.wait()), self.sinks_param(q))
         out = self._attend(queries, q, seen, selected)
-        if indexer is None or not indexer.trains:
+        if indexer is None or indexer.share_BL1 is None:
             return out
         return self._with_loss(out, self._loss(queries, q, seen, selected, of_all))
 
@@ -240,8 +242,8 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         indices, indexer = self._begin(rope, step)
         keys = self._kernels.rotate(self.kv_norm(self.wkv(hidden)), rope)
         own = self._of_queries(hidden, rope, indexer)
-        moving = {"keys": keys} | {f"remote_{name}": own[name] for name in own}
-        fetched = step.transport.fetch(moving | self._features(hidden, indexer), plan.moves)
+        moving = {"keys": keys} | own | self._features(hidden, indexer)
+        fetched = step.transport.fetch(moving, plan.moves)
 
         stay = {name: take(own[name], plan.local_rows) for name in own}
         local = _Queries.of(plan.local, stay, indexer)
@@ -250,12 +252,13 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         to_pool = rows, plan.windows, of_windows, hidden.dtype, self._kernels
         index_keys, entries = self._start_gathers(step.transport, to_pool, indexer)
 
-        remote = _Queries.of(plan.remote, {name: rows[f"remote_{name}"] for name in own}, indexer)
+        remote = _Queries.of(plan.remote, rows, indexer)
         remote_q = self._project(remote)
         of_all = None if index_keys is None else plan.in_order(index_keys.wait())
         if indexer is not None and indices is None:
-            of_both = [self._select(remote, of_all), self._select(local, of_all)]
-            indices = self._keep(rope, of_both)
+            indices = [self._select(remote, of_all), self._select(local, of_all)]
+            if self._indices:
+                self._indices.keep(rope[0], indices)
         of_remote, of_local = indices or (None, None)
         every, sinks = plan.in_order(entries.wait()), self.sinks_param(q)
         remote_keys, local_keys = rows["keys"].split(plan.n_keys, dim=1)
@@ -264,7 +267,7 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
         out = self._attend(remote, remote_q, remote_seen, of_remote)
         returned = step.transport.send_back(out, plan.returned)
         out = returned(self._attend(local, q, seen, of_local))
-        if indexer is None or not indexer.trains:
+        if indexer is None or indexer.share_BL1 is None:
             return out
         loss = self._loss(remote, remote_q, remote_seen, of_remote, of_all)
         return self._with_loss(out, loss + self._loss(local, q, seen, of_local, of_all))
@@ -282,20 +285,16 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
             return indices, None
         return indices, Indexer(self.compressor.indexer, share)
 
-    def _keep(self, rope: Rope, indices: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self._indices:
-            self._indices.keep(rope[0], indices)
-        return indices
-
     def _of_queries(
         self, hidden: torch.Tensor, rope: Rope, indexer: Indexer | None
     ) -> dict[str, torch.Tensor]:
-        """Return what moves with the queries that another rank computes, each [B, L, ...]."""
-        tensors = {"low": self.q_norm(self.wq_a(hidden)), "cos": rope[0], "sin": rope[1]}
+        """Return what moves with queries that another rank computes, each [B, L, ...]."""
+        low, (cos, sin) = self.q_norm(self.wq_a(hidden)), rope
+        tensors = {"remote_low": low, "remote_cos": cos, "remote_sin": sin}
         if indexer is not None:
-            tensors["weights"] = indexer.weights(hidden)
+            tensors["remote_weights"] = indexer.weights(hidden)
             if indexer.share_BL1 is not None:
-                tensors["share"] = indexer.share_BL1
+                tensors["remote_share"] = indexer.share_BL1
         return tensors
 
     def _features(self, hidden: torch.Tensor, indexer: Indexer | None) -> dict[str, torch.Tensor]:

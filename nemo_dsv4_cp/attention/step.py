@@ -28,6 +28,9 @@ from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
 from nemo_dsv4_cp.sequence.schedule import Cost, QueryCost, Schedule, Schedules
 from nemo_dsv4_cp.sequence.windows import Windows, straddling
 
+_OF_QUERIES = ("remote_low", "remote_cos", "remote_sin", "remote_weights", "remote_share")
+"""What moves with queries that another rank computes."""
+
 STEP_KEY = "cp_step"
 """Keyword under which the model hands a forward's :class:`StepContext` to attention."""
 
