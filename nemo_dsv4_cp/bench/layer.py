@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from nemo_automodel.components.models.common import BackendConfig
 from nemo_automodel.components.models.deepseek_v4 import layers as automodel_layers
+from nemo_automodel.components.moe.megatron.moe_utils import MoEAuxLossAutoScaler
 
 from nemo_dsv4_cp import DeepseekV4ContextParallelConfig
 from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
-from nemo_dsv4_cp.sequence.layout import SequenceLayout
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
 from nemo_dsv4_cp.tools.inventory import AUTOMODEL
 
 
@@ -38,6 +39,7 @@ class Case:
         balance: ``context_parallel.balance`` of a transport.
         overlap: ``context_parallel.overlap`` of a transport.
         documents: Where documents start in packed rows, ascending from 0; none for one document.
+        indexer_loss: ``context_parallel.indexer_loss.mode`` of a transport, None without a loss.
         layer: Index of a layer of V4.1-Flash, whose ratio ``ratio`` is; None for V4-Flash.
     """
 
@@ -52,6 +54,7 @@ class Case:
     balance: str = AUTO
     overlap: bool = True
     documents: tuple[int, ...] = ()
+    indexer_loss: str | None = None
     layer: int | None = None
 
     @property
@@ -61,7 +64,14 @@ class Case:
         if self.path != AUTOMODEL:
             options |= {"transport": self.path, "kernels": self.kernels}
             options |= {"balance": self.balance, "overlap": self.overlap}
+        if self.trains_indexer:
+            options["indexer_loss"] = {"coefficient": 0.01, "mode": self.indexer_loss}
         return options
+
+    @property
+    def trains_indexer(self) -> bool:
+        """Whether the layer has an indexer that has a loss."""
+        return self.indexer_loss is not None and self.ratio == OVERLAP_RATIO
 
     @property
     def layout(self) -> SequenceLayout:
@@ -92,7 +102,11 @@ class Output:
         """Run backward, with memory as it is for gradients."""
         returned = (self.hidden_BLE, *(() if self.sums_gradients else self.carried))
         made = [each for each in returned if each.grad_fn is not None]
-        torch.autograd.backward(made, [torch.empty_like(each) for each in made])
+        scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+        try:
+            torch.autograd.backward(made, [torch.empty_like(each) for each in made])
+        finally:  # a fake tensor must not stay where AutoModel keeps it for later steps
+            MoEAuxLossAutoScaler.main_loss_backward_scale = scale
 
 
 Forward = Callable[[], Output]
@@ -109,9 +123,9 @@ def build(
 ) -> Forward:
     """Build the layer and its input, and return its forward.
 
-    It runs as in AutoModel's model, including the dense mask. The input and all parameters but the
-    indexer's take gradients. ``attn`` is AutoModel's attention backend, ``sizes`` the fields of the
-    config that differ from V4-Flash.
+    It runs as in AutoModel's model, including the dense mask. The input and all parameters take
+    gradients, the indexer's only if it has a loss. ``attn`` is AutoModel's attention backend,
+    ``sizes`` the fields of the config that differ from V4-Flash.
     """
     config = DeepseekV4ContextParallelConfig(
         compress_ratios=[case.ratio], num_hidden_layers=1, context_parallel=case.options, **sizes
@@ -124,7 +138,7 @@ def build(
     with default_dtype(dtype), device:
         layer = cls(config, 0, backend).train()
     for name, parameter in layer.named_parameters():
-        parameter.requires_grad_(".indexer." not in name)
+        parameter.requires_grad_(case.trains_indexer or ".indexer." not in name)
     layer._cp_group = group
 
     layout = case.layout
@@ -140,6 +154,9 @@ def build(
     step = StepContext(layout, group, config.context_parallel)
     if case.path != AUTOMODEL:
         step.plan(layer.kind, device)
+    if case.trains_indexer:
+        share = torch.full((case.batch, length, 1), 1 / case.seq_len, device=device)
+        step.loss_weights_BL1 = share
 
     def forward() -> Output:
         mask = None

@@ -32,11 +32,20 @@ if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would 
     from nemo_dsv4_cp.bench.layer import Case
     from nemo_dsv4_cp.bench.profiling import LayerProfile
 
+IndexerLoss = Annotated[
+    str | None,
+    typer.Option(help="Train the indexer of V4's layers of ratio 4: sparse or full."),
+]
 Plot = Annotated[Path | None, typer.Option(help="Draw memory and bytes against length here.")]
 
 
 def _profiles(model: str, *case: Any, **options: Any) -> list[LayerProfile]:
     """Profile a rank's layers by every path; the other arguments are those of :func:`cases`."""
+    mode = options.get("indexer_loss")
+    if mode not in (None, "sparse", "full"):
+        raise typer.BadParameter(f"--indexer-loss {mode} is unknown; use sparse or full")
+    if mode and model == V41_FLASH:
+        raise typer.BadParameter("--indexer-loss is for v4_flash: V4.1's indexer is frozen")
     with running(mistakes=(ValueError, ImportError)):
         from nemo_dsv4_cp.bench.profiling import profile
 
@@ -83,6 +92,7 @@ def bytes_(
     ratio: Ratios = None,
     layer: Layers = None,
     balance: Balance = AUTO,
+    indexer_loss: IndexerLoss = None,
     json_: Json = None,
     plot: Plot = None,
 ) -> None:
@@ -94,7 +104,8 @@ def bytes_(
     check_outputs(json_=json_, plot=plot)
     # A middle rank has neighbors on both sides: halos arrive, and their gradients return.
     rank = cp_size // 2
-    profiles = _profiles(model, numbers, seq_len, cp_size, rank, balance=balance)
+    options = {"balance": balance, "indexer_loss": indexer_loss}
+    profiles = _profiles(model, numbers, seq_len, cp_size, rank, **options)
     shown = title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
     emit(_figures(profiles), json_, table(shown, profiles, _received_columns(model)))
     if plot is not None:
@@ -109,6 +120,7 @@ def memory(
     layer: Layers = None,
     kernels: KernelsName = AUTO,
     balance: Balance = AUTO,
+    indexer_loss: IndexerLoss = None,
     workspace_mib: Workspace = None,
     json_: Json = None,
     plot: Plot = None,
@@ -120,7 +132,12 @@ def memory(
     numbers = wanted(model, ratio, layer)
     check_outputs(json_=json_, plot=plot)
     rank = cp_size - 1  # it sees the most
-    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
+    options = {
+        "workspace_mib": workspace_mib or AUTO,
+        "kernels": kernels,
+        "balance": balance,
+        "indexer_loss": indexer_loss,
+    }
     profiles = _profiles(model, numbers, seq_len, cp_size, rank, **options)
     shown = title(model, seq_len, cp_size, f"rank {rank}; balance: {balance}; {_BY_TOKEN}")
     tensors = [(each.case, tensor) for each in profiles for tensor in each.largest]
@@ -145,6 +162,7 @@ def launches(
     layer: Layers = None,
     kernels: KernelsName = AUTO,
     balance: Balance = AUTO,
+    indexer_loss: IndexerLoss = None,
     workspace_mib: Workspace = None,
     json_: Json = None,
 ) -> None:
@@ -154,7 +172,12 @@ def launches(
     """
     numbers = wanted(model, ratio, layer)
     check_outputs(json_=json_)
-    options = {"workspace_mib": workspace_mib or AUTO, "kernels": kernels, "balance": balance}
+    options = {
+        "workspace_mib": workspace_mib or AUTO,
+        "kernels": kernels,
+        "balance": balance,
+        "indexer_loss": indexer_loss,
+    }
     profiles = _profiles(model, numbers, seq_len, cp_size, cp_size - 1, **options)
     settings = f"the last rank; kernels: {kernels}; balance: {balance}"
     shown = title(model, seq_len, cp_size, f"{settings}; GB of tensors read and written")
