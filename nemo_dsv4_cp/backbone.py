@@ -226,8 +226,11 @@ class ContextParallelModel(DeepseekV4Model):
         """Balance the experts by the tokens of the whole batch, not of this rank's shard.
 
         AutoModel sums expert loads over the mesh that shards the bias. With ep_size 1 none does,
-        and each rank would come to route by a bias of its own.
+        and each rank would come to route by a bias of its own. With ``train_only: indexer`` the
+        biases stay as they are.
         """
+        if ContextParallelOptions.of(self.config).train_only == "indexer":
+            return
 
         def whole_load(gate: Any, load: torch.Tensor) -> torch.Tensor:
             if sharding_groups(gate.e_score_correction_bias):
