@@ -143,5 +143,5 @@ def test_every_default_passes_automodels_config_loader():
     """It resolves keys that end in _fn as import paths."""
     defaults = asdict(ContextParallelOptions())
     loaded = ConfigNode({"context_parallel": defaults}).to_dict()["context_parallel"]
-    assert ContextParallelOptions(**loaded) == ContextParallelOptions()
+    assert ContextParallelOptions.from_block(loaded) == ContextParallelOptions()
     assert loaded == defaults

@@ -4,7 +4,7 @@ import torch
 from nemo_automodel.components.models.deepseek_v4.layers import DeepseekV4RotaryEmbedding
 
 from nemo_dsv4_cp.attention import ContextParallelAttention
-from nemo_dsv4_cp.attention.indexer import head_weights, index_queries
+from nemo_dsv4_cp.attention.indexer import Indexer
 from nemo_dsv4_cp.kernels.protocol import IndexQueries
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
@@ -17,7 +17,7 @@ def select(workspace_bytes, layout, index_topk=8, rows=2):
     config = tiny_config([4], index_topk=index_topk)
     attention = ContextParallelAttention(config, 0, cpu_backend())
     randomise(attention, 0)
-    indexer = attention.compressor.indexer
+    indexer = Indexer(attention.compressor.indexer, None)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(rows, layout.local_len, config.hidden_size, generator=generator)
     residual = torch.randn(rows, layout.local_len, config.q_lora_rank, generator=generator)
@@ -26,8 +26,8 @@ def select(workspace_bytes, layout, index_topk=8, rows=2):
     embeddings = rope(hidden, layout.positions().expand(rows, -1))
     with torch.no_grad():
         queries = IndexQueries(
-            index_queries(indexer, residual),
-            head_weights(indexer, hidden),
+            indexer.queries(residual),
+            indexer.weights(hidden),
             embeddings,
             AttentionPlan(Queries.own(layout), config.sliding_window, 4),
         )

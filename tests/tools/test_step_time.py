@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nemo_dsv4_cp.attention import ContextParallelAttention, layer
+from nemo_dsv4_cp.attention import ContextParallelAttention
+from nemo_dsv4_cp.attention.indexer import Indexer
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.bench.profiling import let_fake_tensors_through_collectives
 from nemo_dsv4_cp.exchange.collectives import InFlight, process_group
@@ -67,13 +68,13 @@ class Recorder:
         self._whose = {}  # by low-rank queries
         for stage in ("project", "select", "attend"):
             self._watch(stage)
-        index_queries = layer.index_queries
+        index_queries = Indexer.queries
 
         def on_index_queries(indexer, low):
             self.forward.append((low, "index_queries"))
             return index_queries(indexer, low)
 
-        self._patch(layer, "index_queries", on_index_queries)
+        self._patch(Indexer, "queries", on_index_queries)
 
     def resolve(self):
         """Name whose index queries were made: their low-rank queries are projected later."""
