@@ -10,6 +10,8 @@ from nemo_automodel.components.models.deepseek_v4.config import DeepseekV4Config
 from omegaconf import OmegaConf
 
 from nemo_dsv4_cp import ContextParallelOptions, DeepseekV4ContextParallelConfig
+from nemo_dsv4_cp.automodel.legacy import auxiliary_loss
+from nemo_dsv4_cp.options import IndexerLoss
 
 AUTOMODEL, OURS = ["DeepseekV4ForCausalLM"], ["DeepseekV4ContextParallelForCausalLM"]
 
@@ -86,11 +88,56 @@ def test_kernels_check_off_means_the_same_quoted_or_not(off):
             r"compressor_precision='tf32' is none of float32 and bf16x3; use float32",
         ),
         ({"compare_ranks": "once"}, r"compare_ranks='once' is none of first, every and never"),
+        (
+            {"indexer_loss": {"coeficient": 1.0}},
+            r"indexer_loss\.coeficient=1\.0 is not an option; did you mean 'coefficient'",
+        ),
+        ({"indexer_loss": 0.1}, r"indexer_loss=0\.1 has the wrong type \(it is a block\)"),
+        (
+            {"indexer_loss": {"coefficient": "0.1"}},
+            r"indexer_loss\.coefficient='0\.1' has the wrong type \(it is a number\)",
+        ),
+        (
+            {"indexer_loss": {"coefficient": True}},
+            r"indexer_loss\.coefficient=true has .* works is 0\.0",
+        ),
+        (
+            {"indexer_loss": {"coefficient": -0.1}},
+            r"indexer_loss\.coefficient=-0\.1 is not a number of 0 or more; use 0\.01",
+        ),
+        ({"indexer_loss": {"coefficient": float("inf")}}, r"coefficient=inf is not a number of 0"),
+        ({"indexer_loss": {"coefficient": float("nan")}}, r"coefficient=nan is not a number of 0"),
+        (
+            {"indexer_loss": {"mode": "dense"}},
+            r"indexer_loss\.mode='dense' is neither sparse nor full",
+        ),
+        ({"train_only": "router"}, r"train_only='router' is neither all nor indexer; use all"),
+        ({"train_only": "indexer"}, r"train_only=indexer without indexer_loss trains nothing; set"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name_value_and_remedy(block, message):
     with pytest.raises(ValueError, match=message):
         make(block)
+
+
+@pytest.mark.parametrize("wrap", [dict, OmegaConf.create])
+def test_a_block_within_the_block_may_name_some_of_its_keys(wrap):
+    options = make(wrap({"indexer_loss": {"coefficient": 1}})).context_parallel
+    assert (options.indexer_loss, options.trains_indexer) == (IndexerLoss(1.0, "sparse"), True)
+    assert make({"indexer_loss": IndexerLoss(0.5)}).context_parallel.indexer_loss.coefficient == 0.5
+    assert not make({"indexer_loss": {"mode": "full"}}).context_parallel.trains_indexer
+
+
+def test_the_indexers_loss_needs_a_layer_with_an_indexer():
+    block = {"indexer_loss": {"coefficient": 0.1}}
+    with pytest.raises(ValueError, match=r"coefficient=0\.1 with compress_ratios \[0, 128\]: only"):
+        DeepseekV4ContextParallelConfig(compress_ratios=[0, 128], context_parallel=block)
+
+
+def test_the_indexers_loss_needs_a_release_that_scales_auxiliary_losses(monkeypatch):
+    monkeypatch.setattr(auxiliary_loss, "_is_scaled", lambda: False)
+    with pytest.raises(ValueError, match=r"indexer_loss\.coefficient=0\.1 .* divides auxiliary"):
+        make({"indexer_loss": {"coefficient": 0.1}})
 
 
 @pytest.mark.parametrize("key", ["context_paralell", "contextparallel", "context-parallel"])

@@ -111,9 +111,7 @@ def by_definition(model, case, got):
         attention = model.get_submodule(name)
         full = case.mode == "full"
         each = [
-            indexer_loss(
-                attention.state_dict(), model.config, x, documents, full=full, theta=THETA
-            )
+            indexer_loss(attention.state_dict(), model.config, x, documents, full=full, theta=THETA)
             for x, documents in zip(hidden, case.documents(), strict=True)
         ]
         losses[name] = sum(of_batch.loss for of_batch in each) / len(each)
@@ -203,7 +201,35 @@ SLOW = pytest.mark.slow
 def test_a_step_on_ranks_is_that_of_one_rank_and_of_the_definition(size, names):
     with patch.object(local_ranks, "spawn", fork_ranks):
         found = local_ranks.run(training_job, size, [CASES[name] for name in names])
-    assert dict(zip(names, found, strict=True)) == dict.fromkeys(names, [])
+    assert dict(zip(names, found, strict=True)) == {name: [] for name in names}
+
+
+def trained(**options):
+    """Return the parameters that train after AutoModel's last word on it: all, the indexers'."""
+    config = tiny_config([0, 4], context_parallel=options)
+    model = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
+    for _ in range(2):  # after sharding, and after loading
+        infrastructure.freeze_deepseek_v4_indexer_params(model)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_indexer = {name for name, _ in model.named_parameters() if INDEXER in name}
+    assert len(of_indexer) == 6
+    return names - of_indexer, names & of_indexer, of_indexer
+
+
+def test_what_trains_is_what_the_block_says():
+    loss = {"coefficient": 0.1}
+    others, none, of_indexer = trained()
+    assert others and not none
+    assert trained(indexer_loss=loss) == (others, of_indexer, of_indexer)
+    assert trained(indexer_loss=loss, train_only="indexer") == (set(), of_indexer, of_indexer)
+    assert trained(indexer_loss={"coefficient": 0.0, "mode": "full"})[:2] == (others, set())
+
+
+def test_a_model_of_automodels_keeps_its_indexer_frozen():
+    DeepseekV4ContextParallelForCausalLM(tiny_config([4]), backend=cpu_backend())  # patched now
+    model = DeepseekV4ForCausalLM(tiny_config([4]), backend=cpu_backend())
+    infrastructure.freeze_deepseek_v4_indexer_params(model)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if INDEXER in name)
 
 
 def test_the_state_dict_is_automodels():

@@ -213,6 +213,11 @@ def test_the_precision_of_v4s_compressors_is_refused():
         tiny_config({"compressor_precision": "bf16x3"})
 
 
+def test_a_loss_of_the_indexer_is_refused():
+    with pytest.raises(ValueError, match=r"coefficient=0\.1 is not supported with DeepSeek-V4\.1"):
+        tiny_config({"indexer_loss": {"coefficient": 0.1}})
+
+
 ROWS = torch.full((2, 8), 5)
 COUNTED = torch.arange(8).expand(2, -1)
 

@@ -11,9 +11,10 @@ from nemo_dsv4_cp.model import DeepseekV4ContextParallelForCausalLM
 from tests.parity import cpu_backend, tiny_config
 
 
-def adapted(**peft):
+def adapted(options=None, **peft):
     """Return the modules that get adapters, through the function that AutoModel calls."""
-    model = DeepseekV4ContextParallelForCausalLM(tiny_config([0, 4]), backend=cpu_backend())
+    settings = tiny_config([0, 4], context_parallel=options)
+    model = DeepseekV4ContextParallelForCausalLM(settings, backend=cpu_backend())
     config = PeftConfig(dim=4, use_triton=False, **peft)
     infrastructure.apply_lora_to_linear_modules(model, config, skip_freeze=True)
     return {name.removesuffix(".lora_A") for name, _ in model.named_modules() if "lora_A" in name}
@@ -61,3 +62,10 @@ def test_a_grouped_linear_is_refused_by_setting_and_name(peft, setting):
 def test_adapters_of_the_indexer_alone_are_refused():
     with pytest.raises(ValueError, match=r"nothing but the indexer .* would never train"):
         adapted(target_modules=["*indexer*"])
+
+
+@pytest.mark.parametrize("target", ["*wq_b", "*indexer*", "*"])
+def test_adapters_beside_a_loss_of_the_indexer_are_refused(target):
+    options = {"indexer_loss": {"coefficient": 0.1}}
+    with pytest.raises(ValueError, match=r"target_modules.* LoRA freezes the indexer that"):
+        adapted(options, target_modules=[target])

@@ -72,6 +72,14 @@ def test_the_first_layer_rank_and_tensor_are_named_on_all_ranks(ranks, where, va
         assert f"the output of {where} on CP rank 0 of 2 is the first" in error
 
 
+@pytest.mark.parametrize("part", ["wkv", "wq_b", "weights_proj"])
+def test_an_indexer_that_trains_is_watched_too(ranks, part):
+    where = f"model.layers.1.self_attn.compressor.indexer.{part}"
+    options = {"check_finite": True, "indexer_loss": {"coefficient": 0.1}}
+    for error in ranks.run(poisoned_job, 2, options, where, float("nan")):
+        assert f"the output of {where} on CP rank 0 of 2 is the first" in error
+
+
 def test_a_recomputation_and_whole_numbers_are_not_looked_at():
     model = torch.nn.Sequential(torch.nn.Embedding(4, 4), torch.nn.Linear(4, 4))
     check = FiniteCheck(model)
