@@ -2,7 +2,7 @@
 """The indexer's loss of layers over real gloo ranks, against a dense one in float64."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import pytest
@@ -46,6 +46,7 @@ class Case:
         spare: Tokens of padding more than shards need, per rank.
         recompute: "", "full" or "selective": activation checkpointing.
         alone: Whether nothing but the indexer trains.
+        compiled: Whether torch.compile traces the layer.
     """
 
     documents: list[list[int]]
@@ -57,6 +58,7 @@ class Case:
     keep: bool = True
     recompute: str = ""
     alone: bool = False
+    compiled: bool = False
     spare: int = 0
     window: int = 16
     topk: int = 5
@@ -138,9 +140,14 @@ class Run:
         rotary = DeepseekV4RotaryEmbedding(THETA, self.config.head_dim, 0.5)
         rope = rotary(self.hidden, self.layout.document_positions().expand(rows, -1))
 
+        layer = self.layer
+        if self.case.compiled:
+            torch._dynamo.reset()
+            layer = torch.compile(layer, backend="aot_eager")
+
         def run(hidden):
             of_layer = {"position_embeddings_compress": rope, "rotary_compress": rotary}
-            return self.layer(hidden, rope, **of_layer, **{STEP_KEY: step})[0]
+            return layer(hidden, rope, **of_layer, **{STEP_KEY: step})[0]
 
         if not self.case.recompute:
             return run(self.hidden)
@@ -194,6 +201,20 @@ def check(ranks, size, case):
         return False
     assert_parity([differences for differences, _ in results])
     return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_a_compiled_layer_has_the_gradients_of_an_eager_one(full):
+    case = Case([[30, 40, 9]], packed=True, full=full)
+    with torch.compiler.set_stance("default"):
+        eager, compiled = (
+            Run(replace(case, compiled=each), None, COEFFICIENT).gradients()
+            for each in (False, True)
+        )
+    assert eager.keys() == compiled.keys()
+    for name, grad in eager.items():
+        assert worst(compiled[name], grad) <= 1e-5, name
 
 
 def received_job(group, rank, case, coefficient):
