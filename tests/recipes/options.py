@@ -195,6 +195,12 @@ OPTIONS = (
         "clipping", "`clip_grad_norm.max_norm: 0.1`", "norm", {"clip_grad_norm": {"max_norm": 0.1}}
     ),
     Option("decay", "`optimizer.weight_decay: 0.5`", "decay", {"optimizer": {"weight_decay": 0.5}}),
+    Option(
+        "indexer-loss",
+        "`context_parallel.indexer_loss.coefficient: 1`",
+        "indexer",
+        _config(context_parallel={"indexer_loss": {"coefficient": 1.0}}),
+    ),
 )
 BY_NAME = {option.name: option for option in OPTIONS}
 
@@ -219,6 +225,13 @@ def _refused(*pairs: str, message: str, why: str) -> tuple[Refusal, ...]:
 
 
 REFUSALS = (
+    *_refused(
+        "indexer-loss+lora",
+        "indexer-loss+lora-indexer",
+        "indexer-loss+lora-all",
+        message="LoRA freezes the indexer that the loss trains",
+        why="LoRA freezes the indexer, which the loss would train; train without `peft`",
+    ),
     *_refused(
         "lora-all",
         message=r"peft\.target_modules=\['\*'\] selects .*wo_a",
