@@ -225,6 +225,19 @@ def test_what_trains_is_what_the_block_says():
     assert trained(indexer_loss={"coefficient": 0.0, "mode": "full"})[:2] == (others, set())
 
 
+def test_a_stage_without_an_indexer_is_refused_where_nothing_else_trains():
+    loss = {"coefficient": 0.1}
+    for options in ({}, {"train_only": "indexer"}):
+        config = tiny_config([0, 4], context_parallel={"indexer_loss": loss} | options)
+        stage = DeepseekV4ContextParallelForCausalLM(config, backend=cpu_backend())
+        del stage.model.layers["1"]
+        if not options:
+            infrastructure.freeze_deepseek_v4_indexer_params(stage)
+            continue
+        with pytest.raises(ValueError, match=r"stage that has no layer .*smaller distributed\.pp_"):
+            infrastructure.freeze_deepseek_v4_indexer_params(stage)
+
+
 def test_a_model_of_automodels_keeps_its_indexer_frozen():
     DeepseekV4ContextParallelForCausalLM(tiny_config([4]), backend=cpu_backend())  # patched now
     model = DeepseekV4ForCausalLM(tiny_config([4]), backend=cpu_backend())

@@ -32,8 +32,18 @@ def _unless_the_model_does(original: Any, model: Any) -> None:
 
 
 def train_indexer(model: Any, *, alone: bool) -> None:
-    """Set ``requires_grad`` of the indexer's parameters, and unset that of others if ``alone``."""
-    for name, parameter in model.named_parameters():
+    """Set ``requires_grad`` of the indexer's parameters, and unset that of others if ``alone``.
+
+    Raises:
+        ValueError: If ``alone`` leaves nothing to train, for which AutoModel makes no optimizer.
+    """
+    parameters = dict(model.named_parameters())
+    if alone and not any(INDEXER in name for name in parameters):
+        raise ValueError(
+            "context_parallel.train_only=indexer with a pipeline stage that has no layer of ratio "
+            "4, and nothing to train; use a smaller distributed.pp_size, or train_only: all"
+        )
+    for name, parameter in parameters.items():
         if INDEXER in name:
             parameter.requires_grad_(True)
         elif alone:
