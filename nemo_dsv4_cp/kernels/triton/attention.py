@@ -236,9 +236,16 @@ def _sum_selected(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if in_order:
-        where = selected[:, chunk.begin : chunk.end].clamp(min=0).long().flatten(1)
-        every = torch.arange(batch, device=q.device)[:, None]
-        grad.index_put_((every, where), to.flatten(1, 2), accumulate=True)
+        add_in_order(grad, to, selected, chunk)
+
+
+def add_in_order(
+    grad: torch.Tensor, of_slots: torch.Tensor, selected: torch.Tensor, chunk: Chunk
+) -> None:
+    """Add what a chunk gives to its selected entries, [B, C, K, ...], to ``grad`` [B, P, ...]."""
+    where = selected[:, chunk.begin : chunk.end].clamp(min=0).long().flatten(1)
+    every = torch.arange(len(grad), device=grad.device)[:, None]
+    grad.index_put_((every, where), of_slots.flatten(1, 2), accumulate=True)
 
 
 @attend_backward_op.register_fake

@@ -248,7 +248,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _first_above(ranges, column, bound, begin, end):  # type: ignore[no-untyped-def]
+def first_above(ranges, column, bound, begin, end):  # type: ignore[no-untyped-def]
     """Return the first of queries [begin, end) whose ``column`` of ranges, ascending, > bound."""
     low, high = begin, end
     while low < high:
@@ -307,8 +307,8 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     end = begin + n_chunk
     # A query sees raw keys [first, last] and entries [first, stop).
     ends, starts = tl.where(raws, 1, 3), tl.where(raws, 0, 2)
-    low = _first_above(ranges, ends, tl.where(raws, block - 1, block), begin, end)
-    high = _first_above(ranges, starts, block + ALIGNED - 1, begin, end)
+    low = first_above(ranges, ends, tl.where(raws, block - 1, block), begin, end)
+    high = first_above(ranges, starts, block + ALIGNED - 1, begin, end)
     share = tl.cdiv(tl.maximum(high - low, 0), shares)
     low = tl.minimum(low + part * share, high)
     high = tl.minimum(low + share, high)

@@ -3,8 +3,9 @@
 
 Backward of attention stores, of each query and head of a chunk, the rotated output gradient, and p
 and ds of its keys in whole blocks of ``tiles.ALIGNED``. It may sum the gradient of a block of
-entries in parts, each over some of the queries: few blocks would leave most of a GPU idle. Top-k
-selection stores scores and the maxima of their groups. Operations take chunks as plain integers.
+entries in parts, each over some of the queries: few blocks would leave most of a GPU idle. The
+indexer's loss stores its target and ds of entries, in the same blocks. Top-k selection stores
+scores and the maxima of their groups. Operations take chunks as plain integers.
 """
 
 from __future__ import annotations
@@ -145,6 +146,33 @@ def backward_bytes(
         entries = chunk.parts * chunk.entry_slots(None)
         sums += -(-entries * width * 4 // (chunk.end - chunk.begin))
     return heads * (width + 2 * slots) * itemsize + sums
+
+
+def loss_chunks(
+    plan: AttentionPlan, *,
+    batch: int, parts: int, query_bytes: int, width: int, n_selected: int | None, in_order: bool,
+    workspace_bytes: int,
+) -> list[int]:  # fmt: skip
+    """Return the chunks of the indexer's loss; arguments as for :func:`loss_bytes`."""
+
+    def stored(chunk: Chunk) -> int:
+        return loss_bytes(chunk, parts, query_bytes, width, n_selected, in_order)
+
+    return _numbers(cut(plan, stored, batch=batch, workspace_bytes=workspace_bytes))
+
+
+def loss_bytes(
+    chunk: Chunk, parts: int, query_bytes: int, width: int, n_selected: int | None, in_order: bool
+) -> int:
+    """Return what the indexer's loss stores of a query: the target in ``parts``, and ds.
+
+    Of selected entries with ``in_order`` also what they give to keys of ``width``; else, with
+    ``n_selected`` None, twice the index query of ``query_bytes``.
+    """
+    stored = 4 * (parts + 1) * chunk.entry_slots(n_selected)
+    if n_selected is None:
+        return stored + 2 * query_bytes
+    return stored + (4 * n_selected * width if in_order else 0)
 
 
 def score_chunks(

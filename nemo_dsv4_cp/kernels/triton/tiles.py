@@ -130,6 +130,36 @@ CANDIDATE_SCORES = {
     100: Tile(heads=0, keys=128, columns=0, warps=4, stages=5),
 }
 
+# Scores as in forward, whose sums leave registers for norm and rotary here.
+TARGET = {
+    FLOAT32: Tile(heads=32, keys=16, columns=0, warps=8, stages=2),
+    80: Tile(heads=64, keys=32, columns=0, warps=8, stages=3, selected_stages=5),
+    90: Tile(heads=64, keys=32, columns=0, warps=8, stages=3, selected_stages=5),
+    100: Tile(heads=64, keys=32, columns=0, warps=8, stages=3, selected_stages=5),
+}
+
+# All index heads of a query in three kernels, which stay; keys per step. Four warps: with eight,
+# sm_90 computes products that reach others twice.
+INDEX_GRAD = {
+    FLOAT32: Tile(heads=0, keys=16, columns=0, warps=8, stages=1),
+    80: Tile(heads=0, keys=32, columns=0, warps=4, stages=3, selected_stages=5),
+    90: Tile(heads=0, keys=64, columns=0, warps=4, stages=3, selected_stages=5),
+    100: Tile(heads=0, keys=64, columns=0, warps=4, stages=3, selected_stages=5),
+}
+SELECTED_INDEX_GRAD = {
+    FLOAT32: Tile(heads=0, keys=16, columns=0, warps=8, stages=1),
+    80: Tile(heads=0, keys=64, columns=0, warps=4, stages=5),
+    90: Tile(heads=0, keys=64, columns=0, warps=4, stages=5),
+    100: Tile(heads=0, keys=64, columns=0, warps=4, stages=5),
+}
+# Here a block of keys stays, and a step takes a query.
+INDEX_KEYS_GRAD = {
+    FLOAT32: Tile(heads=0, keys=32, columns=0, warps=8, stages=1),
+    80: Tile(heads=0, keys=32, columns=0, warps=4, stages=3),
+    90: Tile(heads=0, keys=128, columns=0, warps=8, stages=3),
+    100: Tile(heads=0, keys=64, columns=0, warps=4, stages=2),
+}
+
 # Keys: groups per step of the last pass. K groups are held at a time, 32 numbers each.
 TOP_K = {
     80: Tile(heads=0, keys=64, columns=0, warps=8, stages=1),

@@ -19,6 +19,7 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionKeys,
     AttentionQueries,
     CandidateBlocks,
+    IndexerLossTerms,
     IndexQueries,
     Rope,
     RotatedIndexQueries,
@@ -26,7 +27,8 @@ from nemo_dsv4_cp.kernels.protocol import (
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import tiles
 from nemo_dsv4_cp.kernels.triton.attention import AttendAdding, attend_op
-from nemo_dsv4_cp.kernels.triton.chunks import backward_chunks, score_chunks
+from nemo_dsv4_cp.kernels.triton.chunks import backward_chunks, loss_chunks, score_chunks
+from nemo_dsv4_cp.kernels.triton.indexer_loss import indexer_loss_op, target_parts
 from nemo_dsv4_cp.kernels.triton.norm_rotate import rotate_op
 from nemo_dsv4_cp.kernels.triton.selection import select_entries_op
 from nemo_dsv4_cp.kernels.triton.shared_selection import SharedSelection, select_shared_op
@@ -181,6 +183,61 @@ class TritonKernels(TorchKernels):
             constants.groups,
         )
         return out
+
+    def indexer_loss(
+        self,
+        index: IndexQueries,
+        index_keys_BPF: torch.Tensor,
+        queries: AttentionQueries,
+        keys: AttentionKeys,
+        constants: AttentionConstants,
+        *,
+        token_weights_BL: torch.Tensor,
+        full: bool,
+    ) -> IndexerLossTerms:
+        """Compare what the indexer would choose with what attention looks at."""
+        q, x, plan, selected = index.q_BLIF, queries.q_BLND, queries.plan, queries.selected_BLK
+        batch, _, index_heads, index_width = q.shape
+        assert selected is not None
+        if constants.eps is None or x.shape[-1] > WIDEST or not _selects(q):
+            return super().indexer_loss(
+                index, index_keys_BPF, queries, keys, constants,
+                token_weights_BL=token_weights_BL, full=full,
+            )  # fmt: skip
+        sizes: dict[str, Any] = {
+            "batch": batch,
+            "parts": target_parts(x),
+            "query_bytes": index_heads * index_width * q.element_size(),
+            "width": index_width,
+            "n_selected": None if full else selected.shape[-1],
+            "in_order": not full and torch.are_deterministic_algorithms_enabled(),
+            "workspace_bytes": self.workspace_bytes,
+        }
+        ranges, chunks = plan.queries.once(
+            ("indexer loss", plan.window, plan.ratio, q.device, *sizes.values()),
+            lambda: (plan.visible_ranges(q.device), loss_chunks(plan, **sizes)),
+        )
+        sums, *grads = indexer_loss_op(
+            q.contiguous(),
+            index.weights_BLI.float().contiguous(),
+            index_keys_BPF.contiguous(),
+            *(part.expand(batch, -1, -1).contiguous() for part in index.rope),
+            token_weights_BL.contiguous(),
+            x.contiguous(),
+            keys.raw_BTD.contiguous(),
+            keys.entries_BPD.contiguous(),
+            keys.sinks_N,
+            selected.contiguous(),
+            *(part.expand(batch, -1, -1).contiguous() for part in queries.rope),
+            ranges,
+            chunks,
+            plan.window,
+            constants.scale,
+            constants.eps,
+            full,
+            sizes["in_order"],
+        )
+        return IndexerLossTerms(*sums.unbind(), *grads)
 
 
 # The sum is no tensor that a graph could pass.

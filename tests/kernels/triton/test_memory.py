@@ -14,6 +14,8 @@ from nemo_dsv4_cp.sequence.plan import NOTHING, AttentionPlan
 from nemo_dsv4_cp.sequence.queries import Queries
 from tests.kernels.triton.device import INTERPRETED
 from tests.kernels.triton.test_attention import assert_same, with_gradients
+from tests.kernels.triton.test_indexer_loss import assert_same as assert_same_terms
+from tests.kernels.triton.test_indexer_loss import terms
 from tests.kernels.triton.test_selection import by_place, selected_by
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a GPU picks its own tiles")
@@ -42,6 +44,17 @@ def layouts(documents):
     return SequenceLayout.of_documents(starts, LENGTH, cp_rank=RANKS - 1, cp_size=RANKS)
 
 
+def selection(plan, batch, n_selected):
+    """Select some of the entries that each query sees."""
+    layout = plan.queries.layout
+    first, stop = plan.queries.visible_entries(plan.ratio, torch.device("cpu"))
+    place = torch.arange(layout.seq_len)
+    seen = (place >= first[..., None]) & (place < stop[..., None])
+    best = random(batch, LENGTH, layout.seq_len).masked_fill(~seen, -torch.inf)
+    best = best.topk(n_selected, dim=-1)
+    return best.indices.masked_fill(best.values.isinf(), NOTHING).to(torch.int32)
+
+
 @pytest.mark.parametrize("tile_row", ROWS, indirect=True)
 @pytest.mark.parametrize(
     ("heads", "window", "n_selected", "documents", "workspace"),
@@ -57,14 +70,7 @@ def test_attention(heads, window, n_selected, documents, workspace, tile_row, ch
     layout = layouts(documents)
     queries, batch, width, ratio = Queries.own(layout), 1 + documents, 24, 1
     plan = AttentionPlan(queries, window, ratio)
-    selected = None
-    if n_selected is not None:
-        first, stop = layout.visible_entries(queries.positions(), ratio)
-        place = torch.arange(layout.seq_len)
-        seen = (place >= first[..., None]) & (place < stop[..., None])
-        best = random(batch, LENGTH, layout.seq_len).masked_fill(~seen, -torch.inf)
-        best = best.topk(n_selected, dim=-1)
-        selected = best.indices.masked_fill(best.values.isinf(), NOTHING).to(torch.int32)
+    selected = None if n_selected is None else selection(plan, batch, n_selected)
     angles = random(batch, LENGTH, 4).repeat(1, 1, 2)
     tensors = [
         random(batch, LENGTH, heads, width), random(batch, LENGTH + window - 1, width),
@@ -78,6 +84,25 @@ def test_attention(heads, window, n_selected, documents, workspace, tile_row, ch
     )
     assert_same(mine, theirs)
     assert not any(each.isnan().any() for each in mine)
+
+
+@pytest.mark.parametrize("tile_row", ROWS, indirect=True)
+@pytest.mark.parametrize(("full", "workspace"), [(False, 1 << 20), (True, 1)])
+def test_indexer_loss(full, workspace, tile_row, checked_memory):
+    layout = layouts(True)
+    plan, batch, heads, width = AttentionPlan(Queries.own(layout), 70, 1), 2, 66, 24
+    tensors = [
+        random(batch, LENGTH, 20, 40), random(batch, LENGTH, 20), random(batch, layout.seq_len, 40),
+        random(batch, LENGTH, heads, width), random(batch, LENGTH + 69, width),
+        random(batch, layout.seq_len, width), random(heads), torch.ones(batch, LENGTH),
+    ]  # fmt: skip
+    angles = random(batch, LENGTH, 4).repeat(1, 1, 2)
+    given = tensors, selection(plan, batch, 70), (angles.cos(), angles.sin()), plan
+    mine, theirs = (
+        terms(kernels(workspace_bytes=workspace), *given, full=full)
+        for kernels in (TritonKernels, TorchKernels)
+    )
+    assert_same_terms(mine, theirs)
 
 
 @pytest.mark.parametrize("tile_row", ROWS, indirect=True)

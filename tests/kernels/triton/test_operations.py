@@ -11,6 +11,12 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from nemo_dsv4_cp.kernels.protocol import (
+    AttentionConstants,
+    AttentionKeys,
+    AttentionQueries,
+    IndexQueries,
+)
 from nemo_dsv4_cp.kernels.reference import TorchKernels
 from nemo_dsv4_cp.kernels.triton import TritonKernels
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
@@ -68,6 +74,42 @@ def test_fake_tensors_take_the_shapes_and_dtypes_of_real_ones():
         gradients = torch.autograd.grad(fake.sum(), fakes)
     assert (fake.shape, fake.dtype, fake.stride()) == (out.shape, out.dtype, out.stride())
     assert [g.shape for g in gradients] == [x.shape for x in real]
+
+
+def loss(q, keys, entries, *, full):
+    """Compare index scores of ``q`` and ``entries`` with attention of the same tensors."""
+    plan = AttentionPlan(Queries.own(SequenceLayout(LENGTH)), WINDOW, RATIO)
+    rope = (q.new_ones(1, LENGTH, 4), q.new_zeros(1, LENGTH, 4))
+    weights = q.new_ones(1, LENGTH, HEADS)
+    kernels = TritonKernels(workspace_bytes=1 << 20)
+    selected = select_entries(kernels, q.clone(), weights, entries, rope, plan=plan, topk=TOPK)
+    return kernels.indexer_loss(
+        IndexQueries(q, weights, rope, plan),
+        entries,
+        AttentionQueries(q, rope, plan, selected),
+        AttentionKeys(keys, entries, q.new_zeros(HEADS)),
+        AttentionConstants(0.25, 1e-6, 2),
+        token_weights_BL=q.new_ones(1, LENGTH),
+        full=full,
+    )
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_indexers_loss_counts_its_products_and_takes_fake_tensors(full):
+    real = [each.detach() for each in inputs()]
+    with FlopCounterMode(display=False) as counted:
+        terms = loss(*real, full=full)
+    counts = {str(name): count for name, count in counted.get_flop_counts()["Global"].items()}
+    seen = sum((i + 1) // RATIO for i in range(LENGTH))
+    compared = seen if full else min(seen, LENGTH * TOPK)
+    products = LENGTH * WINDOW + (2 + 5) * compared
+    assert counts["dsv4_cp.indexer_loss"] == 2 * HEADS * WIDTH * products
+    with FakeTensorMode() as mode:
+        fake = loss(*(mode.from_tensor(each) for each in real), full=full)
+    for mine, theirs in zip(vars(fake).values(), vars(terms).values(), strict=True):
+        assert (mine.shape, mine.dtype, mine.stride()) == (
+            theirs.shape, theirs.dtype, theirs.stride()
+        )  # fmt: skip
 
 
 def test_selective_checkpointing_may_save_each_operation():
