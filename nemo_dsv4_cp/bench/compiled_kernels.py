@@ -20,6 +20,7 @@ from nemo_dsv4_cp.kernels.operations import (
     INSIDE,
     attend,
     attention_tensors,
+    indexer_loss,
     selection,
     shared_selection,
 )
@@ -38,6 +39,7 @@ REFUSED = tuple(n for n in SHARED_MEMORY if n not in ARCHITECTURES)
 """Those whose blocks have too little shared memory: A40; L40S; RTX PRO 6000."""
 
 FORWARD, BACKWARD, LONG_ROWS = "forward", "backward", "1M tokens"
+SPARSE_LOSS, FULL_LOSS = "indexer loss", "indexer loss, full"
 _WORKSPACE = ContextParallelOptions().workspace_bytes
 
 
@@ -46,8 +48,9 @@ class LayerPass:
     """One pass of a layer on the last rank of 128K tokens on 8: its launches.
 
     Attributes:
-        direction: ``"forward"`` or ``"backward"``; or ``"1M tokens"``, top-k selection alone on the
-            last of 64 ranks, whose rows are the longest.
+        direction: ``"forward"`` or ``"backward"``; the indexer's loss with its gradients alone,
+            in one of its modes; or ``"1M tokens"``, top-k selection alone on the last of 64 ranks,
+            whose rows are the longest.
     """
 
     ratio: int
@@ -57,7 +60,7 @@ class LayerPass:
 
 
 def passes_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> list[LayerPass]:
-    """Record what the layers of one of ``sizes.MODELS`` launch, forward and backward.
+    """Record what the layers of one of ``sizes.MODELS`` launch, and the indexer's loss.
 
     Raises:
         RuntimeError: If triton is interpreting.
@@ -67,6 +70,8 @@ def passes_of(model: str, arch: int, dtype: torch.dtype = torch.bfloat16) -> lis
     for ratio in (0, 4, 128):
         plan = _plan(sizes, ratio, 131_072, 8)
         found += record_layer(sizes, plan, arch, dtype)
+        if ratio == OVERLAP_RATIO:
+            found += record_losses(sizes, plan, arch, dtype)
     plan = _plan(sizes, OVERLAP_RATIO, 1 << 20, 64)
     launches = record(partial(_select, sizes, plan, dtype), arch)
     return [*found, LayerPass(OVERLAP_RATIO, LONG_ROWS, plan, launches)]
@@ -171,6 +176,25 @@ def record_layer(sizes: Any, plan: AttentionPlan, arch: int, dtype: torch.dtype)
     launches = [record(forward, arch), record(backward, arch)]
     directions = zip((FORWARD, BACKWARD), launches, strict=True)
     return [LayerPass(plan.ratio, direction, plan, each) for direction, each in directions]
+
+
+def record_losses(
+    sizes: Any, plan: AttentionPlan, arch: int, dtype: torch.dtype
+) -> list[LayerPass]:
+    """Record the kernels of the indexer's loss in both modes, on tensors that nothing reads."""
+    return [
+        LayerPass(plan.ratio, way, plan, record(partial(_compare, sizes, plan, dtype, way), arch))
+        for way in (SPARSE_LOSS, FULL_LOSS)
+    ]
+
+
+def _compare(sizes: Any, plan: AttentionPlan, dtype: torch.dtype, direction: str) -> None:
+    empty, layout = partial(torch.empty, dtype=dtype), plan.queries.layout
+    rope = (empty(1, layout.local_len, sizes.qk_rope_head_dim),) * 2
+    n_selected = min(sizes.index_topk, layout.seq_len // plan.ratio)
+    selected = torch.empty(layout.rows, layout.local_len, n_selected, dtype=torch.int32)
+    kernels, full = TritonKernels(workspace_bytes=_WORKSPACE), direction == FULL_LOSS
+    indexer_loss(kernels, sizes, plan, rope, selected, empty, full=full)()
 
 
 def _attend(sizes: Any, plan: AttentionPlan, dtype: torch.dtype) -> torch.Tensor:

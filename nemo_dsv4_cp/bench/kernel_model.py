@@ -145,6 +145,8 @@ def _work(launch: Launch, plan: AttentionPlan, sizes: Any) -> _Work:
         begin, rows = values["first_query"], values["n_rows"]
         seen = plan.entries_seen(slice(begin, begin + rows), batch=1)
         return _Work(per_key * seen, per_key * values["KEYS"] * values["QUERIES"])
+    if name in _OF_LOSS:
+        return _loss_work(launch, plan, sizes)
     per_key = 2 * sizes.num_attention_heads * sizes.head_dim
     rows = values.get("n_chunk", len(plan.queries))
     begin = values.get("begin", 0)
@@ -173,6 +175,31 @@ def _work(launch: Launch, plan: AttentionPlan, sizes: Any) -> _Work:
     return _Work(
         of_query * (rows * window + entries), of_query * (window + most) * rows / math.prod(grid)
     )
+
+
+_OF_LOSS = {
+    "target_kernel": 2,
+    "gradients_kernel": 3,
+    "selected_keys_kernel": 2,
+    "index_keys_kernel": 2,
+}
+"""Kernels of the indexer's loss, and their products with an entry or its index key."""
+
+
+def _loss_work(launch: Launch, plan: AttentionPlan, sizes: Any) -> _Work:
+    name, values, programs = launch.specimen.name, launch.values, math.prod(launch.grid)
+    rows = values["n_chunk"]
+    chunk = slice(values["begin"], values["begin"] + rows)
+    entries, most = plan.entries_seen(chunk, batch=1), len(plan.entry_span(chunk))
+    if values.get("SELECTED", name == "selected_keys_kernel"):
+        entries, most = min(entries, rows * sizes.index_topk), min(most, sizes.index_topk)
+    if name == "target_kernel":
+        per_key = 2 * sizes.num_attention_heads * sizes.head_dim
+        longest = per_key * (plan.window + 2 * most) * rows / programs
+        return _Work(per_key * (rows * plan.window + 2 * entries), longest)
+    of_entries = 2 * _OF_LOSS[name] * sizes.index_n_heads * sizes.index_head_dim
+    of_longest = entries / programs if name == "index_keys_kernel" else most
+    return _Work(of_entries * entries, of_entries * of_longest)
 
 
 def _bytes(launch: Launch) -> float:

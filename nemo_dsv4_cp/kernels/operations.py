@@ -17,6 +17,7 @@ from nemo_dsv4_cp.kernels.protocol import (
     AttentionKeys,
     AttentionQueries,
     CandidateBlocks,
+    IndexerLossTerms,
     IndexQueries,
     Kernels,
     Rope,
@@ -103,4 +104,32 @@ def attend(
         AttentionQueries(q if normed else q.clone(), rope, plan, selected),
         AttentionKeys(raw, entries, sinks, entries_grad),
         AttentionConstants(sizes.head_dim**-0.5, eps, sizes.o_groups),
+    )
+
+
+def indexer_loss(
+    kernels: Kernels,
+    sizes: Any,
+    plan: AttentionPlan,
+    rope: Rope,
+    selected: torch.Tensor,
+    draw: Draw,
+    *,
+    full: bool,
+) -> Callable[[], IndexerLossTerms]:
+    """Return the indexer's loss on drawn tensors; each query weighs one over their number."""
+    heads, width, layout = sizes.index_n_heads, sizes.index_head_dim, plan.queries.layout
+    rows, length = layout.rows, layout.local_len
+    weights = draw(rows, length, heads).float()
+    index = IndexQueries(draw(rows, length, heads, width), weights, rope, plan)
+    q, raw, entries, sinks = attention_tensors(sizes, plan, draw)
+    return partial(
+        kernels.indexer_loss,
+        index,
+        draw(rows, entries.shape[1], width),
+        AttentionQueries(q, rope, plan, selected),
+        AttentionKeys(raw, entries, sinks),
+        AttentionConstants(sizes.head_dim**-0.5, sizes.rms_norm_eps, sizes.o_groups),
+        token_weights_BL=torch.full_like(weights[..., 0], 1 / (rows * length)),
+        full=full,
     )

@@ -47,6 +47,7 @@ AT_MOST = [
     Allowed("forward_kernel", (80,), HALF, issued_over_needed=1.5),
     Allowed("queries_kernel", (90,), HALF, waiting=1),
     Allowed("index_scores_kernel", (100, 103), HALF, waiting=1),
+    Allowed("gradients_kernel", (90,), ("fp32",), stack=8),
 ]
 
 UNKNOWN = {"3.4": (103,)}
