@@ -19,6 +19,7 @@ from nemo_automodel.components.models.deepseek_v4.model import (
     DeepseekV4ForCausalLM,
 )
 
+from nemo_dsv4_cp.attention.indexer_loss import step_metrics
 from nemo_dsv4_cp.attention.kernel_use import UsesKernels
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY
@@ -165,6 +166,8 @@ class DeepseekV4ContextParallelForCausalLM(ShardsBatches, DeepseekV4ForCausalLM)
         if options.trains_indexer:
             train_indexer(self, alone=options.train_only == "indexer")
         return options.trains_indexer
+
+    take_indexer_metrics = staticmethod(step_metrics)
 
     def forward(
         self,

@@ -6,12 +6,12 @@ CSA layer compares the softmax of its index scores with where attention's probab
 divergence, as in the report of DeepSeek-V3.2, section 2.1). The loss trains the indexer alone:
 what it reads of the layer is detached.
 
-# B batch rows   L local tokens   C queries   I index heads   F index width   P entries
+# B batch rows   L local tokens   C queries   I index heads   F index width   P entries   n layers
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,44 @@ class IndexerLossSums:
         taken = None if self._sums is None else self._sums / self.forwards
         self.forwards, self._sums = 0, None
         return taken
+
+
+def step_metrics(
+    model_parts: Sequence[Any], groups: Sequence[Group | None], cp_size: int
+) -> dict[str, float]:
+    """Return the layers' losses and captured shares since they were last taken, named for logs.
+
+    They are of the whole batch: sums over CP ranks, means over data-parallel ranks and
+    microbatches. First come the means over layers. All ranks call this together.
+
+    Args:
+        model_parts: This rank's model, or its pipeline stages of it.
+        groups: Of data-parallel and CP ranks, and of pipeline stages, which have other layers.
+        cp_size: Ranks that share a row.
+    """
+    config = model_parts[0].config
+    device = next(model_parts[0].parameters()).device
+    sums_n3 = torch.zeros(len(config.compress_ratios), 3, device=device)
+    for module in (module for part in model_parts for module in part.modules()):
+        losses: IndexerLossSums | None = getattr(module, "indexer_losses", None)
+        if losses is not None and (taken := losses.take()) is not None:
+            sums_n3[module.layer_idx, :2] += taken
+            sums_n3[module.layer_idx, 2] += 1  # ranks that have the layer
+    of_layers = {}
+    for layer, (loss, captured, ranks) in enumerate(all_reduce_sum(sums_n3, groups).tolist()):
+        if ranks:
+            depth = layer - config.num_hidden_layers
+            name = f"layer_{layer}" if depth < 0 else f"mtp_{depth}"
+            of_layers[name] = torch.tensor((loss, captured)) * cp_size / ranks
+    if not of_layers:
+        return {}
+    means = {"indexer": torch.stack(list(of_layers.values())).mean(0)}
+    means |= {f"indexer/{name}": of_layer for name, of_layer in of_layers.items()}
+    return {
+        f"{name}/{what}": value
+        for name, both in means.items()
+        for what, value in zip(("loss", "captured"), both.tolist(), strict=True)
+    }
 
 
 def with_loss(out: torch.Tensor, loss: torch.Tensor, coefficient: float) -> torch.Tensor:

@@ -25,6 +25,7 @@ TESTED_WITH_V41: tuple[str, ...] = ("0.7.0",)
 _V4 = "nemo_automodel.components.models.deepseek_v4"
 _V41 = "nemo_automodel.components.models.deepseek_v41"
 _RECIPE = "nemo_automodel.recipes.base_recipe"
+_FINETUNE = "nemo_automodel.recipes.llm.train_ft"
 _MOE = "nemo_automodel.components.moe"
 _PEFT = "nemo_automodel.components._peft"
 
@@ -232,6 +233,9 @@ _ALWAYS = signatures_of(
             "BaseRecipe._load_checkpoint_tracked_state": "self ckpt_dir /",
             "BaseRecipe._get_dp_rank": "include_cp",
             "BaseRecipe._get_dp_group_size": "include_cp",
+        },
+        _FINETUNE: {
+            "TrainFinetuneRecipeForNextTokenPrediction.log_train_metrics": "self log_data /",
         },
         "nemo_automodel.components.checkpoint.checkpointing": {
             "Checkpointer.load_on_dp_ranks": "self state state_name path /",

@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nemo_dsv4_cp.automodel import contracts, fsdp, indexer_freeze, job, lora, resume
+from nemo_dsv4_cp.automodel import (
+    contracts,
+    fsdp,
+    indexer_freeze,
+    indexer_metrics,
+    job,
+    lora,
+    resume,
+)
 from nemo_dsv4_cp.automodel.legacy import registration as legacy
 
 
@@ -29,6 +37,7 @@ def install_patches(attribute_failures: Callable[[], None] | None = None) -> Non
     """Replace functions of AutoModel and of the process; ``patches.undo()`` restores them all."""
     job.install()  # models learn distributed.cp_size, which AutoModel passes to none of them
     indexer_freeze.install()  # an indexer that has a loss is trained
+    indexer_metrics.install()  # and its loss logged
     lora.install()  # LoRA skips the frozen indexer and refuses its grouped projection
     resume.install()  # dataloader and random state load at another cp_size
     contracts.batch_contract().install()  # recipes that do not call a model's own sharder
