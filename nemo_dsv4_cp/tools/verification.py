@@ -11,6 +11,7 @@ without activation checkpointing, with one document per row.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ import torch
 
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.automodel import training_step
-from nemo_dsv4_cp.automodel.training_step import StepResult, TrainingStep
+from nemo_dsv4_cp.automodel.training_step import Loss, StepResult, TrainingStep
 from nemo_dsv4_cp.checks.difference import GRADIENT_LIMIT, OUTPUT_LIMIT, Difference
 from nemo_dsv4_cp.exchange.collectives import all_reduce_sum, cp_size
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
@@ -34,6 +35,9 @@ from nemo_dsv4_cp.tools.verified_models import config_of, models_of, shrunk, unq
 # none of ours was further than 5.5 eps from AutoModel's, and none of AutoModel's in float32 further
 # than 8.1 eps from its own in float64.
 CANCELLATION_LIMIT = 16 * torch.finfo(torch.float32).eps
+
+_INDEXER = ".indexer."
+"""In the names of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ def verify(
     gates of ``recipe``, whose complete model config is ``config``. Under CP its activation
     checkpointing runs too. Compared are the loss, logits, the gradient of every parameter that has
     one, and of each gate that balances its experts the auxiliary loss, the experts' loads and their
-    biases after the step.
+    biases after the step. If the indexer has a loss, so are its gradients and what is logged of it,
+    with those of our model on one rank.
 
     Raises:
         RankFailed: If a rank raised.
@@ -266,8 +271,10 @@ def _models(case: Case, device: torch.device) -> tuple[Any, Any]:
     for model in (reference, mine):
         model.to(device).train()
         for name, parameter in model.named_parameters():
-            if ".indexer." in name:  # it chooses, and is not trained
+            if _INDEXER in name:  # it chooses, and is not trained
                 parameter.requires_grad_(False)
+    if ContextParallelOptions.of(mine.config).trains_indexer:
+        mine.select_trained_parameters()
     return reference, mine
 
 
@@ -300,6 +307,9 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
 
     loss = training_step.build_loss(case.recipe, device)
     expected = TrainingStep(reference, loss.function, device).run(rows)
+    logged = {}
+    if ContextParallelOptions.of(mine.config).trains_indexer:
+        logged = _expect_indexer(expected, copy.deepcopy(mine), loss, device, rows)
     mine, setup = training_step.parallelize(mine, case.recipe, cp_size=size, device=device)
     loss = loss.for_model(mine)
     found = TrainingStep(mine, loss.function, device, setup, packed=case.packed).run(batches)
@@ -316,6 +326,10 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
         differences.append(Difference("logits", max(gaps), OUTPUT_LIMIT))
     else:
         not_run.append("logits (this AutoModel has no functions to gather tokens)")
+    metrics = mine.take_indexer_metrics([mine], [group], size) if logged else {}
+    for name in logged:
+        value = abs(metrics.get(name, math.inf) - logged[name])
+        differences.append(Difference(name, value, OUTPUT_LIMIT))
     parameters, rounding = dict(reference.named_parameters()), {}
     if getattr(reference.model, "engram_hash", None) is not None:
         rounding = rounding_of_gradients(
@@ -327,6 +341,23 @@ def _compare(group: Any, rank: int, case: Case) -> tuple[list[Difference], list[
         differences.append(Difference(f"gradient of {name}", value, limit))
     bias_step = reference.model.moe_config.gate_bias_update_factor
     return differences + _compare_gates(found, expected, group, bias_step), not_run
+
+
+def _expect_indexer(
+    expected: StepResult, alone: Any, loss: Loss, device: torch.device, rows: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Expect the gradients of our model on one rank where it trains its indexer.
+
+    AutoModel's model has no such loss. Where the indexer alone is trained, others have no gradient.
+
+    Returns:
+        What is logged of the indexer.
+    """
+    own = TrainingStep(alone, loss.function, device).run(rows).gradients
+    others = {name: grad for name, grad in expected.gradients.items() if name in own}
+    expected.gradients = own | others
+    metrics: dict[str, float] = alone.take_indexer_metrics([alone], [None], 1)
+    return metrics
 
 
 def _compare_gates(

@@ -64,7 +64,7 @@ def test_the_launch_line_starts_a_process_for_each_rank_and_stage(overrides, pro
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["flash_sft"], "none of the recipes flash_distillation, flash_lora"),
+        (["flash_sft"], "none of the recipes flash_distillation, flash_indexer_warmup"),
         (["tiny_cpu", "data=tulu"], "Could not find 'data/tulu'"),
         (["tiny_cpu", "distributed.cp_sise=2"], "Could not override 'distributed.cp_sise'"),
         (["tiny_cpu", "a=b=="], "mismatched input"),
@@ -102,5 +102,10 @@ def test_a_mistake_ends_with_a_line_that_says_what_works(arguments, message):
 
 
 def test_names_and_overrides_are_completed():
-    assert module._complete_name("flash_s") == ["flash_sft_128k", "flash_sft_16k", "flash_sft_1m"]
+    assert module._complete_name("flash_sft_1") == [
+        "flash_sft_128k",
+        "flash_sft_128k_indexer",
+        "flash_sft_16k",
+        "flash_sft_1m",
+    ]
     assert module._complete_override("cp=") == ["cp=all_gather", "cp=boundary", "cp=off"]

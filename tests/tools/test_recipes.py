@@ -25,9 +25,11 @@ def text_of(config):
 def test_all_recipes_are_there():
     assert set(recipes.names()) == {
         "flash_distillation",
+        "flash_indexer_warmup",
         "flash_lora",
         "flash_packed",
         "flash_sft_128k",
+        "flash_sft_128k_indexer",
         "flash_sft_16k",
         "flash_sft_1m",
         "pro_sft",
@@ -133,3 +135,15 @@ def test_a_config_that_is_nowhere_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has no compress_ratios"):
         recipes.compress_ratios(str(tmp_path))
+
+
+def test_recipes_of_the_indexer_differ_from_the_one_without_by_its_loss():
+    plain, trained = (
+        recipes.compose(name).fields for name in ("flash_sft_128k", "flash_sft_128k_indexer")
+    )
+    block = trained["model"]["config"]["context_parallel"]
+    assert block.pop("indexer_loss") == {"coefficient": 0.01, "mode": "sparse"}
+    assert trained == plain
+    warmup = recipes.compose("flash_indexer_warmup").fields
+    options = ContextParallelOptions.from_block(warmup["model"]["config"]["context_parallel"])
+    assert (options.train_only, options.indexer_loss.mode) == ("indexer", "full")

@@ -15,9 +15,11 @@ from nemo_automodel.components.moe.layers import MoE
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.automodel import training_step
 from nemo_dsv4_cp.automodel.torch_api import NO_BACKWARD, backward_id
 from nemo_dsv4_cp.exchange.collectives import process_group
+from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.tools import local_ranks
 from nemo_dsv4_cp.tools.verification import (
     case_of,
@@ -111,14 +113,22 @@ CHUNKED = {"loss_fn": {"_target_": f"{LOSSES}.chunked_ce.ChunkedCrossEntropy", "
 FUSED = {"loss_fn": {"_target_": f"{LOSSES}.linear_ce.FusedLinearCrossEntropy"}}
 AUXILIARY = {"model": {"moe_overrides": {"aux_loss_coeff": 0.01}, "mtp_loss_scaling_factor": 0.3}}
 NO_BIAS_UPDATE = {"model": {"moe_overrides": {"gate_bias_update_factor": 0.0}}}
+INDEXER_LOSS = {"indexer_loss": {"coefficient": 0.01}}
+WARM_UP = {"indexer_loss": {"coefficient": 1.0, "mode": "full"}, "train_only": "indexer"}
+INDEXER = ("wq_b.weight", "weights_proj.weight", "wkv.weight", "wgate.weight")
 FULL, SELECTIVE = (
     {"distributed": {"activation_checkpointing": how}} for how in (True, "selective")
 )
 
 
-def case(recipe, *, cp_size=2, packed=True):
+def case(recipe, *, cp_size=2, packed=True, context_parallel=None):
     """Two layers of ratio 4, the first with a hash gate, and one of MTP: seconds."""
-    config = {"compress_ratios": [4, 4], "num_hidden_layers": 1, "num_nextn_predict_layers": 1}
+    config = {
+        "compress_ratios": [4, 4],
+        "num_hidden_layers": 1,
+        "num_nextn_predict_layers": 1,
+        "context_parallel": context_parallel,
+    }
     return case_of(recipe, config, cp_size=cp_size, packed=packed)
 
 
@@ -194,6 +204,13 @@ def forget_ids_on_recomputation(model):
             module.register_forward_pre_hook(forget)
 
 
+def double_the_indexers_loss(model):
+    for module in model.modules():
+        if isinstance(module, ContextParallelAttention):
+            doubled = {"coefficient": 0.02}
+            module._options = ContextParallelOptions.from_block({"indexer_loss": doubled})
+
+
 def outcome(group, rank, case, fault=None):
     """Return what differs and what was not run, or the error."""
     original = training_step.parallelize
@@ -219,6 +236,8 @@ RIGHT = {
     ),
     "full checkpointing, chunked cross entropy": (case(AUXILIARY | FULL | CHUNKED), []),
     "selective checkpointing, no bias update": (case(SELECTIVE | NO_BIAS_UPDATE), []),
+    "indexer's loss": (case(FULL, context_parallel=INDEXER_LOSS), []),
+    "warm-up of the indexer": (case({}, packed=False, context_parallel=WARM_UP), []),
 }
 HAS_V41 = find_spec("nemo_automodel.components.models.deepseek_v41") is not None
 if HAS_V41:
@@ -239,6 +258,11 @@ WRONG = {
     "no bias update": (update_no_bias, case(FULL), [f"correction bias of {GATE} after the step"]),
     "MTP at the default scale": (scale_mtp_by_the_default, case(AUXILIARY), ["loss"]),
     "logits_to_keep hidden": (hide_logits_to_keep, case(CHUNKED), "requires a model supporting"),
+    "another coefficient": (
+        double_the_indexers_loss,
+        case({}, context_parallel=INDEXER_LOSS),
+        [f"gradient of model.layers.0.self_attn.compressor.indexer.{name}" for name in INDEXER],
+    ),
     "token ids lost": (forget_ids_on_recomputation, case(FULL), "CheckpointError"),
 }
 if HAS_V41:
