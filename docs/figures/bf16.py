@@ -48,7 +48,7 @@ def main() -> None:
     averaged = {run: losses.unfold(0, AVERAGED, 1).mean(-1) for run, losses in curves.items()}
     with plt.rc_context(STYLE):
         save(_drawn(averaged), "bf16.svg")
-    sys.exit("\n".join(_complaints(curves, averaged)))
+    sys.exit("\n".join(_complaints(curves, averaged)) or 0)
 
 
 def recipe(seed: int) -> dict[str, object]:
