@@ -29,28 +29,28 @@ def split_projections(compressor: Any) -> None:
 
 
 def window_features(
-    module: Any, hidden_BLE: torch.Tensor, *, overlaps: bool, name: str = ""
+    module: Any, hidden_BLE: torch.Tensor, *, overlaps: bool, exact: bool, name: str = ""
 ) -> dict[str, torch.Tensor]:
     """Project tokens to what pooling needs: values and gate logits, float32.
 
     Args:
         module: AutoModel's ``DeepseekV4Compressor`` or ``DeepseekV4Indexer``: its ``wkv``,
             ``wgate`` and ``ape_param`` are called as modules, since FSDP2 shards each on its own.
-        hidden_BLE: Local hidden states.
-        name: What the results' names begin with.
+        hidden_BLE: Local hidden states, float32.
         overlaps: Whether windows also pool the window before.
+        exact: Whether they are numbers of bfloat16.
+        name: What the results' names begin with.
 
     Returns:
         ``features`` [B, L, 2 * F], values then gates; where windows overlap also ``overlap``
         [B, L, 2 * D], the part that the next window pools too: the first D of the 2D value and
         gate features (AutoModel ``_overlap_transform``).
     """
-    hidden = hidden_BLE.float()
     projected = []
     for linear in (module.wkv, module.wgate):
         # LoRA's linears, also of this class, have a forward of their own.
-        splits = hidden_BLE.dtype is torch.bfloat16 and type(linear).forward is SplitLinear.forward
-        projected.append(linear(hidden, exact=True) if splits else linear(hidden))
+        splits = exact and type(linear).forward is SplitLinear.forward
+        projected.append(linear(hidden_BLE, exact=True) if splits else linear(hidden_BLE))
     features = torch.cat(projected, dim=-1)
     named = {f"{name}features": features}
     if overlaps:

@@ -44,11 +44,18 @@ class Indexer:
     module: Any
     share_BL1: torch.Tensor | None
 
-    def features(self, hidden_BLE: torch.Tensor, *, overlaps: bool) -> dict[str, torch.Tensor]:
-        """Project tokens to what index keys are pooled from, under names that begin with index_."""
+    def features(
+        self, hidden_BLE: torch.Tensor, *, overlaps: bool, exact: bool
+    ) -> dict[str, torch.Tensor]:
+        """Project tokens to what index keys are pooled from, under names that begin with index_.
+
+        The arguments are those of :func:`window_features`.
+        """
         with torch.set_grad_enabled(self.share_BL1 is not None), unseen_by_checkpointing():
             hidden = hidden_BLE.detach()
-            return window_features(self.module, hidden, name="index_", overlaps=overlaps)
+            return window_features(
+                self.module, hidden, overlaps=overlaps, exact=exact, name="index_"
+            )
 
     def pool_keys(
         self,

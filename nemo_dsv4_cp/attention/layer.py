@@ -299,10 +299,11 @@ class ContextParallelAttention(UsesKernels, DeepseekV4Attention):
 
     def _features(self, hidden: torch.Tensor, indexer: Indexer | None) -> dict[str, torch.Tensor]:
         """Project tokens to what windows pool: for entries, and for index keys with an indexer."""
+        exact, hidden = hidden.dtype is torch.bfloat16, hidden.float()  # one copy for both
         overlaps = self.kind.overlaps
-        features = window_features(self.compressor, hidden, overlaps=overlaps)
+        features = window_features(self.compressor, hidden, overlaps=overlaps, exact=exact)
         if indexer is not None:
-            features |= indexer.features(hidden, overlaps=overlaps)
+            features |= indexer.features(hidden, overlaps=overlaps, exact=exact)
         return features
 
     def _start_gathers(

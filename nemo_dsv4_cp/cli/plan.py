@@ -67,6 +67,9 @@ def plan(
     compressor_precision: Annotated[
         str, typer.Option(help="context_parallel.compressor_precision: float32 or bf16x3.")
     ] = "float32",
+    indexer_loss: Annotated[
+        str | None, typer.Option(help="context_parallel.indexer_loss.mode: sparse or full.")
+    ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="Dense bfloat16 peak of a GPU; else that of --gpu.")
     ] = None,
@@ -130,6 +133,14 @@ def plan(
         if is_v41(fields):
             raise typer.BadParameter("--compressor-precision bf16x3 is not for DeepSeek-V4.1")
         machine = replace(machine, float32_tflops=machine.tflops / 3)
+    if indexer_loss is not None:
+        if indexer_loss not in ("sparse", "full"):
+            raise typer.BadParameter(
+                f"--indexer-loss {indexer_loss} is unknown; use sparse or full"
+            )
+        if is_v41(fields):
+            raise typer.BadParameter("--indexer-loss is for V4: V4.1's indexer is frozen")
+        sizes = replace(sizes, indexer_loss=indexer_loss)
     measured = _certificate_here(gpu, fields)
     if measured is not None:
         machine = certificate.with_measured_rate(machine, measured)

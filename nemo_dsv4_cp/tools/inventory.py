@@ -58,6 +58,7 @@ class Operation:
         name: The weights, or what is multiplied.
         rate: Which rate of a GPU applies.
         backward: 0 for what takes no gradient.
+        repeats: Whether a recomputation repeats it also then.
     """
 
     name: str
@@ -65,11 +66,12 @@ class Operation:
     rate: Rate
     forward: int
     backward: int = 0
+    repeats: bool = False
 
     @property
     def repeated(self) -> int:
         """In the recomputation, which keeps top-k indices and repeats what takes a gradient."""
-        return self.forward if self.backward else 0
+        return self.forward if self.backward or self.repeats else 0
 
     @property
     def total(self) -> int:
@@ -126,9 +128,28 @@ def query_operations(sizes: ModelSizes, layer: Layer, runs: Runs) -> Operations:
     projected = queries * s.q_lora_rank * s.index_n_heads * s.index_head_dim
     return (
         *operations,
-        Operation("indexer.wq_b", "index_queries", "products", projected),
+        _of_indexer(layer, "indexer.wq_b", "index_queries", "products", projected),
         _scores(sizes, layer, runs),
+        *([_loss(sizes, layer, runs)] if layer.loss else ()),
     )
+
+
+def _of_indexer(layer: Layer, name: str, stage: Stage, rate: Rate, products: int) -> Operation:
+    """Return a product with the indexer's weights, which take a gradient if they have a loss."""
+    return Operation(name, stage, rate, products, products if layer.loss else 0)
+
+
+def _loss(sizes: ModelSizes, layer: Layer, runs: Runs) -> Operation:
+    """Return the indexer's loss with its gradient, as Triton computes it.
+
+    Attention's scores twice, for their log-sum-exp and for what goes to each entry; index scores,
+    and the gradients of index queries and keys.
+    """
+    entries = _seen(runs, layer.ratio, sizes.index_topk if layer.loss == "sparse" else None)
+    attended = _seen(runs, 1, sizes.sliding_window) + 2 * entries
+    products = attended * sizes.num_attention_heads * sizes.head_dim
+    products += 3 * entries * sizes.index_n_heads * sizes.index_head_dim
+    return Operation("indexer loss", "attend", "kernels", products, repeats=True)
 
 
 def _scores(sizes: ModelSizes, layer: Layer, runs: Runs) -> Operation:
@@ -182,13 +203,14 @@ def shard_operations(sizes: ModelSizes, layer: Layer, tokens: int) -> Operations
         operations.append(_linear("compressor", "shard", pooled, rate))
     if layer.overlaps:
         pooled = hidden * features_of(layer) * s.index_head_dim
-        operations.append(Operation("indexer.compressor", "shard", "float32", pooled))
+        operations.append(_of_indexer(layer, "indexer.compressor", "shard", "float32", pooled))
     elif layer.makes_entries and layer.selects:
         keys = tokens // layer.ratio * s.head_dim * s.index_head_dim
         operations.append(Operation("indexer.wk", "shard", "products", keys))
     if layer.selects:
         weights = hidden * s.index_n_heads
-        operations.append(Operation("indexer.weights_proj", "shard", "products", weights))
+        projection = _of_indexer(layer, "indexer.weights_proj", "shard", "products", weights)
+        operations.append(projection)
     return tuple(operations)
 
 
@@ -320,15 +342,16 @@ def crossings(
             whether another rank selects for them.
 
     Returns:
-        The collectives in the order of forward. Nothing of the indexer crosses in backward, since
-        it takes no gradient. A recomputation keeps the top-k indices; index keys cross there only
-        in V4.1.
+        The collectives in the order of forward. Without a loss of the indexer, nothing of it
+        crosses in backward, since it takes no gradient, and in a recomputation, which keeps the
+        top-k indices, index keys cross only in V4.1.
     """
     if shape.ranks == 1:
         return ()
     if layer.shares:
         return _crossings_v41(sizes, shape, layer, path, balanced=balanced)
     remote, ratio = shape.remote_tokens, layer.ratio
+    trained = bool(layer.loss) and path != AUTOMODEL
     cost = QueryCost.of(sizes, ratio)
     if path == BOUNDARY:
         # A window's predecessor: values and gates of its half.
@@ -338,11 +361,12 @@ def crossings(
         # AutoModel's path.
         before, features = remote, 2 if path == ALL_GATHER else 4
     forward = backward = _raw_keys(sizes, shape, path) * cost.key
-    index = reduced = 0
+    index = reduced = share = 0
     if layer.overlaps:
         reduced = before * features * sizes.head_dim * FP32
         forward = backward = forward + reduced
         index = before * features * sizes.index_head_dim * FP32
+        reduced += index if trained else 0
     returned = []
     if balanced and layer.moves and path != AUTOMODEL:
         moved = shape.batch * (shape.layout.local_len // 2)
@@ -353,16 +377,21 @@ def crossings(
         forward += rows * (cost.low_rank + key + cost.angles) + before
         backward += rows * (cost.low_rank + key) + before
         index += rows * cost.index_weights
+        share = rows * FP32 if trained else 0  # what a query weighs in the loss
         output = moved * cost.output
         returned = [Collective("returned", output, output, output, from_all=False)]
-    fetch = Collective("fetch", forward + index, backward, forward, path != BOUNDARY, reduced)
+    repeated, brought = forward, forward + index + share
+    if trained:
+        backward, repeated = backward + index, brought
+    fetch = Collective("fetch", brought, backward, repeated, path != BOUNDARY, reduced)
     if not ratio:
         return (fetch,)
     entries = remote // ratio * sizes.head_dim * BF16
     index_keys = remote // ratio * sizes.index_head_dim * BF16
+    gradient = index_keys if trained else 0
     return (
         fetch,
-        *([Collective("index_keys", index_keys)] if layer.overlaps else ()),
+        *([Collective("index_keys", index_keys, gradient, gradient)] if layer.overlaps else ()),
         Collective("entries", entries, entries, entries),
         *returned,
     )

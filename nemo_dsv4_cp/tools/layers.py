@@ -20,17 +20,21 @@ class Layer:
             :data:`CANDIDATES` (all, and it chooses the candidates) and :data:`INSIDE`; empty
             without an indexer.
         shares: Whether it is V4.1's, whose layers share entries and what is selected.
+        loss: ``context_parallel.indexer_loss.mode`` of V4's indexer, empty without a loss.
     """
 
     ratio: int
     makes_entries: bool
     selects: str = ""
     shares: bool = False
+    loss: str = ""
 
     @classmethod
-    def v4(cls, ratio: int) -> Layer:
-        """Return V4's layer of a compress ratio."""
-        return cls(ratio, bool(ratio), ALL_ENTRIES if ratio == OVERLAP_RATIO else "")
+    def v4(cls, ratio: int, loss: str = "") -> Layer:
+        """Return V4's layer of a compress ratio, whose indexer has the loss if it has one."""
+        if ratio != OVERLAP_RATIO:
+            return cls(ratio, bool(ratio))
+        return cls(ratio, True, ALL_ENTRIES, loss=loss)
 
     @property
     def name(self) -> str:

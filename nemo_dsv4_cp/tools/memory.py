@@ -119,6 +119,8 @@ def attention_bytes(
         # features [L, 2 D] and [n, r, D].
         saved += (4 if overlaps else 3) * tokens * s.head_dim * FP32
         saved += entries * BF16 + tokens * selected * INT32
+    if layer.loss:
+        saved += _loss_bytes(sizes, shape, layer)
 
     # 1. Backward through the output's projections: its gradient beside it.
     leaving = saved + t.per_head + t.hidden + t.outward
@@ -146,6 +148,17 @@ def attention_bytes(
         held = 3 * t.hidden + 2 * t.low_rank + t.lse + weights + t.outward + t.wq_b + compressor
         peak = max(peak, gathered + index + local, gathered + local + held)
     return peak
+
+
+def _loss_bytes(sizes: ModelSizes, shape: Shape, layer: Layer) -> int:
+    """Return what the indexer's loss keeps for backward."""
+    tokens, heads, width = shape.tokens, sizes.index_n_heads, sizes.index_head_dim
+    gradients = tokens * heads * (width * BF16 + FP32)  # of index queries and their weights
+    gradients += shape.batch * shape.entries(layer.ratio) * width * BF16  # of index keys
+    pooled = 4 * tokens * width * FP32  # values and softmax [n, 2 r, F]
+    projections = sizes.q_lora_rank * heads * width * BF16
+    projections += features_of(layer) * width * sizes.hidden_size * FP32
+    return gradients + pooled + projections + sizes.hidden_size * heads * BF16
 
 
 def chunk_bytes(

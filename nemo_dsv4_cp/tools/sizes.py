@@ -39,6 +39,7 @@ class ModelSizes:
 
     Attributes:
         compress_ratios: One ratio for each of ``num_hidden_layers`` layers, without MTP's.
+        indexer_loss: ``context_parallel.indexer_loss.mode``, empty without a loss.
     """
 
     compress_ratios: tuple[int, ...]
@@ -60,6 +61,7 @@ class ModelSizes:
     n_shared_experts: int
     vocab_size: int
     max_position_embeddings: int
+    indexer_loss: str = dataclasses.field(default="", kw_only=True)
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> ModelSizes:
@@ -77,7 +79,9 @@ class ModelSizes:
 
     @classmethod
     def _of_fields(cls, fields: Mapping[str, Any]) -> ModelSizes:
-        wanted = [field.name for field in dataclasses.fields(cls)]
+        # Only what is no field of a config has a default.
+        of_config = (f for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
+        wanted = [field.name for field in of_config]
         if "compress_ratios" in fields and any(name not in fields for name in wanted):
             fields = {**_defaults(cls is ModelSizesV41), **fields}
         missing = [name for name in wanted if fields.get(name) is None]
@@ -103,7 +107,7 @@ class ModelSizes:
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         """The kind of each layer."""
-        return tuple(map(Layer.v4, self.compress_ratios))
+        return tuple(Layer.v4(ratio, self.indexer_loss) for ratio in self.compress_ratios)
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,15 @@ class Projections(nn.Module):
             setattr(self, name, linear)
 
 
+def features_of(module, hidden):
+    exact = hidden.dtype is torch.bfloat16
+    return window_features(module, hidden.float(), overlaps=False, exact=exact)["features"]
+
+
 def project(module, hidden):
     """Return features, and the gradients of hidden states and weights for drawn ones of theirs."""
     hidden = hidden.clone().requires_grad_()
-    features = window_features(module, hidden, overlaps=False)["features"]
+    features = features_of(module, hidden)
     draw = torch.Generator().manual_seed(1)
     features.backward(torch.randn(features.shape, generator=draw).to(features.device))
     return features.detach(), hidden.grad.float(), module.wkv.weight.grad, module.wgate.weight.grad
@@ -110,7 +115,7 @@ def test_linears_that_lora_changed_keep_its_forward():
     lora.patch_linear_module(module.wkv, dim=2, use_triton=False)
     assert isinstance(module.wkv, SplitLinear)
     hidden = hidden_states(torch.bfloat16)
-    features = window_features(module, hidden, overlaps=False)["features"]
+    features = features_of(module, hidden)
     expected = hidden.float() @ Projections().wkv.weight.T  # the adapter begins with zeros
     assert relative(features[..., :FEATURES], expected) < ACCURATE
 

@@ -65,6 +65,20 @@ def test_a_longer_shard_peaks_elsewhere_and_is_planned_too(path, ratio):
     assert received_bytes(FLASH, shape, Layer.v4(ratio), path) == received
 
 
+@pytest.mark.parametrize(
+    ("path", "balance"), [("boundary", "off"), ("boundary", "on"), ("all_gather", "off")]
+)
+def test_the_indexers_loss_is_planned(path, balance):
+    case = Case(path, 4, 8192, 4, 2, balance=balance, kernels="torch", indexer_loss="sparse")
+    found, shape, layer = profile(case), last_rank(8192, 4), Layer.v4(4, "sparse")
+    received = (found.received_forward, found.received_backward)
+    assert received_bytes(FLASH, shape, layer, path, balanced=balance == "on") == received
+    workspace = workspace_of(int(ASSUMED.memory) << 30)
+    peak = attention_bytes(FLASH, shape, layer, path, workspace_bytes=workspace)
+    assert found.peak_bytes <= 1.03 * peak
+    assert peak > peak_of(shape, 4, path)
+
+
 @pytest.mark.parametrize("ratio", [4, 128])
 @pytest.mark.parametrize(("path", "batch"), [("boundary", 2), ("all_gather", 1)])
 def test_bytes_of_balanced_queries_are_what_is_profiled_and_memory_no_more(path, batch, ratio):
