@@ -32,14 +32,14 @@ def install() -> None:
             patches.wrap(getattr(sys.modules[module], name), FUNCTION, _with_indexer)
 
 
-def _with_indexer(original: Any, recipe: Any, log_data: Any) -> Any:
-    parts = [getattr(part, "module", part) for part in recipe.model_parts]
+def _with_indexer(original: Any, self: Any, log_data: Any) -> Any:
+    parts = [getattr(part, "module", part) for part in self.model_parts]
     take = getattr(parts[0], TAKE, None)
     if take is None or not ContextParallelOptions.of(parts[0].config).trains_indexer:
-        return original(recipe, log_data)
-    groups = [recipe._get_dp_group(include_cp=True), recipe._get_pp_group()]
-    metrics = take(parts, groups, recipe._get_cp_group_size())
-    if metrics and recipe.dist_env.is_main:
+        return original(self, log_data)
+    groups = [self._get_dp_group(include_cp=True), self._get_pp_group()]
+    metrics = take(parts, groups, self._get_cp_group_size())
+    if metrics and self.dist_env.is_main:
         log_data.metrics.update(metrics)
         _logger.info(
             "step %d | epoch %d | indexer loss %.4f | captured %.4f",
@@ -48,4 +48,4 @@ def _with_indexer(original: Any, recipe: Any, log_data: Any) -> Any:
             metrics["indexer/loss"],
             metrics["indexer/captured"],
         )
-    return original(recipe, log_data)
+    return original(self, log_data)

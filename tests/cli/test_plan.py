@@ -233,7 +233,7 @@ def test_v41_is_planned_by_its_kinds_of_layers():
     assert done.exit_code == 0, done.output
     memory, time, _ = tables(done.output)
     assert [len(row) for row in memory] == [10] * 7
-    assert (memory[-1][6:8], memory[-1][-1]) == (["13.5", "119"], "yes")
+    assert (memory[-1][6:8], memory[-1][-1]) == (["12.5", "119"], "yes")
     assert time[-1][:7] == ["64", "1.20", "1.00", "1.09", "1.00", "0.19", "1,2"]
     assert time[-1][7:9] == ["4.58", "4.15"]
     for kind, layers in (("1 source", 1), ("1 inside", 4), ("2 source", 3), ("2 reuse", 15)):
