@@ -47,11 +47,7 @@ def __getattr__(name: str) -> Any:
 
 def _importable() -> list[str]:
     """Return what ``import *`` takes: V4.1's config only from an AutoModel that has V4.1."""
-    from nemo_dsv4_cp.automodel.contracts import UnsupportedAutoModel, check_v41
+    from nemo_dsv4_cp.automodel.contracts import has_v41
 
     names = ["ContextParallelOptions", "DeepseekV4ContextParallelConfig"]
-    try:
-        check_v41()
-    except UnsupportedAutoModel:
-        return names
-    return [*names, "DeepseekV41ContextParallelConfig"]
+    return [*names, "DeepseekV41ContextParallelConfig"] if has_v41() else names

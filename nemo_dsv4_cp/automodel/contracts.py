@@ -181,6 +181,15 @@ def check_v41() -> None:
         raise UnsupportedAutoModel(error.lacks, of_v41=True) from error
 
 
+def has_v41() -> bool:
+    """Return whether AutoModel has a DeepSeek-V4.1 that we can build on."""
+    try:
+        check_v41()
+    except UnsupportedAutoModel:
+        return False
+    return True
+
+
 @functools.cache
 def check() -> None:
     """Raise :class:`UnsupportedAutoModel` if a signature or body changed; checked once if none."""

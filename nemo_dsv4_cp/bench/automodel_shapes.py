@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 from unittest import mock
 
@@ -17,6 +16,7 @@ from nemo_automodel.components.models.deepseek_v4 import layers as automodel_lay
 from torch.utils._pytree import tree_leaves
 
 from nemo_dsv4_cp.automodel import tilelang
+from nemo_dsv4_cp.automodel.contracts import has_v41
 from nemo_dsv4_cp.kernels.costs import Cost, register_cost
 
 _V41 = "nemo_automodel.components.models.deepseek_v41"
@@ -144,7 +144,7 @@ def automodels_kernels() -> Iterator[None]:
     """Have AutoModel's TileLang kernels return tensors of the right shapes and compute nothing."""
     v4 = {"dsv4_sparse_attention": _sparse_attention, "dsv4_indexer_scores": _indexer_scores}
     users: list[tuple[Any, dict[str, Any]]] = [(automodel_layers, v4), (tilelang, v4)]
-    if find_spec(_V41) is not None:  # since 0.7
+    if has_v41():
         v41 = {"dsv4_sparse_attention": _sparse_attention, "indexer_scores": _index_scores_v41}
         users.append((import_module(f"{_V41}.attention"), v41))
     with ExitStack() as patched:

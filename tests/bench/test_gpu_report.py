@@ -2,12 +2,12 @@
 import json
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from nemo_dsv4_cp.automodel.contracts import has_v41
 from nemo_dsv4_cp.bench import gpu_report
 from nemo_dsv4_cp.bench.timing import Timing
 from nemo_dsv4_cp.checks import certificate
@@ -16,7 +16,7 @@ from nemo_dsv4_cp.checks.operation_timing import OperationTime
 from nemo_dsv4_cp.cli.app import app
 
 JUNIT = """<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>"""
-HAS_V41 = find_spec("nemo_automodel.components.models.deepseek_v41") is not None
+HAS_V41 = has_v41()
 GOOD = Certificate("", 0.25, 10.0, 400.0, None, "report.json")
 
 

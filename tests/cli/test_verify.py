@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from nemo_dsv4_cp.automodel.contracts import has_v41
 from nemo_dsv4_cp.cli.app import app
 from nemo_dsv4_cp.tools import local_ranks, recipes
 from nemo_dsv4_cp.tools.verification import Verification
@@ -21,7 +21,7 @@ from tests.ranks import fork_ranks
 
 NAMED = ["+model.config.context_parallel.kernels=triton"]
 TORCH = ["+model.config.context_parallel.kernels=torch"]
-HAS_V41 = find_spec("nemo_automodel.components.models.deepseek_v41") is not None
+HAS_V41 = has_v41()
 COMMAND = str(Path(sys.executable).with_name("nemo-dsv4-cp"))
 
 BROKEN = """

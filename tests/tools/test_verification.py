@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``verify`` allows for rounding, that it passes right recipes, and which faults it finds."""
 
-from importlib.util import find_spec
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dsv4_cp.attention.layer import ContextParallelAttention
 from nemo_dsv4_cp.automodel import training_step
+from nemo_dsv4_cp.automodel.contracts import has_v41
 from nemo_dsv4_cp.automodel.torch_api import NO_BACKWARD, backward_id
 from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.options import ContextParallelOptions
@@ -239,7 +239,7 @@ RIGHT = {
     "indexer's loss": (case(FULL, context_parallel=INDEXER_LOSS), []),
     "warm-up of the indexer": (case({}, packed=False, context_parallel=WARM_UP), []),
 }
-HAS_V41 = find_spec("nemo_automodel.components.models.deepseek_v41") is not None
+HAS_V41 = has_v41()
 if HAS_V41:
     RIGHT["V4.1, one document per row"] = (case_v41({}, packed=False), [])
     RIGHT["V4.1, chunked cross entropy"] = (case_v41(CHUNKED, packed=True), [])
