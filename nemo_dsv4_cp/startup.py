@@ -62,6 +62,13 @@ def log_first_step(
         f"- loss: {_loss(model, rows, length, all_logits)}",
         f"- patched: {len(patched)} functions of AutoModel and others (names at DEBUG)",
     ]
+    if options.trains_indexer:
+        loss = options.indexer_loss
+        alone = ", and nothing else" if options.train_only == "indexer" else ""
+        trained = f"trained{alone}, coefficient {loss.coefficient:g}, mode {loss.mode}"
+        lines.append(f"- indexer: {trained}")
+    if options.compressor_precision != "float32":
+        lines.append(f"- compressors: {options.compressor_precision} for bfloat16 activations")
     _logger.info("\n".join(lines))
     _logger.debug("Patched: %s", ", ".join(patched))
 

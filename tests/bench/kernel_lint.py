@@ -48,6 +48,10 @@ AT_MOST = [
     Allowed("queries_kernel", (90,), HALF, waiting=1),
     Allowed("index_scores_kernel", (100, 103), HALF, waiting=1),
     Allowed("gradients_kernel", (90,), ("fp32",), stack=8),
+    Allowed("gradients_kernel", (90,), ("fp32",), ("3.9",), stack=584),
+    Allowed("gradients_kernel", (100, 103), ("fp32",), ("3.6",), stack=8),
+    Allowed("gradients_kernel", (80,), HALF, ("3.4",), stack=40),
+    Allowed("index_keys_kernel", (100, 103), ("fp32",), stack=24),
 ]
 
 UNKNOWN = {"3.4": (103,)}
