@@ -7,6 +7,9 @@ samples. With another cp_size, a rank would look for a file that does not exist,
 of another data-parallel rank. With another number of data-parallel ranks, the states do not fit at
 all: each counts the samples of its own data-parallel rank, so training would silently repeat or
 skip samples.
+
+Nor does a checkpoint fit that lacks the optimizer's state of a parameter, such as the indexer's
+before it had a loss: torch raises an error that says neither why nor what to do.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import glob
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +25,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nemo_dsv4_cp.automodel import patches
 
@@ -30,12 +35,18 @@ KEY = "data_ranks"
 RESUMES = "_resumes_on_other_ranks"
 """The attribute by which a class of models has its recipes resume on other ranks."""
 _TRACKED = "__state_tracked"
+_NO_STATE = re.compile(r"Missing key in checkpoint state_dict: optim\.state\.([\w.]+)\.\w+\.")
+"""What torch raises where a checkpoint lacks the optimizer's state of a parameter, its name."""
+_WEIGHTS_ALONE = (
+    "model.config.pretrained_model_name_or_path={}, model.load_base_model: true, and another "
+    "checkpoint.checkpoint_dir"
+)
 
 
 def install() -> None:
     """Let recipes that train our models resume on other ranks; calling it again changes nothing."""
     recipe: Any = importlib.import_module(RECIPE).BaseRecipe
-    patches.wrap(recipe, "load_checkpoint", _recording_ranks)
+    patches.wrap(recipe, "load_checkpoint", _loading)
     patches.wrap(recipe, "_load_checkpoint_tracked_state", _checking_ranks)
 
 
@@ -83,10 +94,24 @@ class DataRanks:
         )
 
 
-def _recording_ranks(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    if KEY not in self.__dict__ and _trains_ours(self):
+def _loading(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not _trains_ours(self):
+        return original(self, *args, **kwargs)
+    if KEY not in self.__dict__:
         setattr(self, KEY, DataRanks(self))
-    return original(self, *args, **kwargs)
+    try:
+        return original(self, *args, **kwargs)
+    except CheckpointException as error:  # all ranks raise it, whichever lacks a state
+        untrained = _NO_STATE.search(str(error))
+        if untrained is None:
+            raise
+        raise ValueError(
+            "the checkpoint that this run resumes holds no optimizer state of "
+            f"{untrained[1]}, which the run that wrote it did not train: it had another "
+            "context_parallel.indexer_loss or train_only, or froze other parts. Resume with the "
+            "settings of that run. Or start a new run from the weights alone: "
+            f"{_WEIGHTS_ALONE.format('<checkpoint>/model/consolidated')}"
+        ) from error
 
 
 def _trains_ours(recipe: Any) -> bool:
@@ -185,8 +210,7 @@ def _skip(
         f"was written by {before} (cp_size={saved['cp_size']}), and samples would be lost or seen "
         f"twice: {why}. Keep {before} of them: start {before} * cp_size processes, of any cp_size "
         "(times pp_size and tp_size). Or start a new run from the weights alone: "
-        f"model.config.pretrained_model_name_or_path={os.path.join(ckpt_dir, 'model/consolidated')}"
-        ", model.load_base_model: true, and another checkpoint.checkpoint_dir"
+        + _WEIGHTS_ALONE.format(os.path.join(ckpt_dir, "model/consolidated"))
     )
 
 
