@@ -49,7 +49,7 @@ class SplitLinear(nn.Linear):
         if not exact:
             return super().forward(input)
         rows: torch.Tensor = _Project.apply(input.flatten(0, -2), self.weight)  # type: ignore[no-untyped-call]
-        return rows.view(*input.shape[:-1], -1)
+        return rows.view(*input.shape[:-1], rows.shape[-1])
 
 
 class _Project(torch.autograd.Function):

@@ -167,3 +167,13 @@ def test_fsdp2_shards_and_reduces_the_weights(ranks):
 def test_a_copied_layer_splits_too():
     layer, _ = layer_job(4, {"compressor_precision": "bf16x3"}, torch.float32)
     assert isinstance(copy.deepcopy(layer).compressor.indexer.wgate, SplitLinear)
+
+
+@pytest.mark.parametrize("shape", [(0, TOKENS), (2, 0)])
+def test_no_tokens_have_no_features(shape):
+    module = Projections()
+    SplitLinear.adopt(module.wkv)
+    found = module.wkv(torch.zeros(*shape, WIDTH), exact=True)
+    assert found.shape == (*shape, FEATURES)
+    found.sum().backward()
+    assert not module.wkv.weight.grad.any()
