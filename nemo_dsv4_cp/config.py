@@ -166,7 +166,7 @@ class DeepseekV4ContextParallelConfig(ContextParallelConfig, DeepseekV4Config):
             _refuse_window(self.sliding_window)
             self.rope_scaling: Any = resolve_rope_scaling(self.rope_scaling)
             contracts.check()
-        if options.enabled and options.trains_indexer:
+        if options.trains_indexer:
             coefficient = options.indexer_loss.coefficient
             refuse_unscaled("context_parallel.indexer_loss.coefficient", coefficient)
             if OVERLAP_RATIO not in (self.compress_ratios or ()):

@@ -245,6 +245,12 @@ class ContextParallelOptions:
                 "context_parallel.train_only=indexer without indexer_loss trains nothing; set "
                 "indexer_loss: {coefficient: 0.01}, or train_only: all"
             )
+        if self.trains_indexer and not self.enabled:
+            raise ValueError(
+                "context_parallel.enabled=false with indexer_loss.coefficient="
+                f"{self.indexer_loss.coefficient}: AutoModel's own model freezes the indexer, and "
+                "trains all else; use enabled: true, or leave indexer_loss and train_only out"
+            )
         scratch = self.workspace_mib
         if scratch != AUTO and not (type(scratch) is int and scratch > 0):
             raise ValueError(

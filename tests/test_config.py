@@ -112,6 +112,10 @@ def test_kernels_check_off_means_the_same_quoted_or_not(off):
             r"indexer_loss\.mode='dense' is neither sparse nor full",
         ),
         ({"train_only": "router"}, r"train_only='router' is neither all nor indexer; use all"),
+        (
+            {"enabled": False, "indexer_loss": {"coefficient": 0.1}},
+            r"enabled=false with indexer_loss\.coefficient=0\.1: .* freezes the indexer",
+        ),
         ({"train_only": "indexer"}, r"train_only=indexer without indexer_loss trains nothing; set"),
     ],
 )
