@@ -23,6 +23,8 @@ from nemo_dsv4_cp.kernels.reference.rotary import norm_and_rotate, rotate_
 from nemo_dsv4_cp.kernels.reference.workspace import AttentionScratch
 from nemo_dsv4_cp.sequence.plan import NOTHING, halo
 
+TINY = torch.finfo(torch.float32).tiny
+
 # With weights a_i, dots d_ij = q_i.k_j, target p and prediction m over a query's entries:
 # s_j = sum_i a_i relu(d_ij), m = softmax(s), loss = sum_j p_j (log p_j - log m_j);
 # ds_j = m_j - p_j, da_i = sum_j ds_j relu(d_ij), dd_ij = ds_j a_i [d_ij > 0],
@@ -49,13 +51,15 @@ def indexer_loss(
     compared = None if full else queries.selected_BLK
     for chunk in chunks(plan, _query_bytes(index, queries, full=full), workspace_bytes, device):
         of_chunk = ChunkKeys(plan, chunk, ranges, keys.raw_BTD, keys.entries_BPD, compared)
-        target, share = _target(of_chunk, chunk, queries, keys, constants, workspace_bytes)
+        target, mass = _target(of_chunk, chunk, queries, keys, constants, workspace_bytes)
+        share = mass / queries.q_BLND.shape[2]
         if full:
             share = _selected_share(target, of_chunk, chunk, queries)
         hidden = of_chunk.entries_hidden.squeeze(2).expand_as(target)
         weights = token_weights_BL[:, chunk]
+        targeted = weights.masked_fill(mass < TINY, 0)  # else window and sink have all
         loss, grads = _of_chunk(
-            index, index_keys, chunk, of_chunk, target, hidden, weights, workspace_bytes
+            index, index_keys, chunk, of_chunk, target, hidden, targeted, workspace_bytes
         )
         totals += torch.stack((loss, (weights * share).sum()))
         grad_q[:, chunk], grad_weights[:, chunk] = grads[:2]
@@ -75,7 +79,7 @@ def _target(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention's probabilities of the entries, normalized to 1, float32 [B, C, S].
 
-    And what part of all probability they are, [B, C].
+    And their sum over heads and entries before that, [B, C].
     """
     cos, sin = (angles[:, chunk] for angles in queries.rope)
     assert constants.eps is not None, "only V4's indexer is trained"
@@ -88,7 +92,7 @@ def _target(
     entries = scores[..., scores.shape[-1] - of_chunk.entries.shape[-2] :]
     mass = entries.sub_(lse[..., None]).exp_().sum(dim=2)
     total = mass.sum(dim=-1)
-    return mass / total.clamp(min=torch.finfo(total.dtype).tiny)[..., None], total / q.shape[2]
+    return mass / total.clamp(min=TINY)[..., None], total
 
 
 def _selected_share(

@@ -114,6 +114,7 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
     total = tl.sum(total * tl.exp(best - highest), axis=0)
     log_sum = highest + tl.log(tl.maximum(total, TINY, tl.PropagateNan.ALL))
     share = 1 / tl.maximum(all_mass, TINY, tl.PropagateNan.ALL)
+    targeted = tl.where(all_mass < TINY, 0.0, 1.0)  # else window and sink have all; NaN stays
 
     loss = tl.zeros((KEYS,), tl.float32)
     acc = tl.zeros((BLOCK_HEADS, BLOCK_F), tl.float32)
@@ -125,8 +126,8 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
         scores = tl.sum(tl.maximum(dots, 0.0, tl.PropagateNan.ALL) * a[None, :], axis=1)
         p = _target_of(target, slot, seen, n_slots, PARTS) * share
         log_m = scores - log_sum
-        ds = tl.where(seen, tl.exp(log_m) - p, 0.0)
-        loss += p * (tl.log(tl.where(p == 0, 1.0, p)) - log_m)
+        ds = tl.where(seen, (tl.exp(log_m) - p) * targeted, 0.0)
+        loss += p * (tl.log(tl.where(p == 0, 1.0, p)) - log_m) * targeted
         picked = tl.where(dots > 0, ds[:, None], 0.0).to(k.dtype)
         acc = tl.dot(tl.trans(picked), k, acc, input_precision="ieee")
         tl.store(grad_scores + slot, ds, mask=seen)

@@ -111,6 +111,17 @@ def test_what_is_not_finite_is_not_swallowed(which):
         assert terms(kernels, tensors, *others, full=full)["loss"].isnan()
 
 
+@pytest.mark.parametrize("sink", [95.0, 300.0])  # p is a subnormal number, and 0
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("kernels", [TorchKernels, TritonKernels])
+def test_queries_whose_sink_has_all_probability_have_no_loss(kernels, full, sink):
+    tensors, *others = tiny(torch.float32)
+    tensors[6].fill_(sink)
+    found = terms(kernels(workspace_bytes=1 << 20), tensors, *others, full=full)
+    assert found["loss"] == 0
+    assert not any(found[name].any() for name in NAMES[2:])
+
+
 def tiny(dtype):
     """Return four queries of a third rank, which see 2 or 3 entries and select two."""
     plan = AttentionPlan(Queries.own(SequenceLayout(4, 2, 3)), 5, 4)
