@@ -14,7 +14,6 @@ from nemo_dsv4_cp.automodel.legacy.auxiliary_loss import refuse_unscaled
 from nemo_dsv4_cp.automodel.rope_scaling import resolve_rope_scaling
 from nemo_dsv4_cp.checks import failure_attribution
 from nemo_dsv4_cp.options import ContextParallelOptions
-from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -166,11 +165,6 @@ class DeepseekV4ContextParallelConfig(ContextParallelConfig, DeepseekV4Config):
             _refuse_window(self.sliding_window)
             self.rope_scaling: Any = resolve_rope_scaling(self.rope_scaling)
             contracts.check()
-        if options.trains_indexer:
             coefficient = options.indexer_loss.coefficient
             refuse_unscaled("context_parallel.indexer_loss.coefficient", coefficient)
-            if OVERLAP_RATIO not in (self.compress_ratios or ()):
-                raise ValueError(
-                    f"context_parallel.indexer_loss.coefficient={coefficient} with compress_ratios "
-                    f"{self.compress_ratios}: only layers of ratio 4 have an indexer; use 0.0"
-                )
+            options.check_model(self.compress_ratios[: self.num_hidden_layers], v41=False)

@@ -51,14 +51,4 @@ class DeepseekV41ContextParallelConfig(ContextParallelConfig, DeepseekV41Config)
                 "kv_source_layer_ids, whose entries the candidates do not count; use "
                 f"{text.kv_source_layer_ids[-1]}, or -1 for none"
             )
-        if options.trains_indexer:
-            raise ValueError(
-                f"context_parallel.indexer_loss.coefficient={options.indexer_loss.coefficient} is "
-                "not supported with DeepSeek-V4.1, whose index keys are quantized and frozen; use "
-                "0.0"
-            )
-        if options.compressor_precision != "float32":
-            raise ValueError(
-                f"context_parallel.compressor_precision={options.compressor_precision} is not "
-                "supported with DeepSeek-V4.1, where few layers have a compressor; use float32"
-            )
+        options.check_model(text.compress_ratios, v41=True)

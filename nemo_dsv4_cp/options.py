@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nemo_dsv4_cp import plugins
-from nemo_dsv4_cp.sequence.layout import local_seq_multiple
+from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, local_seq_multiple
 
 AUTO = "auto"
 COMPRESSOR_PRECISIONS = ("float32", "bf16x3")
@@ -267,6 +267,33 @@ class ContextParallelOptions:
     def workspace_bytes(self) -> int | None:
         """What kernels may take as scratch at a time, None for what suits the device."""
         return None if self.workspace_mib == AUTO else int(self.workspace_mib) << 20
+
+    def check_model(self, compress_ratios: Sequence[int] | None, *, v41: bool) -> None:
+        """Refuse what a model cannot have.
+
+        Args:
+            compress_ratios: The model's ratios, one per layer; None if they are not known.
+            v41: Whether it is DeepSeek-V4.1.
+
+        Raises:
+            ValueError: For options of V4's compressors and indexers that the model lacks.
+        """
+        precision, coefficient = self.compressor_precision, self.indexer_loss.coefficient
+        if v41 and precision != "float32":
+            raise ValueError(
+                f"context_parallel.compressor_precision={precision} is not supported with "
+                "DeepSeek-V4.1, where few layers have a compressor; use float32"
+            )
+        if v41 and self.trains_indexer:
+            raise ValueError(
+                f"context_parallel.indexer_loss.coefficient={coefficient} is not supported with "
+                "DeepSeek-V4.1, whose index keys are quantized and frozen; use 0.0"
+            )
+        if self.trains_indexer and OVERLAP_RATIO not in (compress_ratios or (OVERLAP_RATIO,)):
+            raise ValueError(
+                f"context_parallel.indexer_loss.coefficient={coefficient} with compress_ratios "
+                f"{compress_ratios}: only layers of ratio 4 have an indexer; use 0.0"
+            )
 
     def resolve_pad_multiple(self, compress_ratios: Sequence[int] | None) -> int:
         """Return the number that a model's shard lengths must be a multiple of.

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple
 from nemo_dsv4_cp.tools.meshes import parallel_sizes
-from nemo_dsv4_cp.tools.sizes import published_fields
+from nemo_dsv4_cp.tools.sizes import is_v41, published_fields
 
 _CONFIGS = "nemo_dsv4_cp.configs"
 _BLOCK = "context_parallel"
@@ -90,7 +90,10 @@ def check_context_parallel(fields: Mapping[str, Any]) -> None:
         block = holder.get(_BLOCK)
         if place in _READS_BLOCK:
             options = ContextParallelOptions.from_block(block)
-            options.resolve_pad_multiple(holder.get("compress_ratios"))
+            ratios, v41 = holder.get("compress_ratios"), is_v41(holder)
+            options.resolve_pad_multiple(ratios)
+            if options.enabled:
+                options.check_model(ratios, v41=v41)
         elif _BLOCK in holder:
             path = ".".join([*place, _BLOCK])
             raise ValueError(

@@ -48,7 +48,9 @@ AT_MOST = [
     Allowed("queries_kernel", (90,), HALF, waiting=1),
     Allowed("index_scores_kernel", (100, 103), HALF, waiting=1),
     Allowed("gradients_kernel", (90,), ("fp32",), stack=8),
-    Allowed("gradients_kernel", (90,), ("fp32",), ("3.9",), stack=584),
+    # Float32 with 3.9: the indexer is trained in bfloat16 on GPUs.
+    Allowed("gradients_kernel", (), ("fp32",), ("3.9",), stack=600),
+    Allowed("index_keys_kernel", (), ("fp32",), ("3.9",), stack=1200),
     Allowed("gradients_kernel", (100, 103), ("fp32",), ("3.6",), stack=8),
     Allowed("gradients_kernel", (80,), HALF, ("3.4",), stack=40),
     Allowed("index_keys_kernel", (100, 103), ("fp32",), stack=24),
