@@ -205,7 +205,12 @@ def left_out(recipe: Mapping[str, Any]) -> list[str]:
     strategy = str(distributed.get("strategy") or "fsdp2")
     if strategy.lower() != "fsdp2":
         found.append(f"distributed.strategy: {strategy}")
-    backend = (recipe.get("model") or {}).get("backend") or {}
+    model = recipe.get("model") or {}
+    options = (model.get("config") or {}).get("context_parallel") or {}
+    precision = options.get("compressor_precision", "float32")
+    if precision != "float32":  # which needs activations in bfloat16
+        found.append(f"context_parallel.compressor_precision: {precision}")
+    backend = model.get("backend") or {}
     for name, run in _BACKEND.items():
         if backend.get(name, run[0]) not in run:
             found.append(f"model.backend.{name}: {backend[name]}")

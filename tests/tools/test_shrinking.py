@@ -34,6 +34,10 @@ def test_settings_of_the_gates_and_of_mtp_are_kept_and_sizes_are_not():
         ({"freeze_config": {"freeze": ["x"]}}, ["frozen parameters (freeze_config)"]),
         ({"model": {"backend": {"attn": "eager", "experts": "torch"}}}, []),
         ({"model": {"backend": {"attn": "tilelang"}}}, ["model.backend.attn: tilelang"]),
+        (
+            {"model": {"config": {"context_parallel": {"compressor_precision": "bf16x3"}}}},
+            ["context_parallel.compressor_precision: bf16x3"],
+        ),
     ],
 )
 def test_what_is_not_run_is_named_with_its_setting(recipe, named):
