@@ -50,7 +50,9 @@ def accumulated(logged):
     return logged("accumulated", 1, {"cp_size": 1}, 1)
 
 
-@pytest.mark.parametrize("mesh", ["cp", "pp", pytest.param("dp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["cp", *(pytest.param(other, marks=pytest.mark.slow) for other in ("pp", "dp"))]
+)
 def test_every_mesh_logs_the_indexer_of_the_whole_batch(logged, accumulated, mesh):
     for found, expected in zip(logged(mesh, *MESHES[mesh]), accumulated, strict=True):
         names = [name for name in expected if name.startswith("indexer/")]

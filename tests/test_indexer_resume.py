@@ -9,6 +9,7 @@ from tests.recipes.launching import Failed
 LOSS = {"indexer_loss": {"coefficient": 0.1}}
 WARM_UP = LOSS | {"train_only": "indexer"}
 CHECKPOINT = "epoch_0_step_1"
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,11 @@ def with_loss(train):
 
 
 @pytest.mark.parametrize(
-    ("before", "parameter"), [({}, "indexer.wkv.weight"), (WARM_UP, "embed_tokens.weight")]
+    ("before", "parameter"),
+    [
+        ({}, "indexer.wkv.weight"),
+        pytest.param(WARM_UP, "embed_tokens.weight", marks=SLOW),
+    ],
 )
 def test_a_checkpoint_without_the_state_of_a_trained_parameter_is_refused_by_its_name(
     train, before, parameter
@@ -41,6 +46,6 @@ def test_a_checkpoint_without_the_state_of_a_trained_parameter_is_refused_by_its
         train(LOSS, restore_from=checkpoint, processes=2)
 
 
-@pytest.mark.parametrize("options", [LOSS, WARM_UP, {}])
+@pytest.mark.parametrize("options", [LOSS, *(pytest.param(o, marks=SLOW) for o in (WARM_UP, {}))])
 def test_a_run_that_trains_no_more_goes_on(train, with_loss, options):
     assert len(train(options, restore_from=with_loss).losses) == 2

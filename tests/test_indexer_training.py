@@ -193,7 +193,7 @@ SLOW = pytest.mark.slow
     ("size", "names"),
     [
         (2, PACKED),
-        (3, PADDED),
+        pytest.param(3, PADDED, marks=SLOW),
         pytest.param(2, PADDED, marks=SLOW),
         pytest.param(3, PACKED, marks=SLOW),
     ],

@@ -138,7 +138,7 @@ SOURCES = st.sampled_from(
 
 # No shrinking: after a failed case the workers start anew, which takes seconds.
 @settings(
-    max_examples=examples(fixed=8, random=60, many=200),
+    max_examples=examples(fixed=6, random=60, many=200),
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -304,7 +304,7 @@ def drawn(count):
     )
 
 
-@drawn(examples(fixed=25, random=25, many=100))
+@drawn(examples(fixed=15, random=25, many=100))
 @given(size=st.integers(1, 4), case=cases())
 def test_any_layer_has_the_loss_of_the_definition(ranks, size, case):
     assume(check(ranks, size, case))
