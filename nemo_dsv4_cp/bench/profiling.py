@@ -235,6 +235,8 @@ def fake_rank(case: Case) -> Iterator[Any]:
     with (
         process_group("fake", rank=case.rank, size=case.cp_size) as group,
         FakeTensorMode(),
+        # A norm of AutoModel's that is compiled would read what fake tensors have not.
+        torch.compiler.set_stance("force_eager"),
         mock.patch.object(workspace, "device_memory", lambda _: round(ASSUMED.memory) << 30),
     ):
         yield group
