@@ -28,8 +28,8 @@ from nemo_dsv4_cp.sequence.row_plan import RowPlan, rows_of
 from nemo_dsv4_cp.sequence.schedule import Cost, QueryCost, Schedule, Schedules
 from nemo_dsv4_cp.sequence.windows import Windows, straddling
 
-_OF_QUERIES = ("remote_low", "remote_cos", "remote_sin", "remote_weights", "remote_share")
-"""What moves with queries that another rank computes."""
+_OF_QUERIES = tuple(f"remote_{of}" for of in ("low", "cos", "sin", "weights", "index", "share"))
+"""What moves with queries that another rank computes, or in V4.1 selects for."""
 
 STEP_KEY = "cp_step"
 """Keyword under which the model hands a forward's :class:`StepContext` to attention."""
@@ -242,9 +242,7 @@ class StepContext:
         remote = None
         if schedule.moves:
             remote = Queries(layout, schedule.remote[rank])
-            of_queries = ("low", "cos", "sin", "weights", "index", "share")
-            names = [f"remote_{name}" for name in of_queries]
-            moves |= dict.fromkeys(names, self._fetched(schedule.remote, device))
+            moves |= dict.fromkeys(_OF_QUERIES, self._fetched(schedule.remote, device))
         own = schedule.local[rank]
         self._parts[key] = _Part(
             local=Queries(layout, own),
