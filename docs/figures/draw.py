@@ -28,7 +28,7 @@ from nemo_dsv4_cp.bench.layer import Case
 from nemo_dsv4_cp.bench.profiling import profile
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous, entries_seen
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL
 
 HERE = Path(__file__).parent
 LOCAL_TOKENS = 16_384

@@ -26,8 +26,8 @@ from nemo_dsv4_cp.checks.model_layers import is_v41, kind_of
 from nemo_dsv4_cp.checks.operation_timing import peak_tflops, time_operations
 from nemo_dsv4_cp.kernels.protocol import Kernels
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL, BOUNDARY
 from nemo_dsv4_cp.tools.diagnosis import diagnose
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
 
 SHAPES = ((131072, 8), (262144, 16), (1048576, 64))
 """Tokens of a row, and the CP ranks that share it; the last rank is measured."""

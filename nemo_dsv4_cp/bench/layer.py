@@ -20,7 +20,7 @@ from nemo_dsv4_cp.attention import ContextParallelAttention
 from nemo_dsv4_cp.attention.step import STEP_KEY, StepContext
 from nemo_dsv4_cp.options import AUTO, ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import OVERLAP_RATIO, SequenceLayout
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from nemo_dsv4_cp.attention.layer_v41 import (
 from nemo_dsv4_cp.attention.step import StepContext
 from nemo_dsv4_cp.bench.layer import Case, Forward, Output, default_dtype
 from nemo_dsv4_cp.sequence.plan import NOTHING
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL
 
 
 def cases(

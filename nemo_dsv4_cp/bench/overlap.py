@@ -24,7 +24,7 @@ import torch
 from nemo_dsv4_cp.bench.layer import Case, build
 from nemo_dsv4_cp.exchange.collectives import InFlight, Work, all_gather_metadata, barrier, cp_size
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.inventory import BOUNDARY
+from nemo_dsv4_cp.tools.crossings import BOUNDARY
 
 RANKS = 2
 SIZES: dict[str, Any] = {

@@ -30,7 +30,7 @@ from nemo_dsv4_cp.exchange.collectives import process_group
 from nemo_dsv4_cp.gpus import ASSUMED
 from nemo_dsv4_cp.kernels.costs import Cost, cost_of
 from nemo_dsv4_cp.kernels.reference import workspace
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL
 
 _LARGEST = 5
 

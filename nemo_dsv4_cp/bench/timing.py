@@ -22,7 +22,7 @@ from nemo_dsv4_cp.checks.certificate import fastest_on_disk
 from nemo_dsv4_cp.checks.kernel_choice import TORCH
 from nemo_dsv4_cp.exchange.collectives import barrier, lone_last_rank
 from nemo_dsv4_cp.tools import local_ranks
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL
 from nemo_dsv4_cp.tools.sizes import read_model_fields
 
 CPU_SIZES: dict[str, Any] = {

@@ -41,7 +41,7 @@ from nemo_dsv4_cp.cli.output import (
     table,
 )
 from nemo_dsv4_cp.options import AUTO
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL, BOUNDARY
 from nemo_dsv4_cp.tools.sizes import GIB, V41_FLASH, read_model_fields
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it

@@ -17,7 +17,7 @@ import typer
 from nemo_dsv4_cp import plugins
 from nemo_dsv4_cp.cli.output import check_outputs, quiet
 from nemo_dsv4_cp.sequence.layout import local_seq_multiple, padded_seq_len
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL
 from nemo_dsv4_cp.tools.sizes import V41_FLASH
 
 if TYPE_CHECKING:  # AutoModel takes seconds to import, and every command would wait for it

@@ -24,7 +24,7 @@ from nemo_dsv4_cp.checks.model_layers import SIZES, SIZES_V41
 from nemo_dsv4_cp.cli.output import check_outputs, emit, quiet, two_plots, warn
 from nemo_dsv4_cp.gpus import GPUS, LINK_SHARE, Gpu, known_gpu
 from nemo_dsv4_cp.options import COMPRESSOR_PRECISIONS
-from nemo_dsv4_cp.tools.inventory import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL, BOUNDARY, PATHS, TRANSPORTS
 from nemo_dsv4_cp.tools.planning import Plan, Request, Row
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, ModelSizesV41, is_v41, read_model_fields
 from nemo_dsv4_cp.tools.step_time import Time

@@ -18,15 +18,8 @@ from dataclasses import dataclass
 
 from nemo_dsv4_cp.kernels.reference.workspace import AttentionScratch, chunk_rows
 from nemo_dsv4_cp.sequence.plan import halo
-from nemo_dsv4_cp.tools.inventory import (
-    ALL_GATHER,
-    AUTOMODEL,
-    BF16,
-    FP32,
-    INT32,
-    Shape,
-    features_of,
-)
+from nemo_dsv4_cp.tools.crossings import ALL_GATHER, AUTOMODEL, BF16, FP32, INT32
+from nemo_dsv4_cp.tools.inventory import Shape, features_of
 from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.sizes import ModelSizes
 
@@ -83,7 +76,7 @@ def attention_bytes(
 ) -> int:
     """Return the peak memory of one attention layer of V4, forward and backward, on the last rank.
 
-    The arguments are those of ``inventory.crossings``, and ``workspace_bytes`` of scratch.
+    The arguments are those of ``crossings.crossings``, and ``workspace_bytes`` of scratch.
     """
     s, tokens = sizes, shape.tokens
     ratio, overlaps = layer.ratio, layer.overlaps

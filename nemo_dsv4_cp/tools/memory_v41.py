@@ -12,15 +12,8 @@ it counts where the layer keeps a view of it.
 from __future__ import annotations
 
 from nemo_dsv4_cp.kernels.operations import ALL_ENTRIES, CANDIDATES, INSIDE
-from nemo_dsv4_cp.tools.inventory import (
-    AUTOMODEL,
-    BF16,
-    FP32,
-    INT32,
-    INT64,
-    Shape,
-    candidate_blocks,
-)
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL, BF16, FP32, INT32, INT64, candidate_blocks
+from nemo_dsv4_cp.tools.inventory import Shape
 from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.memory import Tensors, chunk_bytes
 from nemo_dsv4_cp.tools.sizes import ModelSizesV41
@@ -34,7 +27,7 @@ def attention_bytes(
 ) -> int:
     """Return the peak memory of one attention layer, forward and backward, on the last rank.
 
-    The arguments are those of ``inventory.crossings``, and ``workspace_bytes`` of scratch.
+    The arguments are those of ``crossings.crossings``, and ``workspace_bytes`` of scratch.
     """
     t, ratio = Tensors.of(sizes, shape), layer.ratio
     # Backward through the output's projections is done: what it leaves, and what waits for more.

@@ -15,16 +15,15 @@ from nemo_dsv4_cp.kernels.reference.workspace import workspace_of
 from nemo_dsv4_cp.sequence.layout import SequenceLayout, local_seq_multiple, padded_seq_len
 from nemo_dsv4_cp.sequence.schedule import Schedules
 from nemo_dsv4_cp.tools import memory, memory_v41
-from nemo_dsv4_cp.tools.inventory import (
+from nemo_dsv4_cp.tools.crossings import (
     AUTOMODEL,
     BOUNDARY,
     PATHS,
-    Shape,
     engram_bytes,
     query_cost,
     received_bytes,
-    work_of_ranks,
 )
+from nemo_dsv4_cp.tools.inventory import Shape, work_of_ranks
 from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, ModelSizesV41
 from nemo_dsv4_cp.tools.step_time import StepTime, step_time
@@ -32,7 +31,7 @@ from nemo_dsv4_cp.tools.step_time import StepTime, step_time
 
 @dataclass(frozen=True)
 class PathCost:
-    """What one of ``inventory.PATHS`` costs a rank.
+    """What one of ``crossings.PATHS`` costs a rank.
 
     Attributes:
         received_bytes: What other ranks send it in a step, all layers, forward and backward.

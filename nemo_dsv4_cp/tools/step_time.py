@@ -3,8 +3,8 @@
 
 A layer runs forward, forward again (activation checkpointing of whole layers, with kept top-k
 indices), and backward. Computing and communicating are the operations and collectives of
-``inventory`` at the rates of ``gpus``. What of the collectives is exposed follows from
-:func:`order_of`, the order of work in ``attention/layer.py`` and ``layer_v41.py``.
+``inventory`` and ``crossings`` at the rates of ``gpus``. What of the collectives is exposed follows
+from :func:`order_of`, the order of work in ``attention/layer.py`` and ``layer_v41.py``.
 
 Left out, on every path alike: memory-bound operations (norms, rotary, pooling, top-k,
 hyper-connections, the optimizer), traffic of FSDP and of expert parallelism and their uneven
@@ -21,13 +21,12 @@ from dataclasses import dataclass
 
 from nemo_dsv4_cp.gpus import Gpu
 from nemo_dsv4_cp.sequence.schedule import Schedule
+from nemo_dsv4_cp.tools.crossings import Collective, crossings
 from nemo_dsv4_cp.tools.inventory import (
     PASSES,
-    Collective,
     Operation,
     Pass,
     Shape,
-    crossings,
     engram_operation,
     head_operation,
     operations_of_queries,
@@ -193,7 +192,7 @@ def layer_time(
 ) -> LayerTime:
     """Return the seconds of a layer, whose ranks wait for the last one.
 
-    ``transport`` is one of ``inventory.TRANSPORTS``.
+    ``transport`` is one of ``crossings.TRANSPORTS``.
     """
     collectives = crossings(sizes, shape, layer, transport, balanced=schedule.moves)
     order = order_of(layer, moves=schedule.moves)

@@ -6,12 +6,8 @@ from nemo_dsv4_cp.bench.profiling import profile
 from nemo_dsv4_cp.gpus import ASSUMED
 from nemo_dsv4_cp.kernels.reference.workspace import workspace_of
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
-from nemo_dsv4_cp.tools.inventory import (
-    AUTOMODEL,
-    PATHS,
-    Shape,
-    received_bytes,
-)
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL, PATHS, received_bytes
+from nemo_dsv4_cp.tools.inventory import Shape
 from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.memory import attention_bytes
 from nemo_dsv4_cp.tools.sizes import GIB, ModelSizes, read_model_fields

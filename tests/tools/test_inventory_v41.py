@@ -19,16 +19,12 @@ from nemo_dsv4_cp.options import ContextParallelOptions
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import planning
+from nemo_dsv4_cp.tools.crossings import AUTOMODEL, PATHS, crossings, engram_bytes, received_bytes
 from nemo_dsv4_cp.tools.inventory import (
-    AUTOMODEL,
-    PATHS,
     Shape,
-    crossings,
-    engram_bytes,
     engram_operation,
     operations_of_queries,
     query_operations,
-    received_bytes,
     shard_operations,
     work_of_ranks,
 )

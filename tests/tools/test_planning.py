@@ -7,7 +7,8 @@ from nemo_dsv4_cp.gpus import GPUS
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import planning
-from nemo_dsv4_cp.tools.inventory import Shape, received_bytes, work_of_ranks
+from nemo_dsv4_cp.tools.crossings import received_bytes
+from nemo_dsv4_cp.tools.inventory import Shape, work_of_ranks
 from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.planning import Plan, Request
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields

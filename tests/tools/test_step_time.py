@@ -16,7 +16,8 @@ from nemo_dsv4_cp.gpus import GPUS, Gpu
 from nemo_dsv4_cp.sequence.layout import SequenceLayout
 from nemo_dsv4_cp.sequence.schedule import balanced, contiguous
 from nemo_dsv4_cp.tools import inventory, step_time
-from nemo_dsv4_cp.tools.inventory import Shape, crossings
+from nemo_dsv4_cp.tools.crossings import crossings
+from nemo_dsv4_cp.tools.inventory import Shape
 from nemo_dsv4_cp.tools.layers import Layer
 from nemo_dsv4_cp.tools.sizes import ModelSizes, read_model_fields
 from nemo_dsv4_cp.tools.step_time import order_of, waiting
